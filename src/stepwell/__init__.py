@@ -1,0 +1,1 @@
+"""Stepwell: sample, steer and train anything that makes its sample one random step at a time."""

@@ -1,0 +1,136 @@
+"""The law of the next action, one a row: what a process proposes and a sampler draws from.
+
+A log-density is the **sum** over an action's dimensions. A deterministic step is a `Point`: it has no density,
+`random` is False there, and the step is masked out of everything that trains.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from stepwell.rng import Rng
+
+
+@runtime_checkable
+class Distribution(Protocol):
+    """N independent laws, one a row."""
+
+    @property
+    def random(self) -> Tensor: ...  # (N,) bool: the row's law has a density
+    def sample(self, rng: Rng) -> Tensor: ...  # (N, *action)
+    def log_prob(self, action: Tensor) -> Tensor: ...  # (N,)
+    def entropy(self) -> Tensor: ...  # (N,)
+    def kl(self, other: Any) -> Tensor: ...  # (N,)  KL(self || other)
+    def __getitem__(self, index: Any) -> Self: ...
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """Laws over K symbols from logits (N, K), normalised here; minus infinity forbids a symbol."""
+
+    logits: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "logits", self.logits.log_softmax(-1))
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def __getitem__(self, index: Any) -> Categorical:
+        return Categorical(self.logits[index])
+
+    @property
+    def random(self) -> Tensor:
+        return torch.ones(len(self.logits), dtype=torch.bool, device=self.logits.device)
+
+    @property
+    def probabilities(self) -> Tensor:
+        return self.logits.exp()
+
+    def sample(self, rng: Rng) -> Tensor:
+        return rng.categorical(self.probabilities)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        return self.logits.gather(-1, action[:, None])[:, 0]
+
+    def entropy(self) -> Tensor:
+        return -_expectation(self.probabilities, self.logits)
+
+    def kl(self, other: Categorical) -> Tensor:
+        return _expectation(self.probabilities, self.logits - other.logits)
+
+
+def _expectation(probabilities: Tensor, values: Tensor) -> Tensor:
+    """Row sums of p * x in which impossible symbols count nothing, whatever x is there."""
+    return (probabilities * values.masked_fill(probabilities == 0, 0.0)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Diagonal Gaussians: mean (N, *D), standard deviation broadcastable to it, above zero."""
+
+    mean: Tensor
+    standard_deviation: Tensor
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def __getitem__(self, index: Any) -> Gaussian:
+        return Gaussian(self.mean[index], self.standard_deviation.expand_as(self.mean)[index])
+
+    @property
+    def random(self) -> Tensor:
+        return torch.ones(len(self.mean), dtype=torch.bool, device=self.mean.device)
+
+    def sample(self, rng: Rng) -> Tensor:
+        return self.mean + self.standard_deviation * rng.normal(*self.mean.shape, dtype=self.mean.dtype)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        standardised = (action - self.mean) / self.standard_deviation
+        density = -0.5 * standardised**2 - self._log_scale() - 0.5 * math.log(2 * math.pi)
+        return density.flatten(1).sum(1)
+
+    def entropy(self) -> Tensor:
+        return (self._log_scale() + 0.5 * math.log(2 * math.pi * math.e)).flatten(1).sum(1)
+
+    def kl(self, other: Gaussian) -> Tensor:
+        scale, other_scale = (x.standard_deviation.expand_as(self.mean) for x in (self, other))
+        squares = (scale**2 + (self.mean - other.mean) ** 2) / other_scale**2
+        return (0.5 * (squares - 1) + other_scale.log() - scale.log()).flatten(1).sum(1)
+
+    def _log_scale(self) -> Tensor:
+        return self.standard_deviation.expand_as(self.mean).log()
+
+
+@dataclass(frozen=True)
+class Point:
+    """A deterministic step to `value` (N, *D): no density, so its log_prob is 0 and `random` is False."""
+
+    value: Tensor
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __getitem__(self, index: Any) -> Point:
+        return Point(self.value[index])
+
+    @property
+    def random(self) -> Tensor:
+        return torch.zeros(len(self.value), dtype=torch.bool, device=self.value.device)
+
+    def sample(self, rng: Rng) -> Tensor:
+        return self.value
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        return torch.zeros(len(self.value), device=self.value.device)
+
+    def entropy(self) -> Tensor:
+        return torch.zeros(len(self.value), device=self.value.device)
+
+    def kl(self, other: Point) -> Tensor:
+        return torch.zeros(len(self.value), device=self.value.device)

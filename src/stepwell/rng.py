@@ -1,0 +1,264 @@
+"""The one door of randomness: `Rng` draws, and its twin `Replay` walks through every outcome.
+
+A program written against these methods can be run for real with an `Rng`, or enumerated exactly with
+`stepwell.check.law`, which runs it once for every outcome of its random choices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepwell.errors import Unenumerable
+
+
+class Rng:
+    """A stream of random numbers, owned by the caller.
+
+    Example:
+        >>> rng = Rng(0)
+        >>> rng.categorical(torch.tensor([[0.0, 1.0], [1.0, 0.0]])).tolist()
+        [1, 0]
+    """
+
+    def __init__(self, seed: int, device: str | torch.device = "cpu"):
+        self.seed = int(seed)
+        self.device = torch.device(device)
+        self._generator = torch.Generator(self.device).manual_seed(self.seed)
+
+    def categorical(self, probabilities: Tensor) -> Tensor:
+        """One index a row, (N,), from unnormalised probabilities (N, K)."""
+        return torch.multinomial(probabilities, 1, generator=self._generator)[:, 0]
+
+    def bernoulli(self, probability: Tensor) -> Tensor:
+        """True with the given probability, elementwise; a bool tensor of the same shape."""
+        return torch.bernoulli(probability, generator=self._generator).bool()
+
+    def uniform(self, *shape: int, dtype: torch.dtype | None = None) -> Any:
+        """Uniforms in [0, 1) of the given shape.
+
+        A program that only compares them with thresholds, after multiplying by or adding constants, can be
+        enumerated; hence the return type is whatever supports those operations.
+        """
+        return torch.rand(shape, generator=self._generator, dtype=dtype, device=self.device)
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Standard normals of the given shape."""
+        return torch.randn(shape, generator=self._generator, dtype=dtype, device=self.device)
+
+    def gumbel(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Standard Gumbel variables of the given shape."""
+        exponential = torch.empty(shape, dtype=dtype, device=self.device).exponential_(generator=self._generator)
+        return -exponential.log()
+
+    def without_replacement(self, log_weights: Tensor, count: int) -> Tensor:
+        """`count` different indices a row, (N, count), in the order drawn (Gumbel top-k; Kool et al. 2019).
+
+        `log_weights` is (N, K), unnormalised. The law is that of sequential draws without replacement.
+        """
+        noise = self.gumbel(*log_weights.shape, dtype=log_weights.dtype)
+        return (log_weights + noise).topk(count, dim=-1).indices
+
+    def permutation(self, count: int) -> Tensor:
+        """A uniformly random order of 0..count-1, (count,)."""
+        return torch.randperm(count, generator=self._generator, device=self.device)
+
+    def split(self, *name: object) -> Rng:
+        """An independent stream for `name`, the same however much this one has been used."""
+        digest = hashlib.blake2b(repr((self.seed, *name)).encode(), digest_size=8).digest()
+        return Rng(int.from_bytes(digest, "little") >> 1, self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self.seed, "generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seed = int(state["seed"])
+        self._generator.set_state(state["generator"])
+
+
+class Replay(Rng):
+    """The exhaustive twin of `Rng`: its draws follow a script of choices, and it knows their probability.
+
+    `stepwell.check.law` runs a program with one `Replay` after another, depth first, until every outcome was
+    seen. What it can enumerate: `categorical`, `bernoulli`, `permutation`, `without_replacement`; `uniform`, when
+    the program only compares it with thresholds (after multiplying by or adding constants); `normal`, replaced
+    by the nodes of Gauss-Hermite quadrature, exact for polynomials of degree below 2 `normal_nodes`. Raw
+    `gumbel` noise and any other use of a uniform raise `Unenumerable`.
+    """
+
+    def __init__(self, script: Sequence[int] = (), normal_nodes: int | None = None):
+        self.script = list(script)
+        self.normal_nodes = normal_nodes
+        self.probability = 1.0
+        self.choices: list[int] = []
+        self.branches: list[int] = []
+        self.seed, self.device = 0, torch.device("cpu")
+
+    def choose(self, probabilities: Sequence[float]) -> int:
+        """One of the outcomes of positive probability: what the script says, else the first."""
+        live = [index for index, value in enumerate(probabilities) if value > 0.0]
+        if not live or not all(math.isfinite(value) and value >= 0.0 for value in probabilities):
+            raise Unenumerable(f"A choice needs finite, non-negative probabilities, not {list(probabilities)}.")
+        position = len(self.choices)
+        choice = self.script[position] if position < len(self.script) else 0
+        self.choices.append(choice)
+        self.branches.append(len(live))
+        self.probability *= probabilities[live[choice]] / math.fsum(probabilities)
+        return live[choice]
+
+    def categorical(self, probabilities: Tensor) -> Tensor:
+        rows = probabilities.detach().double().tolist()
+        return torch.tensor([self.choose(row) for row in rows], dtype=torch.long)
+
+    def bernoulli(self, probability: Tensor) -> Tensor:
+        flat = probability.detach().double().reshape(-1).tolist()
+        drawn = [self.choose([1.0 - value, value]) == 1 for value in flat]
+        return torch.tensor(drawn, dtype=torch.bool).reshape(probability.shape)
+
+    def uniform(self, *shape: int, dtype: torch.dtype | None = None) -> Any:
+        intervals = [[0.0, 1.0] for _ in range(math.prod(shape))]
+        return ThresholdUniform(self, intervals, torch.arange(len(intervals)).reshape(shape), 1.0, 0.0)
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        if self.normal_nodes is None:
+            raise Unenumerable(
+                "A normal draw has no finite list of outcomes; pass normal_nodes=n to use Gauss-Hermite nodes."
+            )
+        nodes, weights = np.polynomial.hermite_e.hermegauss(self.normal_nodes)
+        drawn = [float(nodes[self.choose(weights.tolist())]) for _ in range(math.prod(shape))]
+        return torch.tensor(drawn, dtype=dtype or torch.float64).reshape(shape)
+
+    def gumbel(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        raise Unenumerable("Raw Gumbel noise cannot be enumerated; draw with `without_replacement` instead.")
+
+    def without_replacement(self, log_weights: Tensor, count: int) -> Tensor:
+        rows = []
+        for row in log_weights.detach().double().softmax(-1).tolist():
+            remaining, drawn = list(row), []
+            for _ in range(count):
+                drawn.append(self.choose(remaining))
+                remaining[drawn[-1]] = 0.0
+            rows.append(drawn)
+        return torch.tensor(rows, dtype=torch.long)
+
+    def permutation(self, count: int) -> Tensor:
+        return self.without_replacement(torch.zeros(1, count), count)[0]
+
+    def split(self, *name: object) -> Self:
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        raise Unenumerable("A replay has no state to save: it is a walk over outcomes, not a stream.")
+
+    def next_script(self) -> list[int] | None:
+        """The script of the next outcome in depth-first order, or None after the last."""
+        for position in range(len(self.choices) - 1, -1, -1):
+            if self.choices[position] + 1 < self.branches[position]:
+                return [*self.choices[:position], self.choices[position] + 1]
+        return None
+
+
+class ThresholdUniform:
+    """Uniforms of which only comparisons are known: each comparison splits their interval at its threshold.
+
+    Elements of one draw may be viewed several times (indexed, scaled, shifted); all views share the knowledge
+    gathered so far, so that later comparisons agree with earlier ones.
+    """
+
+    def __init__(self, replay: Replay, intervals: list[list[float]], index: Tensor, scale: Any, shift: Any):
+        self._replay, self._intervals, self._index = replay, intervals, index
+        self._scale = torch.as_tensor(scale, dtype=torch.float64).expand(index.shape)
+        self._shift = torch.as_tensor(shift, dtype=torch.float64).expand(index.shape)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._index.shape
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def _affine(self, scale: Any, shift: Any) -> ThresholdUniform:
+        scale, shift = torch.as_tensor(scale, dtype=torch.float64), torch.as_tensor(shift, dtype=torch.float64)
+        shape = torch.broadcast_shapes(self.shape, scale.shape, shift.shape)
+        return ThresholdUniform(
+            self._replay, self._intervals, self._index.expand(shape), self._scale * scale, self._shift * scale + shift
+        )
+
+    def __add__(self, other: Any) -> ThresholdUniform:
+        return self._affine(1.0, other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> ThresholdUniform:
+        return self._affine(1.0, -torch.as_tensor(other, dtype=torch.float64))
+
+    def __rsub__(self, other: Any) -> ThresholdUniform:
+        return self._affine(-1.0, other)
+
+    def __mul__(self, other: Any) -> ThresholdUniform:
+        return self._affine(other, 0.0)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> ThresholdUniform:
+        return self._affine(1.0 / torch.as_tensor(other, dtype=torch.float64), 0.0)
+
+    def __getitem__(self, key: Any) -> ThresholdUniform:
+        return ThresholdUniform(
+            self._replay, self._intervals, self._index[key], self._scale[key], self._shift[key]
+        )
+
+    def _below(self, threshold: Any, sign: int) -> Tensor:
+        """sign * (scale u + shift - threshold) < 0, deciding what is not known yet."""
+        threshold = torch.as_tensor(threshold, dtype=torch.float64)
+        shape = torch.broadcast_shapes(self.shape, threshold.shape)
+        columns = (self._index, self._scale, self._shift, threshold)
+        flat = [column.expand(shape).reshape(-1).tolist() for column in columns]
+        answers = [self._decide(*row, sign) for row in zip(*flat, strict=True)]
+        return torch.tensor(answers, dtype=torch.bool).reshape(shape)
+
+    def _decide(self, index: int, scale: float, shift: float, threshold: float, sign: int) -> bool:
+        if scale == 0.0:
+            return sign * (shift - threshold) < 0
+        point, low_side = (threshold - shift) / scale, sign * scale > 0  # below the point <=> the answer is yes
+        low, high = self._intervals[index]
+        if point <= low or point >= high:
+            below = point >= high
+        else:
+            below = self._replay.choose([(point - low) / (high - low), (high - point) / (high - low)]) == 0
+            self._intervals[index] = [low, point] if below else [point, high]
+        return below == low_side
+
+    def __lt__(self, threshold: Any) -> Tensor:
+        return self._below(threshold, 1)
+
+    __le__ = __lt__
+
+    def __gt__(self, threshold: Any) -> Tensor:
+        return self._below(threshold, -1)
+
+    __ge__ = __gt__
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise Unenumerable("A uniform can be enumerated only if it is compared with thresholds, nothing else.")
+
+    __array__ = __float__ = __bool__ = __pow__ = __neg__ = log = exp = sqrt = item = tolist = _refuse
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None
+    ) -> Any:
+        """Tensors on the left of a comparison or an arithmetic sign end here; all else is refused."""
+        name = getattr(function, "__name__", "")
+        swapped = {"__lt__": "__gt__", "lt": "__gt__", "__le__": "__ge__", "le": "__ge__", "__gt__": "__lt__"}
+        swapped |= {"gt": "__lt__", "__ge__": "__le__", "ge": "__le__", "add": "__radd__", "__add__": "__radd__"}
+        swapped |= {"sub": "__rsub__", "__sub__": "__rsub__", "mul": "__rmul__", "__mul__": "__rmul__"}
+        if len(arguments) == 2 and name in swapped and isinstance(arguments[1], cls):
+            return getattr(arguments[1], swapped[name])(arguments[0])
+        raise Unenumerable(f"A uniform can be enumerated only if it is compared with thresholds; torch.{name} is not.")

@@ -1,0 +1,255 @@
+"""From requests to trajectories: every process is drawn from by this one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepwell.distributions import Distribution
+from stepwell.errors import InputError
+from stepwell.process.base import Process, Samples, State
+from stepwell.rng import Rng
+from stepwell.trajectories import Trajectories, concatenate, make
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the user's data: what the process starts from, and the columns that go to the reward."""
+
+    id: int
+    value: Any
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A one-row state to continue from, with the trajectory that led there."""
+
+    state: State
+    trajectory: Trajectories
+
+
+@dataclass(frozen=True)
+class Request:
+    """`count` samples for one prompt.
+
+    `context` takes the prompt's place while drawing (a hint, a prefix); the rows are scored under the prompt
+    unless told otherwise. `start` is None for the root, `(row, step)` of the trajectories drawn so far to branch
+    after that row's first `step` steps, or a `Snapshot`. `horizon` bounds the steps of a row. `proposal` maps the
+    process's law to the one drawn from; the row's log weight keeps the account.
+    """
+
+    prompt: Prompt
+    count: int = 8
+    context: Any = None
+    start: tuple[int, int] | Snapshot | None = None
+    horizon: int | None = None
+    proposal: Callable[[Distribution, State], Distribution] | None = None
+    source: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InputError(f"A request asks for {self.count} samples of prompt {self.prompt.id}; at least 1 is right.")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Trajectories and, row by row, what the user sees of them and the prompts they answer."""
+
+    trajectories: Trajectories
+    samples: Samples
+    prompts: list[Prompt]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: Tensor) -> Drawn:
+        rows = index.tolist()
+        return Drawn(self.trajectories[index], self.samples[rows], [self.prompts[row] for row in rows])
+
+    def __add__(self, other: Drawn) -> Drawn:
+        """Both, with the rows of `other` after these; both belong to one step's rollout."""
+        columns = {name: value + other.samples.columns[name] for name, value in self.samples.columns.items()}
+        return Drawn(
+            concatenate([self.trajectories, other.trajectories]),
+            Samples(self.samples.values + other.samples.values, columns),
+            self.prompts + other.prompts,
+        )
+
+
+@torch.no_grad()
+def rollout(
+    process: Process,
+    requests: Sequence[Request],
+    rng: Rng,
+    *,
+    so_far: Trajectories | None = None,
+    version: int = 0,
+    rows_at_once: int | None = None,
+) -> Drawn:
+    """Draw what the requests ask for.
+
+    A prompt is started once and forked for its whole request; rows leave the batch when they are done. Rows that
+    branch from `so_far` keep the nodes of the steps they share with it. At most `rows_at_once` rows are in the
+    batch at a time (a request is never split).
+    """
+    if not requests:
+        raise InputError("A rollout needs at least one request; none was made.")
+    parts: list[Drawn] = []
+    order: list[tuple[int, int]] = []
+    first_node = 0 if so_far is None else int(so_far.node.max()) + 1
+    for batch in _batches(requests, rows_at_once or sum(request.count for request in requests)):
+        parts.append(_draw(process, [requests[i] for i in batch], rng, so_far, version, first_node))
+        first_node += parts[-1].trajectories.mask.numel()
+        order += [(i, copy) for i in batch for copy in range(requests[i].count)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total if order == sorted(order) else total[torch.tensor(sorted(range(len(order)), key=order.__getitem__))]
+
+
+def _batches(requests: Sequence[Request], rows: int) -> list[list[int]]:
+    """Requests that can be drawn side by side: the same kind of start, the same proposal, at most `rows` rows."""
+    batches: dict[object, list[list[int]]] = {}
+    for i, request in enumerate(requests):
+        start = request.start
+        kind = start if start is None else id(start) if isinstance(start, Snapshot) else ("step", start[1])
+        open_batches = batches.setdefault((kind, id(request.proposal)), [[]])
+        size = sum(requests[j].count for j in open_batches[-1])
+        if size and size + request.count > rows:
+            open_batches.append([])
+        open_batches[-1].append(i)
+    return [batch for group in batches.values() for batch in group]
+
+
+class _Record:
+    """The steps of a rollout while it is drawn: rows come and go, so every step lists its rows."""
+
+    def __init__(self, rows: int):
+        self.steps: list[tuple[Tensor, ...]] = []
+        self.position = torch.zeros(rows, dtype=torch.long)  # (N,) the next step of each row
+        self.log_weight = torch.zeros(rows, dtype=torch.float64)
+
+    def add(self, rows: Tensor, action: Tensor, log_prob: Tensor, random: Tensor) -> None:
+        self.steps.append((rows, self.position[rows], action, log_prob, random))
+        self.position[rows] += 1
+
+    def table(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """action (N, T, ...), log_prob (N, T), mask (N, T)."""
+        width = int(self.position.max()) if rows else 0
+        first = self.steps[0]
+        action = torch.zeros(rows, width, *first[2].shape[1:], dtype=first[2].dtype, device=first[2].device)
+        log_prob = torch.zeros(rows, width, dtype=first[3].dtype, device=first[3].device)
+        mask = torch.zeros(rows, width, dtype=torch.bool)
+        for row, step, drawn, log_p, random in self.steps:
+            action[row, step], mask[row, step] = drawn, random
+            log_prob[row, step] = torch.where(random, log_p, torch.zeros_like(log_p))
+        return action, log_prob, mask
+
+
+def _draw(
+    process: Process,
+    requests: Sequence[Request],
+    rng: Rng,
+    so_far: Trajectories | None,
+    version: int,
+    first_node: int,
+) -> Drawn:
+    """Rows for requests that share their kind of start and their proposal."""
+    owner = torch.tensor([i for i, request in enumerate(requests) for _ in range(request.count)])
+    total = len(owner)
+    horizon = torch.tensor([requests[i].horizon or 2**62 for i in owner.tolist()])
+    proposal = requests[0].proposal
+    record, truncated = _Record(total), torch.zeros(total, dtype=torch.bool)
+    state, shared = _begin(process, requests, owner, rng, so_far, record)
+    rows = torch.arange(total)  # which row of the answer each row of the state is
+    finished: list[tuple[Tensor, Samples]] = []
+    while True:
+        done = state.done.cpu()
+        cut = ~done & (record.position[rows] >= horizon[rows])
+        truncated[rows[cut]] = True
+        over = done | cut
+        if over.any():
+            finished.append((rows[over], process.finish(state[over.nonzero()[:, 0]])))
+            keep = (~over).nonzero()[:, 0]
+            if len(keep) == 0:
+                break
+            state, rows = state[keep], rows[keep]
+        law = process.propose(state)
+        drawn_from = law if proposal is None else proposal(law, state)
+        action = drawn_from.sample(rng)
+        log_prob = drawn_from.log_prob(action)
+        if proposal is not None:
+            record.log_weight[rows] += (law.log_prob(action) - log_prob).double().cpu()
+        record.add(rows, action, log_prob, drawn_from.random.cpu())
+        state = process.advance(state, action, rng)
+    action, log_prob, mask = record.table(total)
+    node = first_node + torch.arange(mask.numel()).reshape(mask.shape)
+    node = node.masked_fill(torch.arange(mask.shape[1]) >= record.position[:, None], -1)
+    node[:, : shared.shape[1]] = shared
+    samples, cut_by_process = _in_order(finished, total)
+    condition = process.condition([request.prompt.value for request in requests])
+    trajectories = make(
+        action,
+        log_prob,
+        mask,
+        length=record.position,
+        prompt=torch.tensor([requests[i].prompt.id for i in owner.tolist()]),
+        node=node,
+        truncated=truncated | cut_by_process,
+        weight=record.log_weight.to(log_prob.dtype),
+        source=torch.tensor([requests[i].source for i in owner.tolist()]),
+        version=torch.full((total,), version),
+        condition=None if condition is None else condition[owner],
+    )
+    return Drawn(trajectories, samples, [requests[i].prompt for i in owner.tolist()])
+
+
+def _begin(
+    process: Process,
+    requests: Sequence[Request],
+    owner: Tensor,
+    rng: Rng,
+    so_far: Trajectories | None,
+    record: _Record,
+) -> tuple[State, Tensor]:
+    """The rows where they start, their shared steps put on record, and the nodes (N, P) of those steps."""
+    start = requests[0].start
+    if isinstance(start, Snapshot):
+        everywhere = torch.zeros(len(owner), dtype=torch.long)
+        state, prefix, steps = start.state[everywhere], start.trajectory[everywhere], int(start.trajectory.length[0])
+    else:
+        state = process.start([r.prompt.value if r.context is None else r.context for r in requests], rng)
+        if start is None:
+            return state[owner], torch.zeros(len(owner), 0, dtype=torch.long)
+        sources, steps = torch.tensor([request.start[0] for request in requests]), start[1]  # type: ignore[index]
+        if so_far is None or int(sources.max()) >= len(so_far) or bool((so_far.length[sources] < steps).any()):
+            raise InputError(f"A request branches at rows {sources.tolist()}, step {steps}, which were not all drawn.")
+        prefix = so_far[sources]
+        for step in range(steps):
+            state = process.advance(state, prefix.action[:, step], rng)
+        state, prefix = state[owner], prefix[owner]
+    if bool((prefix.weight != 0).any()) and not isinstance(start, Snapshot):
+        raise InputError("Rows with importance weights cannot be branched at a step; continue a Snapshot instead.")
+    record.log_weight += prefix.weight.double().cpu()
+    for step in range(steps):
+        columns = prefix.action[:, step], prefix.log_prob[:, step], prefix.mask[:, step].cpu()
+        record.add(torch.arange(len(owner)), *columns)
+    return state, prefix.node[:, :steps]
+
+
+def _in_order(finished: Sequence[tuple[Tensor, Samples]], total: int) -> tuple[Samples, Tensor]:
+    """The samples in the order of the rows, and which rows the process itself cut short (column 'truncated')."""
+    values: list[Any] = [None] * total
+    columns: dict[str, list[Any]] = {name: [None] * total for _, part in finished for name in part.columns}
+    for rows, part in finished:
+        for place, row in enumerate(rows.tolist()):
+            values[row] = part.values[place]
+            for name, column in part.columns.items():
+                columns[name][row] = column[place]
+    cut = torch.tensor([bool(value) for value in columns.pop("truncated", [False] * total)])
+    return Samples(values, columns), cut

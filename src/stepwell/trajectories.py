@@ -1,0 +1,190 @@
+"""What everything passes around: N rows of T random steps, in one typed batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorClass, TensorDict
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+class Trajectories(TensorClass):
+    """N rows by T steps, padded on the right.
+
+    Indexing, `torch.cat` (after `concatenate` has aligned the widths), `.to(device)` and `.replace(...)` work on
+    rows, as in every tensordict. The fields, with their shapes:
+
+    action (N, T, ...)       what was drawn
+    log_prob (N, T)          log-probability of each action under the law it was really drawn from
+    mask (N, T) bool         the step happened and was random: only such steps have a density and are trained
+    length (N,)              steps that happened, random or not
+    prompt (N,)              which prompt, and so which group; groups may be ragged
+    node (N, T)              rows that share a step share its node; -1 where no step happened
+    truncated (N,) bool      the row was cut at the horizon
+    outcome (N,) bool        the row has an end that a reward may judge
+    weight (N,)              log importance weight of the law asked for against the law drawn from
+    source, version (N,)     which behaviour drew the row, and how many updates old its parameters were at birth
+    condition                what the process needs to score the rows (prompt tokens, classes, ...), left-padded
+    segment (N, T)           token -> sentence, step, turn
+    reward (N,), rewards (N, K), step_reward (N, T)
+    old_log_prob, reference_log_prob, value, entropy (N, T)   scored before the update, where a method needs it
+    info                     (N,) or (N, T, ...) entries that a method declared
+    """
+
+    action: Tensor
+    log_prob: Tensor
+    mask: Tensor
+    length: Tensor
+    prompt: Tensor
+    node: Tensor
+    truncated: Tensor
+    outcome: Tensor
+    weight: Tensor
+    source: Tensor
+    version: Tensor
+    condition: TensorDict | None = None
+    segment: Tensor | None = None
+    reward: Tensor | None = None
+    rewards: Tensor | None = None
+    step_reward: Tensor | None = None
+    old_log_prob: Tensor | None = None
+    reference_log_prob: Tensor | None = None
+    value: Tensor | None = None
+    entropy: Tensor | None = None
+    info: TensorDict | None = None
+
+
+STEP_FIELDS = (
+    "action log_prob mask node segment step_reward old_log_prob reference_log_prob value entropy".split()
+)
+
+
+def make(action: Tensor, log_prob: Tensor, mask: Tensor, **fields: Any) -> Trajectories:
+    """Trajectories from the three tensors that have no default; every other field takes its plainest value.
+
+    By default each row is a prompt of its own, drawn on its own, complete, and of weight one.
+    """
+    count, steps = mask.shape
+    happened = mask.bool()
+    length = fields.get("length", happened.long().mul(torch.arange(1, steps + 1)).amax(1) if steps else happened.sum(1))
+    inside = torch.arange(steps) < length[:, None]
+    zeros = torch.zeros(count, dtype=torch.long)
+    defaults: dict[str, Any] = {
+        "length": length,
+        "prompt": torch.arange(count),
+        "node": torch.arange(count * steps).reshape(count, steps).masked_fill(~inside, -1),
+        "truncated": zeros.bool(),
+        "outcome": torch.ones(count, dtype=torch.bool),
+        "weight": torch.zeros(count, dtype=log_prob.dtype),
+        "source": zeros,
+        "version": zeros,
+    }
+    return Trajectories(
+        action=action, log_prob=log_prob, mask=happened, batch_size=[count], **{**defaults, **fields}
+    )
+
+
+def pad_steps(rows: Trajectories, steps: int) -> Trajectories:
+    """The same rows, padded on the right to `steps` steps; nothing that is computed from them may change."""
+    extra = steps - rows.mask.shape[1]
+    if extra == 0:
+        return rows
+    changed = {name: _pad_right(getattr(rows, name), extra, name) for name in STEP_FIELDS}
+    if rows.info is not None:
+        width = rows.mask.shape[1]
+        entries = {
+            key: _pad_right(value, extra) if value.dim() > 1 and value.shape[1] == width else value
+            for key, value in rows.info.items()
+        }
+        changed["info"] = TensorDict(entries, batch_size=[len(rows)])
+    return rows.replace(**changed)
+
+
+def _pad_right(value: Tensor | None, extra: int, name: str = "") -> Tensor | None:
+    if value is None:
+        return None
+    return pad(value, (0, 0) * (value.dim() - 2) + (0, extra), value=-1 if name == "node" else 0)
+
+
+def concatenate(parts: Sequence[Trajectories], *, renumber: bool = False) -> Trajectories:
+    """Rows one after another, steps padded on the right and conditions on the left to a common width.
+
+    Parts of one step's rollout number their nodes jointly, so that branches go on sharing steps with their
+    origin. Parts that know nothing of each other are `renumber`ed: rows of different parts then share no node.
+    """
+    steps = max(part.mask.shape[1] for part in parts)
+    widths: dict[str, int] = {}
+    for part in parts:
+        for key, value in ({} if part.condition is None else part.condition).items():
+            widths[key] = max(widths.get(key, 0), value.shape[1] if value.dim() > 1 else 0)
+    aligned, offset = [], 0
+    for part in parts:
+        part = pad_steps(part, steps)
+        node = torch.where(part.node >= 0, part.node + offset, part.node) if renumber else part.node
+        condition = part.condition
+        if condition is not None:
+            entries = {
+                key: pad(value, (0, 0) * (value.dim() - 2) + (widths[key] - value.shape[1], 0))
+                if value.dim() > 1
+                else value
+                for key, value in condition.items()
+            }
+            condition = TensorDict(entries, batch_size=[len(part)])
+        aligned.append(part.replace(node=node, condition=condition))
+        offset = max(offset, int(node.max()) + 1 if node.numel() else 0)
+    return torch.cat(aligned)
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Each step that happened, once, although several rows may share it.
+
+    `row`, `step` (E,): where to find it first. `count` (E,): how many rows share it. `index` (N, T): the edge of
+    each step, -1 where none happened.
+    """
+
+    row: Tensor
+    step: Tensor
+    count: Tensor
+    index: Tensor
+
+
+def edges(rows: Trajectories) -> Edges:
+    """The shared steps of the rows, each listed once."""
+    happened = rows.node >= 0
+    _, inverse, count = rows.node[happened].unique(return_inverse=True, return_counts=True)
+    index = torch.full_like(rows.node, -1)
+    index[happened] = inverse
+    where = happened.nonzero()
+    first = torch.full((len(count),), len(where)).scatter_reduce(0, inverse, torch.arange(len(where)), "amin")
+    return Edges(where[first, 0], where[first, 1], count, index)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The global numbers that a reduction divides by, whatever part of the batch it sees.
+
+    `steps`: trained steps; `rows`: trajectories; `groups`: prompts; `pairs`: preference pairs; `length`: a fixed
+    number of steps a row.
+    """
+
+    steps: float
+    rows: float
+    groups: float
+    length: float
+    pairs: float = 0.0
+
+
+def count(rows: Trajectories, length: float | None = None, pairs: float = 0.0) -> Counts:
+    """The counts of a whole batch; `length` is the horizon where a method divides by a fixed number of steps."""
+    return Counts(
+        steps=max(float(rows.mask.sum()), 1.0),
+        rows=float(len(rows)),
+        groups=float(len(rows.prompt.unique())),
+        length=float(length or rows.mask.shape[1]),
+        pairs=pairs,
+    )
