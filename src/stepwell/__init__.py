@@ -1,1 +1,78 @@
 """Stepwell: sample, steer and train anything that makes its sample one random step at a time."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public names by the module they come from; each is imported when it is first asked for, so that `import stepwell`
+# costs nothing.
+_HOMES = {
+    "Rng": "stepwell.rng",
+    "Replay": "stepwell.rng",
+    "Meter": "stepwell.meter",
+    "Budget": "stepwell.meter",
+    "StepwellError": "stepwell.errors",
+    "Request": "stepwell.rollout",
+    "Prompt": "stepwell.rollout",
+    "rollout": "stepwell.rollout",
+    "Recipe": "stepwell.recipe",
+    "Rewards": "stepwell.reward.mixing",
+    "load_prompts": "stepwell.data",
+    "language": "stepwell.process.language",
+    "method": "stepwell.methods.registry",
+    "task": "stepwell.compare.tasks",
+    "train": "stepwell.api",
+    "compare": "stepwell.api",
+}
+_ROOMS = {"exact": "stepwell.process.exact", "check": "stepwell.check", "methods": "stepwell.methods"}
+
+if TYPE_CHECKING:
+    from stepwell import check as check
+    from stepwell import methods as methods
+    from stepwell.api import compare as compare
+    from stepwell.api import train as train
+    from stepwell.data import load_prompts as load_prompts
+    from stepwell.errors import StepwellError as StepwellError
+    from stepwell.meter import Budget as Budget
+    from stepwell.meter import Meter as Meter
+    from stepwell.methods.registry import method as method
+    from stepwell.process import exact as exact
+    from stepwell.process.language import language as language
+    from stepwell.recipe import Recipe as Recipe
+    from stepwell.reward.mixing import Rewards as Rewards
+    from stepwell.rng import Replay as Replay
+    from stepwell.rng import Rng as Rng
+    from stepwell.rollout import Prompt as Prompt
+    from stepwell.rollout import Request as Request
+    from stepwell.rollout import rollout as rollout
+
+__all__ = sorted([*_HOMES, *_ROOMS])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(_ROOMS[name])
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"stepwell has no '{name}'; it offers {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+class _Front(ModuleType):
+    """`stepwell.train` is the function most users call, although there is a room of that name: importing the room
+    would otherwise put it in the function's place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Front

@@ -70,6 +70,11 @@ def _expectation(probabilities: Tensor, values: Tensor) -> Tensor:
     return (probabilities * values.masked_fill(probabilities == 0, 0.0)).sum(-1)
 
 
+def _row_sums(values: Tensor) -> Tensor:
+    """(N,) sums over all further dimensions, of which there may be none."""
+    return values.flatten(1).sum(1) if values.dim() > 1 else values
+
+
 @dataclass(frozen=True)
 class Gaussian:
     """Diagonal Gaussians: mean (N, *D), standard deviation broadcastable to it, above zero."""
@@ -88,20 +93,21 @@ class Gaussian:
         return torch.ones(len(self.mean), dtype=torch.bool, device=self.mean.device)
 
     def sample(self, rng: Rng) -> Tensor:
-        return self.mean + self.standard_deviation * rng.normal(*self.mean.shape, dtype=self.mean.dtype)
+        noise = rng.normal(*self.mean.shape, dtype=self.mean.dtype).to(self.mean.device)
+        return self.mean + self.standard_deviation * noise
 
     def log_prob(self, action: Tensor) -> Tensor:
         standardised = (action - self.mean) / self.standard_deviation
         density = -0.5 * standardised**2 - self._log_scale() - 0.5 * math.log(2 * math.pi)
-        return density.flatten(1).sum(1)
+        return _row_sums(density)
 
     def entropy(self) -> Tensor:
-        return (self._log_scale() + 0.5 * math.log(2 * math.pi * math.e)).flatten(1).sum(1)
+        return _row_sums(self._log_scale() + 0.5 * math.log(2 * math.pi * math.e))
 
     def kl(self, other: Gaussian) -> Tensor:
         scale, other_scale = (x.standard_deviation.expand_as(self.mean) for x in (self, other))
         squares = (scale**2 + (self.mean - other.mean) ** 2) / other_scale**2
-        return (0.5 * (squares - 1) + other_scale.log() - scale.log()).flatten(1).sum(1)
+        return _row_sums(0.5 * (squares - 1) + other_scale.log() - scale.log())
 
     def _log_scale(self) -> Tensor:
         return self.standard_deviation.expand_as(self.mean).log()
@@ -127,10 +133,14 @@ class Point:
         return self.value
 
     def log_prob(self, action: Tensor) -> Tensor:
-        return torch.zeros(len(self.value), device=self.value.device)
+        return self._nothing()
 
     def entropy(self) -> Tensor:
-        return torch.zeros(len(self.value), device=self.value.device)
+        return self._nothing()
 
     def kl(self, other: Point) -> Tensor:
-        return torch.zeros(len(self.value), device=self.value.device)
+        return self._nothing()
+
+    def _nothing(self) -> Tensor:
+        floating = self.value.dtype if self.value.is_floating_point() else None
+        return torch.zeros(len(self.value), dtype=floating, device=self.value.device)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from stepwell.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -49,3 +52,52 @@ class Meter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.spent, self._since = Cost(**state), time.monotonic()
+
+
+UNITS = {"seconds": "wall_time", "tokens": "", "evaluations": "model_evaluations", "reward-calls": "reward_calls"}
+_SCALES = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9}
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may be spent, in one unit: seconds, tokens (forward and backward), evaluations, reward-calls, steps.
+
+    Example:
+        >>> Budget.parse("2M-tokens")
+        Budget(amount=2000000.0, unit='tokens')
+        >>> Budget.parse("5m").amount
+        300.0
+    """
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """`60s`, `5m`, `1h`, `200-steps`, `2M-tokens`, `10k-evaluations` or `50k-reward-calls`.
+
+        Raises InputError for anything else.
+        """
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
+        if found and float(found[1]) > 0:
+            return cls(float(found[1]) * _SECONDS[found[2]], "seconds")
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)-([a-z-]+)", text.strip())
+        if found and float(found[1]) > 0 and found[3] in (*UNITS, "steps"):
+            return cls(float(found[1]) * _SCALES[found[2]], found[3])
+        raise InputError(
+            f"'{text}' is no budget; write 60s, 5m, 200-steps, 2M-tokens, 10k-evaluations or 50k-reward-calls."
+        )
+
+    def spent(self, cost: Cost, steps: int) -> float:
+        """The amount of this budget's unit in a cost; steps are counted by the caller."""
+        if self.unit == "steps":
+            return float(steps)
+        return float(cost.forward + cost.backward if self.unit == "tokens" else getattr(cost, UNITS[self.unit]))
+
+    def fraction(self, cost: Cost, steps: int) -> float:
+        """The share of the budget that is spent; 1 or more means stop."""
+        return self.spent(cost, steps) / self.amount
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {self.unit}"

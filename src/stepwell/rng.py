@@ -6,6 +6,7 @@ A program written against these methods can be run for real with an `Rng`, or en
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -15,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepwell.errors import Unenumerable
+from stepwell.errors import InputError, Unenumerable
 
 
 class Rng:
     """A stream of random numbers, owned by the caller.
+
+    Draws are made on the stream's device; where a law is given, the answer is on the device of the law.
 
     Example:
         >>> rng = Rng(0)
@@ -34,11 +37,12 @@ class Rng:
 
     def categorical(self, probabilities: Tensor) -> Tensor:
         """One index a row, (N,), from unnormalised probabilities (N, K)."""
-        return torch.multinomial(probabilities, 1, generator=self._generator)[:, 0]
+        drawn = torch.multinomial(probabilities.to(self.device), 1, generator=self._generator)[:, 0]
+        return drawn.to(probabilities.device)
 
     def bernoulli(self, probability: Tensor) -> Tensor:
         """True with the given probability, elementwise; a bool tensor of the same shape."""
-        return torch.bernoulli(probability, generator=self._generator).bool()
+        return torch.bernoulli(probability.to(self.device), generator=self._generator).bool().to(probability.device)
 
     def uniform(self, *shape: int, dtype: torch.dtype | None = None) -> Any:
         """Uniforms in [0, 1) of the given shape.
@@ -60,9 +64,11 @@ class Rng:
     def without_replacement(self, log_weights: Tensor, count: int) -> Tensor:
         """`count` different indices a row, (N, count), in the order drawn (Gumbel top-k; Kool et al. 2019).
 
-        `log_weights` is (N, K), unnormalised. The law is that of sequential draws without replacement.
+        `log_weights` is (N, K), unnormalised, minus infinity for what may not be drawn. The law is that of
+        sequential draws without replacement. Raises `InputError` where fewer than `count` can be drawn.
         """
-        noise = self.gumbel(*log_weights.shape, dtype=log_weights.dtype)
+        _enough(log_weights, count)
+        noise = self.gumbel(*log_weights.shape, dtype=log_weights.dtype).to(log_weights.device)
         return (log_weights + noise).topk(count, dim=-1).indices
 
     def permutation(self, count: int) -> Tensor:
@@ -82,6 +88,13 @@ class Rng:
         self._generator.set_state(state["generator"])
 
 
+def _enough(log_weights: Tensor, count: int) -> None:
+    """Refuse draws without replacement that would have to repeat an index or take an impossible one."""
+    possible = int((log_weights > -math.inf).sum(-1).min()) if len(log_weights) else count
+    if count > possible:
+        raise InputError(f"{count} different indices were asked for; a row has only {possible} of positive weight.")
+
+
 class Replay(Rng):
     """The exhaustive twin of `Rng`: its draws follow a script of choices, and it knows their probability.
 
@@ -89,16 +102,24 @@ class Replay(Rng):
     seen. What it can enumerate: `categorical`, `bernoulli`, `permutation`, `without_replacement`; `uniform`, when
     the program only compares it with thresholds (after multiplying by or adding constants); `normal`, replaced
     by the nodes of Gauss-Hermite quadrature, exact for polynomials of degree below 2 `normal_nodes`. Raw
-    `gumbel` noise and any other use of a uniform raise `Unenumerable`.
+    `gumbel` noise and any other use of a uniform raise `Unenumerable`; so does splitting off two streams of one name,
+    since a real `Rng` would repeat the draws of the first in the second.
     """
 
     def __init__(self, script: Sequence[int] = (), normal_nodes: int | None = None):
         self.script = list(script)
         self.normal_nodes = normal_nodes
-        self.probability = 1.0
+        self.factors: list[float] = []
         self.choices: list[int] = []
         self.branches: list[int] = []
+        self._names: set[str] = set()  # shared, as are the lists above, by all streams split off
+        self._path: tuple[object, ...] = ()
         self.seed, self.device = 0, torch.device("cpu")
+
+    @property
+    def probability(self) -> float:
+        """The probability of the choices made so far."""
+        return math.prod(self.factors)
 
     def choose(self, probabilities: Sequence[float]) -> int:
         """One of the outcomes of positive probability: what the script says, else the first."""
@@ -107,19 +128,24 @@ class Replay(Rng):
             raise Unenumerable(f"A choice needs finite, non-negative probabilities, not {list(probabilities)}.")
         position = len(self.choices)
         choice = self.script[position] if position < len(self.script) else 0
+        if choice >= len(live):
+            raise Unenumerable(
+                "The program met other choices when it was run again; it keeps state between runs or has a second "
+                "source of randomness."
+            )
         self.choices.append(choice)
         self.branches.append(len(live))
-        self.probability *= probabilities[live[choice]] / math.fsum(probabilities)
+        self.factors.append(probabilities[live[choice]] / math.fsum(probabilities))
         return live[choice]
 
     def categorical(self, probabilities: Tensor) -> Tensor:
         rows = probabilities.detach().double().tolist()
-        return torch.tensor([self.choose(row) for row in rows], dtype=torch.long)
+        return torch.tensor([self.choose(row) for row in rows], dtype=torch.long, device=probabilities.device)
 
     def bernoulli(self, probability: Tensor) -> Tensor:
         flat = probability.detach().double().reshape(-1).tolist()
         drawn = [self.choose([1.0 - value, value]) == 1 for value in flat]
-        return torch.tensor(drawn, dtype=torch.bool).reshape(probability.shape)
+        return torch.tensor(drawn, dtype=torch.bool, device=probability.device).reshape(probability.shape)
 
     def uniform(self, *shape: int, dtype: torch.dtype | None = None) -> Any:
         intervals = [[0.0, 1.0] for _ in range(math.prod(shape))]
@@ -138,6 +164,7 @@ class Replay(Rng):
         raise Unenumerable("Raw Gumbel noise cannot be enumerated; draw with `without_replacement` instead.")
 
     def without_replacement(self, log_weights: Tensor, count: int) -> Tensor:
+        _enough(log_weights, count)
         rows = []
         for row in log_weights.detach().double().softmax(-1).tolist():
             remaining, drawn = list(row), []
@@ -145,13 +172,18 @@ class Replay(Rng):
                 drawn.append(self.choose(remaining))
                 remaining[drawn[-1]] = 0.0
             rows.append(drawn)
-        return torch.tensor(rows, dtype=torch.long)
+        return torch.tensor(rows, dtype=torch.long, device=log_weights.device).reshape(len(rows), count)
 
     def permutation(self, count: int) -> Tensor:
         return self.without_replacement(torch.zeros(1, count), count)[0]
 
     def split(self, *name: object) -> Self:
-        return self
+        twin = copy.copy(self)
+        twin._path = (*self._path, name)
+        if repr(twin._path) in self._names:
+            raise Unenumerable(f"Two streams were split off as {name}; in a real run the second repeats the first.")
+        self._names.add(repr(twin._path))
+        return twin
 
     def state_dict(self) -> dict[str, Any]:
         raise Unenumerable("A replay has no state to save: it is a walk over outcomes, not a stream.")
@@ -183,8 +215,13 @@ class ThresholdUniform:
     def __len__(self) -> int:
         return len(self._index)
 
+    def _constant(self, value: Any) -> Tensor:
+        if isinstance(value, ThresholdUniform):
+            raise Unenumerable("A uniform can be enumerated only against constants, not against another uniform.")
+        return torch.as_tensor(value, dtype=torch.float64)
+
     def _affine(self, scale: Any, shift: Any) -> ThresholdUniform:
-        scale, shift = torch.as_tensor(scale, dtype=torch.float64), torch.as_tensor(shift, dtype=torch.float64)
+        scale, shift = self._constant(scale), self._constant(shift)
         shape = torch.broadcast_shapes(self.shape, scale.shape, shift.shape)
         return ThresholdUniform(
             self._replay, self._intervals, self._index.expand(shape), self._scale * scale, self._shift * scale + shift
@@ -196,7 +233,7 @@ class ThresholdUniform:
     __radd__ = __add__
 
     def __sub__(self, other: Any) -> ThresholdUniform:
-        return self._affine(1.0, -torch.as_tensor(other, dtype=torch.float64))
+        return self._affine(1.0, -self._constant(other))
 
     def __rsub__(self, other: Any) -> ThresholdUniform:
         return self._affine(-1.0, other)
@@ -207,25 +244,23 @@ class ThresholdUniform:
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> ThresholdUniform:
-        return self._affine(1.0 / torch.as_tensor(other, dtype=torch.float64), 0.0)
+        return self._affine(1.0 / self._constant(other), 0.0)
 
     def __getitem__(self, key: Any) -> ThresholdUniform:
-        return ThresholdUniform(
-            self._replay, self._intervals, self._index[key], self._scale[key], self._shift[key]
-        )
+        return ThresholdUniform(self._replay, self._intervals, self._index[key], self._scale[key], self._shift[key])
 
-    def _below(self, threshold: Any, sign: int) -> Tensor:
-        """sign * (scale u + shift - threshold) < 0, deciding what is not known yet."""
-        threshold = torch.as_tensor(threshold, dtype=torch.float64)
+    def _below(self, threshold: Any, sign: int, inclusive: bool = False) -> Tensor:
+        """sign * (scale u + shift - threshold) < 0, deciding what is not known yet; `inclusive`: <= 0."""
+        threshold = self._constant(threshold)
         shape = torch.broadcast_shapes(self.shape, threshold.shape)
         columns = (self._index, self._scale, self._shift, threshold)
         flat = [column.expand(shape).reshape(-1).tolist() for column in columns]
-        answers = [self._decide(*row, sign) for row in zip(*flat, strict=True)]
+        answers = [self._decide(i, a, b, t, sign, inclusive) for i, a, b, t in zip(*flat, strict=True)]
         return torch.tensor(answers, dtype=torch.bool).reshape(shape)
 
-    def _decide(self, index: int, scale: float, shift: float, threshold: float, sign: int) -> bool:
+    def _decide(self, index: int, scale: float, shift: float, threshold: float, sign: int, inclusive: bool) -> bool:
         if scale == 0.0:
-            return sign * (shift - threshold) < 0
+            return sign * (shift - threshold) < 0 or (inclusive and shift == threshold)
         point, low_side = (threshold - shift) / scale, sign * scale > 0  # below the point <=> the answer is yes
         low, high = self._intervals[index]
         if point <= low or point >= high:
@@ -238,17 +273,26 @@ class ThresholdUniform:
     def __lt__(self, threshold: Any) -> Tensor:
         return self._below(threshold, 1)
 
-    __le__ = __lt__
+    def __le__(self, threshold: Any) -> Tensor:
+        return self._below(threshold, 1, inclusive=True)
 
     def __gt__(self, threshold: Any) -> Tensor:
         return self._below(threshold, -1)
 
-    __ge__ = __gt__
+    def __ge__(self, threshold: Any) -> Tensor:
+        return self._below(threshold, -1, inclusive=True)
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise Unenumerable("A uniform can be enumerated only if it is compared with thresholds, nothing else.")
 
-    __array__ = __float__ = __bool__ = __pow__ = __neg__ = log = exp = sqrt = item = tolist = _refuse
+    __array__ = __float__ = __int__ = __index__ = __bool__ = __neg__ = __abs__ = __round__ = __eq__ = __ne__ = _refuse
+    __pow__ = __rpow__ = __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = __rtruediv__ = __contains__ = _refuse
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # protocols that ask what an object can do have to be told no in their own way
+            raise AttributeError(name)
+        raise Unenumerable(f"A uniform can be enumerated only if it is compared with thresholds; .{name} is not.")
 
     @classmethod
     def __torch_function__(

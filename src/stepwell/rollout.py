@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ class Request:
 
     `context` takes the prompt's place while drawing (a hint, a prefix); the rows are scored under the prompt
     unless told otherwise. `start` is None for the root, `(row, step)` of the trajectories drawn so far to branch
-    after that row's first `step` steps, or a `Snapshot`. `horizon` bounds the steps of a row. `proposal` maps the
-    process's law to the one drawn from; the row's log weight keeps the account.
+    after that row's first `step` steps, or a `Snapshot`. `horizon` bounds the steps of a row, those before its start
+    included. `proposal` maps the process's law to the one drawn from; the row's log weight keeps the account.
     """
 
     prompt: Prompt
@@ -53,7 +54,9 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise InputError(f"A request asks for {self.count} samples of prompt {self.prompt.id}; at least 1 is right.")
+            raise InputError(f"A request asks for {self.count} samples of prompt {self.prompt.id}; 1 is the least.")
+        if self.horizon is not None and self.horizon < 1:
+            raise InputError(f"A request for prompt {self.prompt.id} has a horizon of {self.horizon}; 1 is the least.")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Drawn:
         return len(self.prompts)
 
     def __getitem__(self, index: Tensor) -> Drawn:
+        """The rows at the given places, or where a bool tensor is True."""
+        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index
         rows = index.tolist()
         return Drawn(self.trajectories[index], self.samples[rows], [self.prompts[row] for row in rows])
 
@@ -90,18 +95,21 @@ def rollout(
     so_far: Trajectories | None = None,
     version: int = 0,
     rows_at_once: int | None = None,
+    first_node: int = 0,
 ) -> Drawn:
     """Draw what the requests ask for.
 
     A prompt is started once and forked for its whole request; rows leave the batch when they are done. Rows that
     branch from `so_far` keep the nodes of the steps they share with it. At most `rows_at_once` rows are in the
-    batch at a time (a request is never split).
+    batch at a time (a request is never split). New nodes are numbered from `first_node` beyond those of `so_far`.
     """
     if not requests:
         raise InputError("A rollout needs at least one request; none was made.")
     parts: list[Drawn] = []
     order: list[tuple[int, int]] = []
-    first_node = 0 if so_far is None else int(so_far.node.max()) + 1
+    known = [] if so_far is None else [so_far]
+    known += [request.start.trajectory for request in requests if isinstance(request.start, Snapshot)]
+    first_node += max((int(rows.node.max()) + 1 for rows in known if rows.node.numel()), default=0)
     for batch in _batches(requests, rows_at_once or sum(request.count for request in requests)):
         parts.append(_draw(process, [requests[i] for i in batch], rng, so_far, version, first_node))
         first_node += parts[-1].trajectories.mask.numel()
@@ -140,14 +148,17 @@ class _Record:
 
     def table(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """action (N, T, ...), log_prob (N, T), mask (N, T)."""
-        width = int(self.position.max()) if rows else 0
-        first = self.steps[0]
-        action = torch.zeros(rows, width, *first[2].shape[1:], dtype=first[2].dtype, device=first[2].device)
-        log_prob = torch.zeros(rows, width, dtype=first[3].dtype, device=first[3].device)
+        width = int(self.position.max())
+        if not self.steps:  # every row was done at its start
+            return torch.zeros(rows, 0, dtype=torch.long), torch.zeros(rows, 0), torch.zeros(rows, 0).bool()
+        first, kinds = self.steps[0][2], [(step[2].dtype, step[3].dtype) for step in self.steps]
+        action_kind, log_prob_kind = (reduce(torch.promote_types, column) for column in zip(*kinds, strict=True))
+        action = torch.zeros(rows, width, *first.shape[1:], dtype=action_kind, device=first.device)
+        log_prob = torch.zeros(rows, width, dtype=log_prob_kind, device=first.device)
         mask = torch.zeros(rows, width, dtype=torch.bool)
         for row, step, drawn, log_p, random in self.steps:
-            action[row, step], mask[row, step] = drawn, random
-            log_prob[row, step] = torch.where(random, log_p, torch.zeros_like(log_p))
+            action[row, step], mask[row, step] = drawn.to(action_kind), random
+            log_prob[row, step] = log_p.to(log_prob_kind).masked_fill(~random.to(log_p.device), 0.0)
         return action, log_prob, mask
 
 
@@ -190,7 +201,7 @@ def _draw(
     action, log_prob, mask = record.table(total)
     node = first_node + torch.arange(mask.numel()).reshape(mask.shape)
     node = node.masked_fill(torch.arange(mask.shape[1]) >= record.position[:, None], -1)
-    node[:, : shared.shape[1]] = shared
+    node[:, : shared.shape[1]] = shared.cpu()
     samples, cut_by_process = _in_order(finished, total)
     condition = process.condition([request.prompt.value for request in requests])
     trajectories = make(
@@ -206,6 +217,8 @@ def _draw(
         version=torch.full((total,), version),
         condition=None if condition is None else condition[owner],
     )
+    if trajectories.mask.device != action.device:
+        trajectories = trajectories.to(action.device)
     return Drawn(trajectories, samples, [requests[i].prompt for i in owner.tolist()])
 
 
@@ -227,9 +240,16 @@ def _begin(
         if start is None:
             return state[owner], torch.zeros(len(owner), 0, dtype=torch.long)
         sources, steps = torch.tensor([request.start[0] for request in requests]), start[1]  # type: ignore[index]
-        if so_far is None or int(sources.max()) >= len(so_far) or bool((so_far.length[sources] < steps).any()):
+        outside = so_far is None or int(sources.min()) < 0 or int(sources.max()) >= len(so_far) or steps < 0
+        if so_far is None or outside or bool((so_far.length[sources] < steps).any()):
             raise InputError(f"A request branches at rows {sources.tolist()}, step {steps}, which were not all drawn.")
         prefix = so_far[sources]
+        for request, prompt in zip(requests, prefix.prompt.tolist(), strict=True):
+            if request.prompt.id != prompt:
+                raise InputError(
+                    f"A request for prompt {request.prompt.id} branches at row {request.start[0]}, "  # type: ignore[index]
+                    f"which answers prompt {prompt}."
+                )
         for step in range(steps):
             state = process.advance(state, prefix.action[:, step], rng)
         state, prefix = state[owner], prefix[owner]

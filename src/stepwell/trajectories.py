@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from tensordict import TensorClass, TensorDict
 from torch import Tensor
 from torch.nn.functional import pad
+
+from stepwell.errors import InputError
 
 
 class Trajectories(TensorClass):
@@ -58,9 +60,7 @@ class Trajectories(TensorClass):
     info: TensorDict | None = None
 
 
-STEP_FIELDS = (
-    "action log_prob mask node segment step_reward old_log_prob reference_log_prob value entropy".split()
-)
+STEP_FIELDS = "action log_prob mask node segment step_reward old_log_prob reference_log_prob value entropy".split()
 
 
 def make(action: Tensor, log_prob: Tensor, mask: Tensor, **fields: Any) -> Trajectories:
@@ -69,44 +69,52 @@ def make(action: Tensor, log_prob: Tensor, mask: Tensor, **fields: Any) -> Traje
     By default each row is a prompt of its own, drawn on its own, complete, and of weight one.
     """
     count, steps = mask.shape
-    happened = mask.bool()
-    length = fields.get("length", happened.long().mul(torch.arange(1, steps + 1)).amax(1) if steps else happened.sum(1))
-    inside = torch.arange(steps) < length[:, None]
-    zeros = torch.zeros(count, dtype=torch.long)
+    happened, device = mask.bool(), mask.device
+    last = torch.where(happened, torch.arange(1, steps + 1, device=device), 0)
+    length = fields.get("length", last.amax(1) if steps else last.sum(1))
+    inside = torch.arange(steps, device=device) < length[:, None]
+    zeros = torch.zeros(count, dtype=torch.long, device=device)
     defaults: dict[str, Any] = {
         "length": length,
-        "prompt": torch.arange(count),
-        "node": torch.arange(count * steps).reshape(count, steps).masked_fill(~inside, -1),
+        "prompt": torch.arange(count, device=device),
+        "node": torch.arange(count * steps, device=device).reshape(count, steps).masked_fill(~inside, -1),
         "truncated": zeros.bool(),
-        "outcome": torch.ones(count, dtype=torch.bool),
-        "weight": torch.zeros(count, dtype=log_prob.dtype),
+        "outcome": torch.ones(count, dtype=torch.bool, device=device),
+        "weight": torch.zeros(count, dtype=log_prob.dtype, device=device),
         "source": zeros,
         "version": zeros,
     }
-    return Trajectories(
-        action=action, log_prob=log_prob, mask=happened, batch_size=[count], **{**defaults, **fields}
-    )
+    return Trajectories(action=action, log_prob=log_prob, mask=happened, batch_size=[count], **{**defaults, **fields})
 
 
 def pad_steps(rows: Trajectories, steps: int) -> Trajectories:
-    """The same rows, padded on the right to `steps` steps; nothing that is computed from them may change."""
+    """The same rows, padded on the right to `steps` steps; nothing that is computed from them may change.
+
+    Raises `InputError` where the rows are already longer.
+    """
     extra = steps - rows.mask.shape[1]
     if extra == 0:
         return rows
-    changed = {name: _pad_right(getattr(rows, name), extra, name) for name in STEP_FIELDS}
+    if extra < 0:
+        raise InputError(f"Trajectories of {rows.mask.shape[1]} steps cannot be padded to {steps}.")
+    present = ((name, getattr(rows, name)) for name in STEP_FIELDS)
+    changed = {name: _pad_right(value, extra, name) for name, value in present if value is not None}
     if rows.info is not None:
         width = rows.mask.shape[1]
         entries = {
             key: _pad_right(value, extra) if value.dim() > 1 and value.shape[1] == width else value
-            for key, value in rows.info.items()
+            for key, value in _tensors(rows.info)
         }
         changed["info"] = TensorDict(entries, batch_size=[len(rows)])
     return rows.replace(**changed)
 
 
-def _pad_right(value: Tensor | None, extra: int, name: str = "") -> Tensor | None:
-    if value is None:
-        return None
+def _tensors(entries: TensorDict | None) -> Iterator[tuple[str, Any]]:
+    """The entries by name; none where there is no table."""
+    return iter(()) if entries is None else ((str(key), value) for key, value in entries.items())
+
+
+def _pad_right(value: Tensor, extra: int, name: str = "") -> Tensor:
     return pad(value, (0, 0) * (value.dim() - 2) + (0, extra), value=-1 if name == "node" else 0)
 
 
@@ -115,11 +123,13 @@ def concatenate(parts: Sequence[Trajectories], *, renumber: bool = False) -> Tra
 
     Parts of one step's rollout number their nodes jointly, so that branches go on sharing steps with their
     origin. Parts that know nothing of each other are `renumber`ed: rows of different parts then share no node.
+    Raises `InputError` where one part has a field that another lacks.
     """
+    _same_fields(parts)
     steps = max(part.mask.shape[1] for part in parts)
     widths: dict[str, int] = {}
     for part in parts:
-        for key, value in ({} if part.condition is None else part.condition).items():
+        for key, value in _tensors(part.condition):
             widths[key] = max(widths.get(key, 0), value.shape[1] if value.dim() > 1 else 0)
     aligned, offset = [], 0
     for part in parts:
@@ -131,12 +141,29 @@ def concatenate(parts: Sequence[Trajectories], *, renumber: bool = False) -> Tra
                 key: pad(value, (0, 0) * (value.dim() - 2) + (widths[key] - value.shape[1], 0))
                 if value.dim() > 1
                 else value
-                for key, value in condition.items()
+                for key, value in _tensors(condition)
             }
             condition = TensorDict(entries, batch_size=[len(part)])
         aligned.append(part.replace(node=node, condition=condition))
         offset = max(offset, int(node.max()) + 1 if node.numel() else 0)
-    return torch.cat(aligned)
+    joined: Any = torch.cat(aligned)  # type: ignore[arg-type]
+    return joined
+
+
+def _same_fields(parts: Sequence[Trajectories]) -> None:
+    """Refuse parts of which only some were scored, rewarded or given information."""
+    present = []
+    for part in parts:
+        names = {str(name) for name in part.keys() if getattr(part, str(name)) is not None}  # noqa: SIM118
+        for table in ("condition", "info"):
+            names |= {f"{table}['{key}']" for key, _ in _tensors(getattr(part, table))}
+        present.append(names)
+    for names in present[1:]:
+        if names != present[0]:
+            raise InputError(
+                f"Trajectories that are to be joined differ in {', '.join(sorted(names ^ present[0]))}; all parts "
+                "must have it, or none."
+            )
 
 
 @dataclass(frozen=True)
@@ -160,7 +187,8 @@ def edges(rows: Trajectories) -> Edges:
     index = torch.full_like(rows.node, -1)
     index[happened] = inverse
     where = happened.nonzero()
-    first = torch.full((len(count),), len(where)).scatter_reduce(0, inverse, torch.arange(len(where)), "amin")
+    order = torch.arange(len(where), device=where.device)
+    first = torch.full_like(count, len(where)).scatter_reduce(0, inverse, order, "amin")
     return Edges(where[first, 0], where[first, 1], count, index)
 
 
@@ -188,3 +216,25 @@ def count(rows: Trajectories, length: float | None = None, pairs: float = 0.0) -
         length=float(length or rows.mask.shape[1]),
         pairs=pairs,
     )
+
+
+def to_tensors(rows: Trajectories) -> dict[str, Tensor]:
+    """The rows as a flat dictionary of tensors, for a file; `from_tensors` brings them back."""
+    answer = {}
+    for name in Trajectories.__annotations__:
+        value = getattr(rows, name)
+        if isinstance(value, TensorDict):
+            answer |= {f"{name}.{key}": entry for key, entry in value.items()}
+        elif value is not None:
+            answer[name] = value
+    return {name: value.contiguous().clone() for name, value in answer.items()}
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> Trajectories:
+    """The rows that `to_tensors` wrote."""
+    count = len(tensors["mask"])
+    fields: dict[str, Any] = {name: value for name, value in tensors.items() if "." not in name}
+    for group in {name.split(".")[0] for name in tensors if "." in name}:
+        entries = {name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith(f"{group}.")}
+        fields[group] = TensorDict(entries, batch_size=[count])
+    return Trajectories(**fields, batch_size=[count])

@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from stepwell.distributions import Categorical
+from stepwell.errors import MissingAbility
 from stepwell.meter import Meter
 from stepwell.process.base import Process, Samples, Scores, check_needs
 from stepwell.rng import Rng
@@ -55,7 +56,7 @@ class TabularLanguage:
 
     Example:
         >>> model = markov(symbols=3, length=2)
-        >>> float(model.string_probabilities().sum())
+        >>> round(float(model.string_probabilities().sum()), 12)
         1.0
     """
 
@@ -71,6 +72,7 @@ class TabularLanguage:
             raise ValueError(f"{self.contexts} contexts were given; {expected} are right for order {self.order}.")
         value = torch.zeros(logits.shape[:2], dtype=torch.float64) if value is None else value
         self.module: nn.Module = StringTable(logits.double(), value.double())
+        self.module.get_parameter("value").requires_grad_(False)
         self.meter = Meter()
         self.reference: Process | None = None
 
@@ -112,6 +114,8 @@ class TabularLanguage:
     ) -> Scores:
         check_needs(self, needs, self.offers)
         condition = trajectories.condition if context is None else context
+        if condition is None:
+            raise MissingAbility("A tabular model scores rows by their prompt; these trajectories have no condition.")
         rows, mask = condition["prompt"][:, None], trajectories.mask
         amount = int(mask.sum())
         self.meter.add(model_evaluations=len(mask), forward=amount)
@@ -119,11 +123,12 @@ class TabularLanguage:
             self.meter.add(backward=amount)
         contexts = self._contexts(trajectories.action)
         law = self.logits[rows, contexts].log_softmax(-1)
-        log_prob = law.gather(-1, trajectories.action[..., None])[..., 0] * mask
+        log_prob = law.gather(-1, trajectories.action[..., None])[..., 0].masked_fill(~mask, 0.0)
+        steps = Categorical(law.flatten(0, 1))  # all steps of all rows, one after another
         extra: dict[str, Tensor] = {}
         for need in needs:
             if need == "entropy":
-                extra[need] = -(law.exp() * law).sum(-1) * mask
+                extra[need] = steps.entropy().reshape(mask.shape) * mask
             elif need == "value":
                 extra[need] = self.module.get_parameter("value")[rows, contexts] * mask
             elif need == "sum_of_squares":
@@ -134,8 +139,17 @@ class TabularLanguage:
                 reference = self if self.reference is None else self.reference
                 with torch.no_grad():
                     other = reference.score(trajectories, {"logits"}, context)["logits"]
-                extra[need] = (law.exp() * (law - other)).sum(-1) * mask
+                extra[need] = steps.kl(Categorical(other.flatten(0, 1))).reshape(mask.shape).masked_fill(~mask, 0.0)
         return Scores(log_prob, extra)
+
+    @property
+    def horizon(self) -> int:
+        """The largest number of steps of a row."""
+        return self.length
+
+    def add_value_head(self) -> None:
+        """Let the table of values learn."""
+        self.module.get_parameter("value").requires_grad_(True)
 
     def frozen(self) -> TabularLanguage:
         twin = copy.copy(self)

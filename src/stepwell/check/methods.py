@@ -1,0 +1,106 @@
+"""What every method obeys, checked by registration alone: no number may depend on how a batch is laid out or cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from stepwell.check.oracles import Provable, oracle
+from stepwell.errors import LawBroken, StepwellError
+from stepwell.parts import Batch
+from stepwell.process.exact import TabularLanguage, markov
+from stepwell.recipe import Recipe
+from stepwell.rng import Rng
+from stepwell.rollout import Prompt, Request, rollout
+from stepwell.train.collect import fill
+from stepwell.train.update import accumulate, score_in_pieces
+from stepwell.trajectories import Counts, Trajectories, count, pad_steps
+
+TOLERANCE = 1e-9
+"""The largest deviation allowed, in float64: sums of a few hundred terms of order one, in another order."""
+
+
+def bench(recipe: Recipe) -> tuple[TabularLanguage, Trajectories]:
+    """A tabular model, and rows that an earlier version of it drew: ragged groups, real rewards, all fields filled."""
+    process = markov(symbols=4, length=6, prompts=4, seed=7)
+    process.add_value_head()
+    process.module.get_parameter("value").data.copy_(Rng(8).normal(4, process.contexts, dtype=torch.float64))
+    process.reference = process.frozen()
+    requests = [Request(Prompt(prompt, prompt), size) for prompt, size in enumerate((5, 2, 4, 3))]
+    drawn = rollout(process, requests, Rng(9))
+    rows = fill(process, drawn.trajectories, {"old_log_prob", *recipe.whole.reads}, tokens=None)
+    count_, steps = rows.mask.shape
+    rng = Rng(10)
+    noise = rng.normal(count_, steps, dtype=torch.float64) * rows.mask
+    rows = rows.replace(
+        log_prob=rows.log_prob + 0.05 * noise,  # the sampler is not quite the old policy
+        reward=rng.normal(count_, dtype=torch.float64),
+        segment=(torch.arange(steps) // 2).expand(count_, steps).contiguous(),
+        info=TensorDict({"turn": (torch.arange(steps) // 3).expand(count_, steps).contiguous()}, batch_size=[count_]),
+    )
+    moved = process.logits + 0.3 * rng.normal(*process.logits.shape, dtype=torch.float64)
+    process.logits.data.copy_(moved)  # and the present policy is far enough for clips to bite
+    return process, rows
+
+
+def gradient(
+    process: TabularLanguage, recipe: Recipe, rows: Trajectories, pieces: list[Tensor] | None = None, tokens: int | None = None
+) -> Tensor:
+    """The flat gradient of one update on these rows, computed piece by piece with global counts and one plan."""
+    objective, counts = recipe.whole, _counts(process, rows)
+    states = {name: state.initial for name, state in objective.states.items()}
+    scores = None
+    if objective.plans_on_scores:
+        scores = score_in_pieces(process, rows, sorted(objective.present - {"log_prob"}), None)
+    targets = objective.credit(Batch(rows, counts, None, states))
+    targets = objective.plan(Batch(rows, counts, scores, states), targets)
+    parameters = [p for p in process.module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = None
+    for piece in pieces or [torch.arange(len(rows))]:
+        accumulate(process, objective, rows[piece], targets[piece], counts, states, tokens)
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _counts(process: TabularLanguage, rows: Trajectories) -> Counts:
+    return count(rows, process.horizon)
+
+
+def check_method(card: Provable, tolerance: float = TOLERANCE) -> MappingProxyType[str, float]:
+    """Hold a method to its laws: a mapping from each law to the largest deviation found.
+
+    `padding`, `permutation`, `micro-batches` (as small as they get) and `processes` (two that sum their gradients)
+    leave the gradient as it is; `moves` says the gradient is not zero; `unknown option` is refused; and every oracle
+    that the card names as its proof holds. Raises LawBroken, naming the first that does not.
+    """
+    recipe = card.recipe()
+    process, rows = bench(recipe)
+    whole = gradient(process, recipe, rows)
+    size = float(whole.norm())
+    if not size > 0 or not bool(whole.isfinite().all()):
+        raise LawBroken(f"The method '{card.id}' has a gradient of norm {size} on a batch that is not degenerate.")
+    order = Rng(11).permutation(len(rows))
+    groups = [(rows.prompt % 2 == parity).nonzero()[:, 0] for parity in (0, 1)]
+    laws: dict[str, Callable[[], Tensor]] = {
+        "padding": lambda: gradient(process, recipe, pad_steps(rows, rows.mask.shape[1] + 3)),
+        "permutation": lambda: gradient(process, recipe, rows[order]),
+        "micro-batches": lambda: gradient(process, recipe, rows, tokens=1),
+        "processes": lambda: gradient(process, recipe, rows, groups),
+    }
+    report = {law: float((found() - whole).abs().max()) for law, found in laws.items()}
+    report |= {f"oracle {name}": oracle(name)(card) for name in card.proof}
+    for law, error in report.items():
+        if not error <= tolerance:
+            raise LawBroken(f"The method '{card.id}' breaks the law '{law}' by {error:.1e}; at most {tolerance:g} is right.")
+    try:
+        card.recipe(**{"an_option_nobody_has": 1})
+    except (StepwellError, TypeError):
+        report["unknown option"] = 0.0
+    else:
+        raise LawBroken(f"The method '{card.id}' accepts an option that it does not have.")
+    return MappingProxyType(report)

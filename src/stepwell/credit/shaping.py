@@ -1,0 +1,54 @@
+"""What is added to the outcome before credit is given: penalties for divergence and for length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stepwell.parts import Batch, Part
+from stepwell.reward.overlong import overlong_penalty
+
+
+@dataclass(frozen=True)
+class Outcome(Part):
+    """R (N,), the reward as it was given."""
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return batch.reward
+
+
+@dataclass(frozen=True)
+class DivergencePenalty(Part):
+    """-beta sum_t (log pi_old - log pi_ref), (N,): the KL penalty in the reward.
+
+    With reward-to-go or whole-sequence credit its expected gradient is exactly that of -beta KL(pi || ref) of
+    sequences, which no per-step penalty in the loss has (cards_objectives.md section 4).
+    """
+
+    beta: float
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"reference_log_prob"} if self.beta else ())
+
+    def __call__(self, batch: Batch) -> Tensor:
+        if not self.beta:
+            return batch.rows.log_prob.new_zeros(len(batch))
+        return -self.beta * batch.row_sum(batch.old - batch.reference)[:, 0]
+
+
+@dataclass(frozen=True)
+class Overlong(Part):
+    """DAPO's soft overlong punishment (N,): 0 up to `maximum - buffer` steps, then linearly down to -1.
+
+    `maximum` defaults to the run's horizon, and the buffer is a share of it: the paper's 4096 of 20480 is 0.2.
+    Source: DAPO, arXiv 2503.14476, equation 13. Lengths are those of the rows, trained steps or not.
+    """
+
+    maximum: int | None = None
+    buffer: float = 0.2
+
+    def __call__(self, batch: Batch) -> Tensor:
+        maximum = self.maximum or batch.counts.length
+        return overlong_penalty(batch.rows.length, maximum, self.buffer * maximum).to(batch.rows.log_prob.dtype)

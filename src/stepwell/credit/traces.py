@@ -1,0 +1,93 @@
+"""Credit along a trajectory: reward-to-go, generalised advantage estimation, and whitening over steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stepwell.credit.shaping import Outcome
+from stepwell.parts import Batch, Part
+
+
+def step_rewards(batch: Batch, outcome: Tensor) -> Tensor:
+    """(N, T) rewards of the steps, with the outcome (N,) on each row's last trained step."""
+    given = batch.rows.step_reward
+    rewards = torch.zeros_like(batch.mask) if given is None else given.to(batch.mask.dtype).clone()
+    last = (batch.mask * torch.arange(1, batch.mask.shape[1] + 1)).argmax(1)
+    rewards[torch.arange(len(batch)), last] += outcome * (batch.mask.sum(1) > 0)
+    return rewards * batch.mask
+
+
+def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
+    """(N, T) discounted sum of the rewards from each trained step on; steps with mask 0 take no time."""
+    return generalised_advantages(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
+
+
+def generalised_advantages(rewards: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """GAE (Schulman et al. 2016, equation 16), (N, T).
+
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, where t+1 is the next *trained* step:
+    steps with mask 0 (tool output, padding) are skipped over. After the last step the value is 0.
+    """
+    advantage = torch.zeros_like(rewards)
+    carried, next_value = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+    for step in reversed(range(rewards.shape[1])):
+        here = mask[:, step] > 0
+        delta = rewards[:, step] + gamma * next_value - value[:, step]
+        carried = torch.where(here, delta + gamma * lam * carried, carried)
+        next_value = torch.where(here, value[:, step], next_value)
+        advantage[:, step] = carried
+    return advantage * mask
+
+
+def whiten(values: Tensor, mask: Tensor, epsilon: float = 1e-8) -> Tensor:
+    """(N, T) values with mean 0 and variance 1 over the trained steps of the whole batch (unbiased variance)."""
+    number = mask.sum()
+    mean = (values * mask).sum() / number
+    variance = (((values - mean) ** 2) * mask).sum() / (number - 1).clamp(min=1)
+    return (values - mean) * torch.rsqrt(variance + epsilon) * mask
+
+
+@dataclass(frozen=True)
+class RewardToGo(Part):
+    """Sum of the step rewards still to come, with the outcome on the last step, (N, T)."""
+
+    gamma: float = 1.0
+    reward: Part = field(default_factory=Outcome)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return reward_to_go(step_rewards(batch, self.reward(batch)), batch.mask, self.gamma)
+
+
+@dataclass(frozen=True)
+class GeneralisedAdvantage(Part):
+    """GAE on the value head's estimates, (N, T); `kl` is the coefficient of a k1 penalty in the step rewards."""
+
+    gamma: float = 1.0
+    lam: float = 0.95
+    kl: float = 0.0
+    reward: Part = field(default_factory=Outcome)
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"value", "reference_log_prob"} if self.kl else {"value"})
+
+    def __call__(self, batch: Batch) -> Tensor:
+        rewards = step_rewards(batch, self.reward(batch))
+        if self.kl:
+            rewards = rewards - self.kl * (batch.old - batch.reference) * batch.mask
+        return generalised_advantages(rewards, batch.field("value"), batch.mask, self.gamma, self.lam)
+
+
+@dataclass(frozen=True)
+class Whitened(Part):
+    """Another credit, whitened over all trained steps of the batch, (N, T)."""
+
+    credit: Part
+
+    def __call__(self, batch: Batch) -> Tensor:
+        values = self.credit(batch)
+        values = (values[:, None] if values.dim() == 1 else values).expand_as(batch.mask)
+        return whiten(values, batch.mask)

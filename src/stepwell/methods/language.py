@@ -1,0 +1,181 @@
+"""Methods that train a language model from rewards, each a composition of parts with its card."""
+
+from __future__ import annotations
+
+from stepwell.credit.group import Best, GroupCredit
+from stepwell.credit.shaping import DivergencePenalty, Outcome, Overlong
+from stepwell.credit.traces import GeneralisedAdvantage, Whitened
+from stepwell.methods.registry import method
+from stepwell.objective.pairs import Logistic, Pairing, Pairs
+from stepwell.objective.policy import Policy
+from stepwell.objective.ratio import Ratio
+from stepwell.objective.reduction import Reduction
+from stepwell.objective.regularise import Divergence, Regulariser, entropy_bonus
+from stepwell.objective.surrogate import Clip, Score
+from stepwell.objective.term import Objective, Term
+from stepwell.objective.value import ValueLoss
+from stepwell.parts import Part
+from stepwell.plan.groups import DynamicSampling, Groups
+from stepwell.recipe import Recipe
+
+
+def penalised(policy: Term | Objective, kl: float, estimate: str = "k3", reduction: str = "token") -> Term | Objective:
+    """A policy term, with a divergence penalty in the loss where its coefficient is not zero."""
+    if not kl:
+        return policy
+    return policy + Regulariser(Divergence(estimate), kl, Reduction(reduction))  # type: ignore[arg-type]
+
+
+def reward_with(kl: float) -> Part:
+    """The outcome, less a divergence penalty where its coefficient is not zero."""
+    return Outcome() + DivergencePenalty(kl) if kl else Outcome()
+
+
+@method(
+    "reinforce",
+    title="REINFORCE",
+    paper="Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning",
+    year=1992,
+    differs="The score function with the reward itself: unbiased, and as noisy as it gets.",
+    proof=("exact_gradient",),
+)
+def reinforce(kl: float = 0.0) -> Recipe:
+    credit = GroupCredit("none", reward=reward_with(kl))
+    return Recipe(Policy(credit, surrogate=Score(), reduction=Reduction("row-sum")))
+
+
+@method(
+    "rloo",
+    title="REINFORCE Leave-One-Out",
+    paper="Back to Basics: Revisiting REINFORCE-Style Optimization for Learning from Human Feedback in LLMs",
+    arxiv="2402.14740",
+    year=2024,
+    differs="Each sample's baseline is the mean reward of the others; one clipped ratio a sequence, their product.",
+    proof=("exact_gradient",),
+)
+def rloo(clip: float = 0.2, kl: float = 0.0) -> Recipe:
+    credit = GroupCredit("leave-one-out", reward=reward_with(kl))
+    return Recipe(Policy(credit, Ratio("sequence", "product"), Clip(clip, clip), reduction=Reduction("row")))
+
+
+@method(
+    "grpo",
+    title="Group Relative Policy Optimization",
+    paper="DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+    arxiv="2402.03300",
+    year=2024,
+    differs="Rewards standardised within the group; token ratios, clipped; the mean of each row's mean.",
+    proof=("standardised_gradient", "length_weighted_gradient"),
+)
+def grpo(clip: float = 0.2, kl: float = 0.0, epsilon: float = 1e-4) -> Recipe:
+    policy = Policy(GroupCredit("mean", "std", epsilon=epsilon), surrogate=Clip(clip, clip), reduction=Reduction("row"))
+    return Recipe(penalised(policy, kl, reduction="row"))
+
+
+@method(
+    "dr-grpo",
+    title="GRPO Done Right",
+    paper="Understanding R1-Zero-Like Training: A Critical Perspective",
+    arxiv="2503.20783",
+    year=2025,
+    differs="grpo without its two biases: no division by the deviation, and a fixed length in place of each row's.",
+    proof=("mean_centred_gradient",),
+)
+def dr_grpo(clip: float = 0.2, length: int = 0) -> Recipe:
+    policy = Policy(GroupCredit("mean"), surrogate=Clip(clip, clip), reduction=Reduction("fixed", length or None))
+    return Recipe(policy)
+
+
+@method(
+    "dapo",
+    title="Decoupled Clip and Dynamic Sampling Policy Optimization",
+    paper="DAPO: An Open-Source LLM Reinforcement Learning System at Scale",
+    arxiv="2503.14476",
+    year=2025,
+    differs="grpo with a wider upper clip, the mean over tokens, groups of equals replaced, and long answers punished.",
+    proof=("standardised_gradient", "refilled_gradient", "overlong_schedule"),
+)
+def dapo(low: float = 0.2, high: float = 0.28, buffer: float = 0.2, refill: float = 4.0) -> Recipe:
+    reward = Outcome() + Overlong(buffer=buffer) if buffer else Outcome()
+    policy = Policy(GroupCredit("mean", "std", reward=reward), surrogate=Clip(low, high))
+    return Recipe(policy, DynamicSampling(limit=refill))
+
+
+@method(
+    "gspo",
+    title="Group Sequence Policy Optimization",
+    paper="Group Sequence Policy Optimization",
+    arxiv="2507.18071",
+    year=2025,
+    differs="grpo with one ratio a sequence: the geometric mean of its token ratios, clipped far more tightly.",
+    proof=("first_update_of_grpo", "one_token_is_ppo"),
+)
+def gspo(low: float = 3e-4, high: float = 4e-4) -> Recipe:
+    return grpo().replace(ratio=Ratio("sequence"), surrogate=Clip(low, high))
+
+
+@method(
+    "cispo",
+    title="Clipped Importance Sampling Policy Optimization",
+    paper="MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention",
+    arxiv="2506.13585",
+    year=2025,
+    differs="The ratio is a weight, clipped from above, on the score function: no token loses its gradient.",
+    proof=("gradient_multiplier", "standardised_gradient"),
+)
+def cispo(maximum: float = 5.0) -> Recipe:
+    return Recipe(Policy(GroupCredit("mean", "std"), surrogate=Score(maximum=maximum)))
+
+
+@method(
+    "ppo",
+    title="Proximal Policy Optimization",
+    paper="Proximal Policy Optimization Algorithms",
+    arxiv="1707.06347",
+    year=2017,
+    differs="A value head's generalised advantages, whitened over tokens, in place of a group's statistics.",
+    proof=("exact_critic_gradient",),
+)
+def ppo(
+    clip: float = 0.2,
+    lam: float = 0.95,
+    gamma: float = 1.0,
+    kl: float = 0.0,
+    value_coefficient: float = 0.1,
+    value_clip: float = 0.2,
+    entropy: float = 0.0,
+    epochs: int = 2,
+    minibatches: int = 2,
+) -> Recipe:
+    estimator = GeneralisedAdvantage(gamma, lam, kl)
+    policy = Policy(Whitened(estimator), surrogate=Clip(clip, clip))
+    objective = policy + ValueLoss(estimator, value_clip, coefficient=value_coefficient)
+    objective = objective + entropy_bonus(entropy) if entropy else objective
+    return Recipe(objective, epochs=epochs, minibatches=minibatches)
+
+
+@method(
+    "raft",
+    title="Reward-Ranked Fine-Tuning",
+    paper="RAFT: Reward rAnked FineTuning for Generative Foundation Model Alignment",
+    arxiv="2304.06767",
+    year=2023,
+    differs="Imitate the best sample of each group; `keep` may be top, above-mean or positive.",
+    proof=("best_of_group_gradient",),
+)
+def raft(keep: str = "top", skip_equal: bool = True) -> Recipe:
+    credit = Best(keep, skip_equal=skip_equal)  # type: ignore[arg-type]
+    return Recipe(Policy(credit, surrogate=Score(), reduction=Reduction("row-sum")))
+
+
+@method(
+    "dpo",
+    title="Direct Preference Optimization, online",
+    paper="Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+    arxiv="2305.18290",
+    year=2023,
+    differs="A logistic loss on pairs built from each group (extremes, mean or all), against the starting policy.",
+    proof=("preference_fixed_point",),
+)
+def dpo(beta: float = 0.1, pairs: str = "extremes", smoothing: float = 0.0) -> Recipe:
+    return Recipe(Pairs(Logistic(beta, smoothing), pairing=Pairing(pairs)), Groups())  # type: ignore[arg-type]

@@ -1,0 +1,166 @@
+"""Where methods are found: the decorator that registers one, its card, and a user's own from a file or a package."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepwell.errors import InputError, UnknownName
+from stepwell.recipe import Recipe
+
+ROOMS = ("language", "flow", "masked", "control", "steering")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What there is to know of a method before running it.
+
+    `proof` names the checks that hold it against an exact answer (`stepwell.check.oracles`); `catalogue` is its
+    number in the catalogue of published methods, where it has one.
+    """
+
+    id: str
+    title: str
+    build: Callable[..., Recipe]
+    paper: str = ""
+    arxiv: str = ""
+    year: int | None = None
+    room: str = "language"
+    differs: str = ""
+    proof: tuple[str, ...] = ()
+    catalogue: int | None = None
+    source: str = "stepwell"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's options with their defaults."""
+        return {name: parameter.default for name, parameter in inspect.signature(self.build).parameters.items()}
+
+    def recipe(self, **options: Any) -> Recipe:
+        """The composition with these options; an unknown one is an error that names the nearest."""
+        known = self.options
+        for name, value in options.items():
+            if name not in known:
+                raise UnknownName(f"option of {self.id}", name, known)
+            default = known[name]
+            number = isinstance(default, int | float) and not isinstance(default, bool)
+            if (isinstance(default, bool) and not isinstance(value, bool)) or (
+                number and (isinstance(value, bool) or not isinstance(value, int | float))
+            ):
+                kind = "true or false" if isinstance(default, bool) else "a number"
+                raise InputError(f"Option '{name}' of {self.id} is {kind}, not '{value}'.")
+        return self.build(**options)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The card for JSON: every field, the options with their defaults, and the parts by default."""
+        fields = ("id", "title", "paper", "arxiv", "year", "room", "differs", "catalogue", "source")
+        answer = {name: getattr(self, name) for name in fields}
+        return answer | {"proof": list(self.proof), "options": self.options, "parts": self.recipe().parts()}
+
+
+_CARDS: dict[str, Card] = {}
+_loading = ["stepwell"]
+
+
+def method(id: str, *, title: str, **card: Any) -> Callable[[Callable[..., Recipe]], Callable[..., Recipe]]:
+    """Register a function that builds a Recipe; its parameters are the method's options and all have defaults.
+
+    A registered method is listed, documented, property-tested and comparable with no further line.
+
+    Example:
+        >>> from stepwell.objective.policy import Policy
+        >>> @method("shout", title="A method of one's own")
+        ... def shout(volume: float = 1.0) -> Recipe:
+        ...     return Recipe(volume * Policy())
+        >>> get("shout").recipe(volume=2.0).whole.terms[0].coefficient
+        2.0
+        >>> forget("shout")
+    """
+
+    def register(build: Callable[..., Recipe]) -> Callable[..., Recipe]:
+        if id in _CARDS and _CARDS[id].build.__code__.co_filename != build.__code__.co_filename:
+            raise InputError(f"There is a method '{id}' already, from {_CARDS[id].source}; give yours another id.")
+        for name, parameter in inspect.signature(build).parameters.items():
+            if parameter.default is inspect.Parameter.empty:
+                raise InputError(f"Option '{name}' of method '{id}' has no default; every option needs one.")
+        room = card.get("room", "language")
+        if room not in ROOMS:
+            raise UnknownName(f"room for method '{id}'", room, ROOMS)
+        _CARDS[id] = Card(id, title, build, **{"source": _loading[-1], **card})
+        return build
+
+    return register
+
+
+def forget(id: str) -> None:
+    """Take a method out of the registry."""
+    _CARDS.pop(id, None)
+
+
+def names() -> list[str]:
+    """The ids of all methods, sorted."""
+    _load_own()
+    return sorted(_CARDS)
+
+
+def get(id: str) -> Card:
+    """The card of a method; an unknown id is an error that names the nearest."""
+    _load_own()
+    if id not in _CARDS:
+        raise UnknownName("method", id, _CARDS)
+    return _CARDS[id]
+
+
+def load_plugin(path: str | Path) -> None:
+    """Run a user's file, whose decorators register methods and tasks."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no plugin file '{path}'; give the path of a Python file that registers methods.")
+    name = f"stepwell_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"The plugin '{path}' is no Python file; its name has to end in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    _loading.append(str(path))
+    try:
+        spec.loader.exec_module(module)
+    except InputError:
+        raise
+    except Exception as error:
+        line = _line_in(error, path)
+        raise InputError(f"The plugin '{path}' failed{line}: {type(error).__name__}: {error}") from error
+    finally:
+        _loading.pop()
+
+
+def _line_in(error: Exception, path: Path) -> str:
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f" at line {error.lineno}"
+    trace, line = error.__traceback__, ""
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = f" at line {trace.tb_lineno}"
+        trace = trace.tb_next
+    return line
+
+
+def _load_own() -> None:
+    """Import the methods that come with Stepwell and those of installed packages, once."""
+    if "stepwell.methods.language" in sys.modules:
+        return
+    importlib.import_module("stepwell.methods.language")
+    for entry in importlib.metadata.entry_points(group="stepwell.plugins"):
+        _loading.append(entry.value)
+        try:
+            entry.load()
+        except Exception as error:
+            raise InputError(f"The installed plugin '{entry.name}' ({entry.value}) failed: {error}") from error
+        finally:
+            _loading.pop()

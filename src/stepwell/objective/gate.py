@@ -1,0 +1,101 @@
+"""Which steps train, and with what weight: gates see rewards and advantages apart, and carry no gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepwell.parts import Batch, Part
+
+When = Literal["rows", "minibatch", "step"]
+
+
+class Gate(Part):
+    """Maps (batch, log r, A) to weights (N, T) or (N, 1).
+
+    `when` says what it reads. `rows`: only what was drawn, so it is planned once. `minibatch`: the present scores of
+    the whole minibatch (quantiles, sorts), so it is planned before every update. `step`: the present scores of each
+    row by itself, so it is evaluated inside the loss.
+    """
+
+    when: When = "rows"
+
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+        raise NotImplementedError(f"{type(self).__name__} gives no weights.")
+
+
+@dataclass(frozen=True)
+class SamplerCorrection(Gate):
+    """rho = pi_old / pi_behaviour, bounded: what mends a sampler that is not the policy (another engine, stale).
+
+    level: `token`, or `sequence`, the product over the row. kind: `truncate` clamps rho to [low, high]; `mask` keeps
+    it inside and drops it outside. Source: cards_objectives.md section 2.1.
+    """
+
+    level: Literal["token", "sequence"] = "token"
+    low: float = 0.0
+    high: float = 2.0
+    kind: Literal["truncate", "mask"] = "truncate"
+    reads = frozenset({"old_log_prob"})
+
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+        difference = (batch.old - batch.behaviour) * batch.mask
+        rho = (difference if self.level == "token" else difference.sum(1, keepdim=True)).exp()
+        if self.kind == "truncate":
+            return rho.clamp(self.low, self.high)
+        return rho * ((rho >= self.low) & (rho <= self.high))
+
+
+@dataclass(frozen=True)
+class CompleteRows(Gate):
+    """Rows cut at the horizon do not train (DAPO's overlong filtering); they still count in the statistics."""
+
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+        return (~batch.rows.truncated)[:, None].to(batch.mask.dtype)
+
+
+@dataclass(frozen=True)
+class HighEntropy(Gate):
+    """Only the share `top` of steps with the highest entropy trains (Wang et al. 2025, "Beyond the 80/20 rule")."""
+
+    top: float = 0.2
+    when: When = "minibatch"
+    present = frozenset({"entropy"})
+
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+        entropy = batch.present("entropy")
+        threshold = torch.quantile(entropy[batch.rows.mask], 1 - self.top)
+        return (entropy >= threshold).to(batch.mask.dtype) * batch.mask
+
+
+@dataclass(frozen=True)
+class OneSide(Gate):
+    """PPO's gate without its ratio: drop a step once it moved past the bound in the direction of its advantage."""
+
+    low: float = 0.2
+    high: float = 0.2
+    when: When = "step"
+
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+        assert log_ratio is not None
+        ratio = log_ratio.exp()
+        kept = ((ratio <= 1 + self.high) & (advantage >= 0)) | ((ratio >= 1 - self.low) & (advantage <= 0))
+        return kept.to(batch.mask.dtype)
+
+
+@dataclass(frozen=True)
+class OffPolicyRows(Gate):
+    """Drop a row with A < 0 once the mean of log pi_behaviour - log pi over its steps exceeds a threshold.
+
+    Source: DeepSeek-V3.2 as in cards_objectives.md section 2.1; rows with A >= 0 are kept.
+    """
+
+    threshold: float = 1.0
+    when: When = "step"
+
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+        drift = batch.row_sum(batch.behaviour - batch.log_prob) / batch.steps
+        return ((advantage >= 0) | (drift <= self.threshold)).to(batch.mask.dtype)

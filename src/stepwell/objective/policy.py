@@ -1,0 +1,64 @@
+"""The policy-gradient term, composed of credit, ratio, surrogate, gates and a reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stepwell.credit.group import GroupCredit
+from stepwell.objective.gate import Gate
+from stepwell.objective.ratio import Ratio
+from stepwell.objective.reduction import Reduction, total
+from stepwell.objective.state import State, value_of
+from stepwell.objective.surrogate import Clip, Surrogate
+from stepwell.objective.term import Loss, Term
+from stepwell.parts import Batch, Part, column
+
+
+@dataclass(frozen=True)
+class Policy(Term):
+    """coefficient * sum_it W_it surrogate(log r_it, A_it) gate_it; cards_objectives.md section 0.
+
+    The advantage and the reduction's weight are kept apart on purpose: thresholds of gates and clips are in the
+    units of A, and folding one into the other changes them (section 0.2).
+    """
+
+    credit_of: Part = field(default_factory=GroupCredit)
+    ratio: Ratio = field(default_factory=Ratio)
+    surrogate: Surrogate = field(default_factory=Clip)
+    gates: tuple[Gate, ...] = ()
+    reduction: Part = field(default_factory=Reduction)
+    coefficient: float | State = 1.0
+
+    def credit(self, batch: Batch) -> dict[str, Tensor]:
+        advantage = column(self.credit_of(batch)).expand_as(batch.mask)
+        return {"advantage": (advantage * batch.mask).contiguous()}
+
+    def plan(self, batch: Batch, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        advantage, weight = targets["advantage"], self.reduction(batch)
+        for gate in self.gates:
+            if gate.when != "step":
+                log_ratio = self.ratio(batch, advantage) if gate.when == "minibatch" else None
+                weight = weight * gate(batch, log_ratio, advantage)
+        return {"weight": weight}
+
+    def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:
+        advantage, weight = targets["advantage"], targets["weight"]
+        log_ratio = self.ratio(batch, advantage)
+        with torch.no_grad():
+            for gate in self.gates:
+                if gate.when == "step":
+                    weight = weight * gate(batch, log_ratio, advantage)
+        value = value_of(self.coefficient, batch) * total(self.surrogate(log_ratio, advantage, batch), weight)
+        with torch.no_grad():
+            share = batch.mask / batch.counts.steps
+            difference = (batch.old - batch.log_prob) * batch.mask
+            metrics = {
+                "policy_loss": value.detach(),
+                "clip_fraction": (self.surrogate.clipped(log_ratio, advantage) * share).sum(),
+                "old_kl": ((difference.exp() - 1 - difference) * share).sum(),
+            }
+        return Loss(value, metrics)

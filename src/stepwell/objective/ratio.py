@@ -1,0 +1,89 @@
+"""The log importance ratio of the present policy against a denominator, at the level a method compares at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepwell.errors import InputError
+from stepwell.parts import Batch, Part
+
+Level = Literal["token", "segment", "turn", "sequence", "sequence_token"]
+
+
+@dataclass(frozen=True)
+class Mixture(Part):
+    """log sum_k w_k mu_k (N, T): the denominator of multiple importance sampling.
+
+    `components` are (name, weight) with names `old`, `behaviour`, `reference` or an (N, T) entry of `info`.
+    """
+
+    components: tuple[tuple[str, float], ...] = (("old", 0.5), ("behaviour", 0.5))
+
+    def __call__(self, batch: Batch) -> Tensor:
+        terms = []
+        for name, weight in self.components:
+            value = getattr(batch, name) if name in ("old", "behaviour", "reference") else batch.field(name)
+            terms.append(value + math.log(weight))
+        return torch.stack(terms).logsumexp(0)
+
+
+@dataclass(frozen=True)
+class Ratio(Part):
+    """log r (N, T), the logarithm of pi / denominator, aggregated to a level and copied to its steps.
+
+    level: `token`; `segment` (rows.segment) and `turn` (info's `turn`, or the segment); `sequence`;
+    `sequence_token`, the value of the sequence with the gradient of the token (GSPO-token). mean: `geometric`, the
+    mean of the log-ratios, or `product`, their sum. denominator: `old`, `behaviour`, `none` (the present policy,
+    detached: ratio 1 with gradient), or a part such as `Mixture`. `hook` maps (log-ratio, advantage) per token before
+    aggregation (GMPO, clamps). Steps with mask 0 have log r = 0. Source: cards_objectives.md sections 0 and 2.
+    """
+
+    level: Level = "token"
+    mean: Literal["geometric", "product"] = "geometric"
+    denominator: Literal["old", "behaviour", "none"] | Part = "old"
+    hook: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __call__(self, batch: Batch, advantage: Tensor | None = None) -> Tensor:
+        present, mask = batch.log_prob, batch.mask
+        difference = (present - self._denominator(batch)) * mask
+        if self.hook is not None:
+            difference = self.hook(difference, torch.zeros_like(mask) if advantage is None else advantage) * mask
+        if self.level == "token":
+            return difference
+        if self.level in ("sequence", "sequence_token"):
+            total = difference.sum(1, keepdim=True)
+            whole = (total / batch.steps if self.mean == "geometric" else total).expand_as(difference)
+        elif self.level in ("segment", "turn"):
+            whole = self._by_segment(difference, mask, self._segments(batch))
+        else:
+            raise InputError(f"Ratio has no level '{self.level}'; one of {Level.__args__} is right.")  # type: ignore[attr-defined]
+        if self.level == "sequence_token":
+            return whole.detach() + (present - present.detach()) * mask
+        return whole
+
+    def _denominator(self, batch: Batch) -> Tensor:
+        if isinstance(self.denominator, Part):
+            return self.denominator(batch)
+        if self.denominator == "none":
+            return batch.log_prob.detach()
+        if self.denominator not in ("old", "behaviour"):
+            raise InputError(f"Ratio has no denominator '{self.denominator}'; old, behaviour, none or a part is right.")
+        return getattr(batch, self.denominator)
+
+    def _segments(self, batch: Batch) -> Tensor:
+        has_turns = batch.rows.info is not None and "turn" in batch.rows.info.keys()  # noqa: SIM118
+        return batch.field("turn") if self.level == "turn" and has_turns else batch.field("segment")
+
+    def _by_segment(self, difference: Tensor, mask: Tensor, segment: Tensor) -> Tensor:
+        number = int(segment.max()) + 1
+        total = torch.zeros(len(mask), number, dtype=mask.dtype).scatter_add(1, segment, difference)
+        if self.mean == "geometric":
+            size = torch.zeros(len(mask), number, dtype=mask.dtype).scatter_add(1, segment, mask)
+            total = total / size.clamp(min=1)
+        return total.gather(1, segment)

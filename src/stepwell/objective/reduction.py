@@ -1,0 +1,51 @@
+"""How a loss per step becomes one number: weights (N, T) from explicit global counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepwell.credit.group import group_index, group_sum
+from stepwell.errors import InputError
+from stepwell.parts import Batch, Part
+
+Mode = Literal["token", "row", "row-sum", "group", "fixed", "sum"]
+
+
+@dataclass(frozen=True)
+class Reduction(Part):
+    """Weights that sum a loss per step into the minibatch's loss.
+
+    `token`: 1 / all trained steps (DAPO). `row`: the mean over rows of each row's mean (GRPO). `row-sum`: the mean
+    over rows of each row's sum. `group`: the mean over groups of each group's token mean. `fixed`: the sum over
+    rows * length, a constant (Dr. GRPO); `length` defaults to the horizon of the run. `sum`: no division.
+    """
+
+    mode: Mode = "token"
+    length: int | None = None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        mask, counts = batch.mask, batch.counts
+        if self.mode == "token":
+            return mask / counts.steps
+        if self.mode == "row":
+            return mask / (batch.steps * counts.rows)
+        if self.mode == "row-sum":
+            return mask / counts.rows
+        if self.mode == "fixed":
+            return mask / (counts.rows * (self.length or counts.length))
+        if self.mode == "sum":
+            return mask
+        if self.mode == "group":
+            group, groups = group_index(batch.rows.prompt)
+            steps = group_sum(mask.sum(1), group, groups).clamp(min=1)
+            return mask / (steps[:, None] * counts.groups)
+        raise InputError(f"Reduction has no mode '{self.mode}'; one of {Mode.__args__} is right.")  # type: ignore[attr-defined]
+
+
+def total(values: Tensor, weight: Tensor) -> Tensor:
+    """The weighted sum of (N, T) values; a step of weight 0 counts nothing, whatever its value."""
+    return torch.where(weight != 0, values, 0.0).mul(weight).sum()

@@ -1,0 +1,104 @@
+"""What keeps a policy near a reference, or spread out: divergence estimates, exact divergence, entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepwell.errors import UnknownName
+from stepwell.objective.gate import Gate
+from stepwell.objective.reduction import Reduction, total
+from stepwell.objective.state import State, value_of
+from stepwell.objective.term import Loss, Term
+from stepwell.parts import Batch, Part
+
+Estimate = Literal["k1", "k2", "k3", "abs", "k3-weighted", "k1+", "k3+", "exact"]
+
+
+@dataclass(frozen=True)
+class Divergence(Part):
+    """An estimate of KL(pi || other) per step, (N, T), with d = log pi - log other; cards_objectives.md section 4.
+
+    k1 = d; k2 = d^2/2; k3 = exp(-d) - 1 + d; abs = |d|; `k3-weighted` = (pi / old) k3 (TRL); `k1+` and `k3+` have the
+    value of k1 and k3 with the gradient of k2 (verl); `exact` sums over all actions. On policy, as a per-step loss,
+    the expected gradient is zero for k1, the reverse KL's of each state for k2, k3-weighted, k1+, k3+ and exact, and
+    the *forward* KL's for k3; none is the gradient of the KL of whole sequences. level `sequence` applies the
+    estimate to the row's sum of d and spreads it evenly over its steps: with k2 and reduction `row-sum` that is the
+    exact gradient of the sequence KL.
+    """
+
+    estimate: Estimate = "k3"
+    other: Literal["reference", "old"] = "reference"
+    level: Literal["token", "sequence"] = "token"
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"reference_log_prob"} if self.other == "reference" else ())
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"kl"} if self.estimate == "exact" else ())
+
+    def __call__(self, batch: Batch) -> Tensor:
+        if self.estimate == "exact":
+            return batch.present("kl")
+        d = (batch.log_prob - (batch.reference if self.other == "reference" else batch.old)) * batch.mask
+        ratio = ((batch.log_prob - batch.old) * batch.mask).exp()
+        if self.level == "sequence":
+            d, ratio = d.sum(1, keepdim=True), ratio.log().sum(1, keepdim=True).exp()
+        k2, k3 = 0.5 * d**2, torch.exp(-d) - 1 + d
+        estimates = {
+            "k1": lambda: d,
+            "k2": lambda: k2,
+            "k3": lambda: k3,
+            "abs": lambda: d.abs(),
+            "k3-weighted": lambda: ratio * k3,
+            "k1+": lambda: d.detach() + k2 - k2.detach(),
+            "k3+": lambda: k3.detach() + k2 - k2.detach(),
+        }
+        if self.estimate not in estimates:
+            raise UnknownName("divergence estimate", self.estimate, [*estimates, "exact"])
+        value = estimates[self.estimate]()
+        return (value / batch.steps).expand_as(batch.mask) if self.level == "sequence" else value
+
+
+@dataclass(frozen=True)
+class Entropy(Part):
+    """The entropy of each step's law, (N, T)."""
+
+    needs = frozenset({"entropy"})
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return batch.present("entropy")
+
+
+@dataclass(frozen=True)
+class Regulariser(Term):
+    """coefficient * sum_it W_it quantity_it gate_it, with its own reduction and its own gates."""
+
+    quantity: Part = field(default_factory=Divergence)
+    coefficient: float | State = 0.04
+    reduction: Part = field(default_factory=Reduction)
+    gates: tuple[Gate, ...] = ()
+    name: str = "kl"
+
+    def plan(self, batch: Batch, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        weight, nothing = self.reduction(batch), torch.zeros_like(batch.mask)
+        for gate in self.gates:
+            weight = weight * gate(batch, None, nothing)
+        return {"weight": weight}
+
+    def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:
+        quantity = self.quantity(batch)
+        value = value_of(self.coefficient, batch) * total(quantity, targets["weight"])
+        mean = (quantity.detach() * batch.mask / batch.counts.steps).sum()
+        return Loss(value, {self.name: mean})
+
+
+def entropy_bonus(coefficient: float = 0.01) -> Regulariser:
+    """-coefficient * token mean of the entropy."""
+    return Regulariser(Entropy(), -coefficient, name="entropy")

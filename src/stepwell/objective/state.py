@@ -1,0 +1,83 @@
+"""What a method remembers between updates, one number each: adaptive coefficients, multipliers, log Z."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from stepwell.parts import Batch
+
+
+@dataclass(frozen=True)
+class State:
+    """A number by name, kept by the training loop and saved in checkpoints.
+
+    `update(value, metrics)` is pure: it gives the next value from the metrics of the update just made. A term whose
+    coefficient is a State reads the present value from the batch.
+    """
+
+    name: str
+    initial: float = 0.0
+
+    def read(self, batch: Batch) -> float:
+        """The present value, as the loop keeps it."""
+        return batch.states.get(self.name, self.initial)
+
+    def update(self, value: float, metrics: Mapping[str, float]) -> float:
+        return value
+
+
+@dataclass(frozen=True)
+class AdaptiveCoefficient(State):
+    """A penalty's coefficient that steers a metric to a target.
+
+    value *= 1 + clip(metric / target - 1, -0.2, 0.2) * rate, where rate is rows an update / horizon (Ziegler et al.
+    2019, section 2.2).
+    """
+
+    metric: str = "kl"
+    target: float = 0.1
+    rate: float = 0.1
+
+    def update(self, value: float, metrics: Mapping[str, float]) -> float:
+        error = min(max(metrics[self.metric] / self.target - 1.0, -0.2), 0.2)
+        return value * (1.0 + error * self.rate)
+
+
+@dataclass(frozen=True)
+class Multiplier(State):
+    """A constraint's dual variable: value <- max(0, value + rate (threshold - metric)), for metric >= threshold."""
+
+    metric: str = "reward"
+    threshold: float = 0.0
+    rate: float = 0.01
+
+    def update(self, value: float, metrics: Mapping[str, float]) -> float:
+        return max(0.0, value + self.rate * (self.threshold - metrics[self.metric]))
+
+
+@dataclass(frozen=True)
+class RunningMean(State):
+    """value <- decay value + (1 - decay) metric."""
+
+    metric: str = "reward"
+    decay: float = 0.9
+
+    def update(self, value: float, metrics: Mapping[str, float]) -> float:
+        return self.decay * value + (1.0 - self.decay) * metrics[self.metric]
+
+
+@dataclass(frozen=True)
+class LogPartition(State):
+    """Trajectory balance's learned log Z: value <- value - rate * mean residual, its own gradient step."""
+
+    metric: str = "residual"
+    rate: float = 0.1
+
+    def update(self, value: float, metrics: Mapping[str, float]) -> float:
+        return value - self.rate * metrics[self.metric]
+
+
+def value_of(coefficient: float | State, batch: Batch) -> float:
+    """A coefficient's number now."""
+    return coefficient.read(batch) if isinstance(coefficient, State) else coefficient

@@ -1,0 +1,131 @@
+"""How a ratio and an advantage become a loss per step.
+
+Every surrogate maps (log r, A, log pi), each (N, T), to a loss (N, T), and its gradient is
+d loss / d log pi = -g(r) A with g(1) = 1 for both signs of A, so that at the old parameters each gives the exact
+policy gradient. The table of g is cards_objectives.md section 0.1; `stepwell.check` holds each against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import relu
+
+from stepwell.parts import Batch, Part
+
+
+class Surrogate(Part):
+    """A loss per step; `clipped` tells where its gradient was cut, for the log."""
+
+    def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
+        raise NotImplementedError(f"{type(self).__name__} gives no loss.")
+
+    def clipped(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        """(N, T) bool: no gradient passes, or a capped one."""
+        return torch.zeros_like(log_ratio, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Clip(Surrogate):
+    """PPO: -min(r A, clip(r, 1-low, 1+high) A); Schulman et al. 2017, equation 7.
+
+    `dual` (c > 1) bounds the loss by -c A where A < 0 (dual-clip PPO); `delta` caps the unclipped ratio (TRL's
+    two-sided clipping, above 1 + high).
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+    dual: float | None = None
+    delta: float | None = None
+
+    def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
+        ratio = log_ratio.exp()
+        free = ratio if self.delta is None else ratio.clamp(max=self.delta)
+        loss = -torch.minimum(free * advantage, ratio.clamp(1 - self.low, 1 + self.high) * advantage)
+        if self.dual is not None:
+            loss = torch.where(advantage < 0, torch.minimum(loss, -self.dual * advantage), loss)
+        return loss
+
+    def clipped(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        ratio = log_ratio.exp()
+        return ((ratio > 1 + self.high) & (advantage > 0)) | ((ratio < 1 - self.low) & (advantage < 0))
+
+
+@dataclass(frozen=True)
+class Plain(Surrogate):
+    """-r A: the importance-weighted policy gradient without a clip."""
+
+    def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
+        return -log_ratio.exp() * advantage
+
+
+@dataclass(frozen=True)
+class Score(Surrogate):
+    """-w A log pi with a constant weight w: the score function.
+
+    w is 1, or the ratio clipped to [`minimum`, `maximum`] where one is given (CISPO, truncated importance sampling):
+    the gradient of clipped steps is kept, at the clipped weight. The value is not an objective, only its gradient.
+    """
+
+    minimum: float | None = None
+    maximum: float | None = None
+
+    def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
+        if self.minimum is None and self.maximum is None:
+            return -advantage * batch.log_prob
+        weight = log_ratio.detach().exp().clamp(self.minimum, self.maximum)
+        return -weight * advantage * batch.log_prob
+
+    def clipped(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        ratio = log_ratio.exp()
+        above = ratio > self.maximum if self.maximum is not None else torch.zeros_like(ratio, dtype=torch.bool)
+        below = ratio < self.minimum if self.minimum is not None else torch.zeros_like(ratio, dtype=torch.bool)
+        return above | below
+
+
+@dataclass(frozen=True)
+class Taper(Surrogate):
+    """SAPO's soft clip: -(4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A; cards_objectives.md section 2."""
+
+    positive: float = 1.0
+    negative: float = 1.05
+
+    def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
+        tau = torch.where(advantage > 0, self.positive, self.negative)
+        return -torch.sigmoid(tau * (log_ratio.exp() - 1)) * 4 / tau * advantage
+
+
+@dataclass(frozen=True)
+class Drift(Surrogate):
+    """Discovered Policy Optimisation: -(r A - drift), drift zero to first order at r = 1 (Lu et al. 2022).
+
+    A >= 0: relu(x - a tanh(x / a)), x = (r - 1) A. A < 0: relu(y - b tanh(y / b)), y = A log r.
+    """
+
+    a: float = 2.0
+    b: float = 0.6
+
+    def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
+        ratio = log_ratio.exp()
+        up, down = (ratio - 1) * advantage, log_ratio * advantage
+        drift = torch.where(
+            advantage >= 0,
+            relu(up - self.a * torch.tanh(up / self.a)),
+            relu(down - self.b * torch.tanh(down / self.b)),
+        )
+        return -(ratio * advantage - drift)
+
+
+@dataclass(frozen=True)
+class BySource(Surrogate):
+    """One surrogate for rows of source 0, the policy's own, and another for all others (demonstrations, teachers)."""
+
+    own: Surrogate
+    other: Surrogate
+
+    def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
+        foreign = (batch.rows.source > 0)[:, None]
+        own, other = (part(log_ratio, advantage, batch) for part in (self.own, self.other))
+        return torch.where(foreign, other, own)

@@ -1,0 +1,144 @@
+"""An objective is a sum of terms; each term plans on a whole batch and is differentiable on any part of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from stepwell.objective.state import State
+from stepwell.parts import Batch, declared, parts_of
+
+Coupling = Literal["rows", "groups", "batch"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss and what to log, both sums that are already divided by the global counts: parts of a batch add up."""
+
+    value: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __add__(self, other: Loss) -> Loss:
+        names = [*self.metrics, *(name for name in other.metrics if name not in self.metrics)]
+        metrics = {
+            name: self.metrics[name] + other.metrics[name]
+            if name in self.metrics and name in other.metrics
+            else self.metrics.get(name, other.metrics.get(name))
+            for name in names
+        }
+        return Loss(self.value + other.value, metrics)  # type: ignore[arg-type]
+
+
+class Term:
+    """One summand of an objective, a frozen dataclass with a `coefficient`.
+
+    `credit(batch)` and `plan(batch, targets)` see the whole batch without a gradient and give (N,) or (N, T)
+    targets; `loss(batch, targets)` sees any part of it. `coupling` says which rows a loss must see together:
+    none (`rows`), those of a prompt (`groups`), or all (`batch`).
+    """
+
+    coefficient: float | State
+    coupling: Coupling = "rows"
+
+    def credit(self, batch: Batch) -> dict[str, Tensor]:
+        """What is decided once for the rollout: advantages, pairs, residual targets."""
+        return {}
+
+    def plan(self, batch: Batch, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is decided once for a minibatch: reduction weights and gates."""
+        return {}
+
+    def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:
+        raise NotImplementedError(f"{type(self).__name__} gives no loss.")
+
+    def __add__(self, other: Term | Objective) -> Objective:
+        return Objective((self,)) + other
+
+    def __mul__(self, factor: float) -> Self:
+        if isinstance(self.coefficient, State):
+            raise TypeError(f"The coefficient of {type(self).__name__} is the state '{self.coefficient.name}'.")
+        return dataclasses.replace(self, coefficient=self.coefficient * factor)  # type: ignore[type-var]
+
+    __rmul__ = __mul__
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A sum of terms, in two phases.
+
+    `credit` (once a rollout) and `plan` (once a minibatch, after `credit`) take the whole batch and no gradient;
+    `loss` takes any rows of the minibatch with their targets. Summed over any split of the rows the losses and
+    their gradients are those of the whole, for terms whose coupling allows the split.
+    """
+
+    terms: tuple[Term, ...]
+
+    def __add__(self, other: Term | Objective) -> Objective:
+        return Objective(self.terms + (other.terms if isinstance(other, Objective) else (other,)))
+
+    def __mul__(self, factor: float) -> Objective:
+        return Objective(tuple(term * factor for term in self.terms))
+
+    __rmul__ = __mul__
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Scores to compute with a gradient in the loss."""
+        return declared(self.terms, "needs")
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Fields of the rows to fill before credit is given."""
+        return declared(self.terms, "reads")
+
+    @property
+    def present(self) -> frozenset[str]:
+        """Scores of the whole minibatch that planning reads."""
+        return declared(self.terms, "present")
+
+    @property
+    def plans_on_scores(self) -> bool:
+        """Planning reads the present policy, so it is done anew before every update, after one more forward."""
+        return bool(self.present) or any(getattr(part, "when", "rows") == "minibatch" for part in parts_of(self.terms))
+
+    @property
+    def coupling(self) -> Coupling:
+        kinds = {term.coupling for term in self.terms}
+        return "batch" if "batch" in kinds else "groups" if "groups" in kinds else "rows"
+
+    @property
+    def states(self) -> dict[str, State]:
+        """The states that the terms read, by name."""
+        return {part.name: part for part in parts_of(self.terms) if isinstance(part, State)}
+
+    def credit(self, batch: Batch) -> TensorDict:
+        """Targets of the whole rollout, one entry a term."""
+        return self._targets(batch, lambda term, key: term.credit(batch))
+
+    @torch.no_grad()
+    def plan(self, batch: Batch, targets: TensorDict | None = None) -> TensorDict:
+        """Targets of a whole minibatch; `targets` are its rows of what `credit` gave for the rollout."""
+        given = self.credit(batch) if targets is None else targets
+        return self._targets(batch, lambda term, key: {**given[key], **term.plan(batch, given[key])})
+
+    def loss(self, batch: Batch, targets: TensorDict) -> Loss:
+        """The loss of the rows given, as their share of the whole minibatch's."""
+        losses = [term.loss(batch, targets[key]) for key, term in self._named()]
+        total = losses[0]
+        for loss in losses[1:]:
+            total = total + loss
+        return total
+
+    @torch.no_grad()
+    def _targets(self, batch: Batch, give: Callable[[Term, str], Mapping[str, Any]]) -> TensorDict:
+        entries = {key: TensorDict(dict(give(term, key)), batch_size=[len(batch)]) for key, term in self._named()}
+        return TensorDict(entries, batch_size=[len(batch)])
+
+    def _named(self) -> list[tuple[str, Term]]:
+        return [(str(place), term) for place, term in enumerate(self.terms)]

@@ -1,0 +1,209 @@
+"""The network of a causal language model: it reads tokens, counts them, and gives logits or hidden states."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from stepwell.errors import InputError
+from stepwell.meter import Meter
+from stepwell.process.chunked import Head, head_of
+from stepwell.process.prompts import Packed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""How far the fast path's logits may be from the model's own, relative to the largest of them or to 1."""
+
+
+class LanguageModule(nn.Module):
+    """All parameters in one place, for optimisers and checkpoints: the model and, where there is one, a value head."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.value_head: nn.Linear | None = None
+
+
+class CausalNetwork:
+    """A causal language model of `transformers`, adapted by `peft` or not, always in evaluation mode.
+
+    Hidden states and logits are read at (row, column) pairs only. The fast path gives hidden states, whose logits
+    are then computed chunk by chunk; the plain path takes the model's own logits, all at once.
+    """
+
+    def __init__(self, module: LanguageModule, meter: Meter):
+        self.module: nn.Module = module.eval()
+        self.meter = meter
+        self.can_learn = True
+        self.fast: bool | None = None  # whether the fast path agrees with the plain one; None until first used
+        self.adapted = hasattr(module.model, "disable_adapter")
+        self.base_only = False  # the adapter is left out: this is the frozen twin of an adapted model
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The model of `transformers` itself, with the adapter's layers in it where there is one."""
+        model: Any = self.module.model
+        return model.get_base_model() if self.adapted else model
+
+    @property
+    def value_head(self) -> nn.Linear | None:
+        return self.module.value_head  # type: ignore[return-value]
+
+    @property
+    def head(self) -> Head:
+        """What turns hidden states into logits, on the fast path."""
+        head = head_of(self.causal)
+        assert head is not None
+        return head
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal.get_input_embeddings().weight.device  # type: ignore[return-value]
+
+    def position_ids(self, mask: Tensor) -> Tensor:
+        """(N, L) how many real tokens come before each, from which tokens are real (N, L)."""
+        return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+    def read_on(self, cache: Any, ids: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
+        """Read `ids` (R, n) after what the cache holds: the longer cache, and the logits (R, V) after the last token.
+
+        `mask` (R, columns) says which of all columns, old and new, are real. The layers of `cache` change.
+        """
+        new = ids.shape[1]
+        arguments = {
+            "attention_mask": mask.long(),
+            "position_ids": self.position_ids(mask)[:, -new:],
+            "past_key_values": cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        self.meter.add(model_evaluations=len(ids), forward=int(mask[:, -new:].sum()))
+        with self._ready():
+            output = self.causal(ids, **_accepted(self.causal, arguments))
+        return output.past_key_values, output.logits[:, -1]
+
+    def read(self, packed: Packed, fast: bool, hidden: bool) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (M, D) before each step and, on the plain path only, the model's own logits (M, V) there.
+
+        On the plain path the hidden states are empty unless `hidden` asks for them.
+        """
+        tokens = int(packed.mask.sum())
+        self.meter.add(model_evaluations=len(packed.ids), forward=tokens)
+        if torch.is_grad_enabled():
+            self.meter.add(backward=tokens)
+        return self._run(packed, fast, hidden)
+
+    def _run(self, packed: Packed, fast: bool, hidden: bool) -> tuple[Tensor, Tensor | None]:
+        where = (packed.row, packed.column)
+        arguments: dict[str, Any] = {
+            "attention_mask": packed.mask.long(),
+            "position_ids": self.position_ids(packed.mask),
+            "use_cache": False,
+        }
+        with self._ready():
+            if fast:
+                base = self.causal.base_model
+                return base(packed.ids, **_accepted(base, arguments)).last_hidden_state[where], None
+            arguments["output_hidden_states"] = hidden
+            output = self.causal(packed.ids, **_accepted(self.causal, arguments))
+        logits = output.logits[where]
+        return (output.hidden_states[-1][where] if hidden else logits.new_empty(0)), logits
+
+    @torch.no_grad()
+    def is_fast(self, packed: Packed) -> bool:
+        """Whether hidden states and head give the model's own logits: tried once, on up to 16 tokens, unmetered."""
+        if self.fast is None:
+            length = int(packed.mask[0, :16].sum())
+            column = torch.arange(length, device=self.device)
+            row = torch.zeros_like(column)
+            few = Packed(packed.ids[:1, :length], packed.mask[:1, :length], row, column, column, column)
+            self.fast = self._agrees(few)
+            if not self.fast:
+                warnings.warn(
+                    f"{type(self.causal).__name__} turns hidden states into logits in a way that is not known here; "
+                    "scoring holds all its logits at once, which takes more memory.",
+                    stacklevel=2,
+                )
+        return self.fast
+
+    def _agrees(self, packed: Packed) -> bool:
+        head = head_of(self.causal)
+        if head is None or self.causal.base_model is self.causal:
+            return False
+        plain = self._run(packed, fast=False, hidden=False)[1]
+        assert plain is not None
+        gap = (head(self._run(packed, fast=True, hidden=False)[0]) - plain).abs().max()
+        return bool(gap <= TOLERANCE[self.causal.dtype] * plain.abs().max().clamp(min=1))
+
+    @contextlib.contextmanager
+    def _ready(self) -> Iterator[None]:
+        """No dropout, and for the frozen twin of an adapted model no adapter."""
+        if self.module.training:
+            self.module.eval()
+        model: Any = self.module.model
+        with model.disable_adapter() if self.base_only else contextlib.nullcontext():
+            yield
+
+    def add_value_head(self) -> nn.Linear:
+        """A linear layer on the last hidden state, (D,) -> 1, starting at zero; the one there is, if there is one."""
+        if self.value_head is None:
+            size = self.causal.config.get_text_config().hidden_size
+            dtype = torch.float64 if self.causal.dtype == torch.float64 else torch.float32
+            head = nn.utils.skip_init(nn.Linear, size, 1, device=self.device, dtype=dtype)  # draws no random numbers
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+            self.module.value_head = head
+        assert self.value_head is not None
+        return self.value_head
+
+    def frozen(self) -> CausalNetwork:
+        """A twin that cannot learn: a copy, or for an adapted model its base, on the same weights."""
+        twin = copy.copy(self)
+        twin.can_learn = False
+        if self.adapted:
+            twin.base_only = True
+        else:
+            twin.module = copy.deepcopy(self.module).requires_grad_(False)
+        return twin
+
+    @torch.no_grad()
+    def sync(self, other: CausalNetwork, rate: float) -> None:
+        """Parameters moved to those of `other` by `rate` of the way."""
+        if self.base_only:
+            raise InputError("The reference of an adapted model is its base, which cannot follow the adapter.")
+        own, theirs = dict(self.causal.named_parameters()), dict(other.causal.named_parameters())
+        if own.keys() != theirs.keys():
+            raise InputError("Only models with the same parameters can be synced.")
+        for name, parameter in own.items():
+            parameter.copy_(theirs[name] if rate == 1.0 else parameter.lerp(theirs[name].to(parameter), rate))
+
+    def save(self, folder: str | os.PathLike[str], merged: bool) -> None:
+        """Weights, adapter and value head as safetensors; what is in memory does not change."""
+        from safetensors.torch import save_file
+
+        model: Any = self.module.model
+        if self.adapted and (merged or self.base_only):
+            twin = copy.deepcopy(model)
+            model = twin.unload() if self.base_only else twin.merge_and_unload()
+        model.save_pretrained(folder)
+        if self.value_head is not None:
+            tensors = {name: value.detach().contiguous() for name, value in self.value_head.state_dict().items()}
+            save_file(tensors, Path(folder) / "value_head.safetensors")
+
+
+def _accepted(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments that the model's forward names: not every model has positions or can skip logits."""
+    names = inspect.signature(model.forward).parameters
+    always = {"output_hidden_states", "use_cache"}
+    return {name: value for name, value in arguments.items() if name in names or name in always}

@@ -1,0 +1,295 @@
+"""From samples to numbers: one or several reward functions, called with what they ask for and added up."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import math
+import os
+import threading
+import traceback
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepwell.errors import InputError, RewardError, StepwellError
+from stepwell.meter import Meter
+from stepwell.reward.verifiers import text_of
+from stepwell.rollout import Drawn
+
+RewardFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the reward functions say of N rows.
+
+    `total` (N,) float64: the weighted sum over the functions that apply to the row. `each` (N, K) float64: one
+    column a function, unweighted, NaN where it does not apply. `names`: the K functions, no name twice.
+    """
+
+    total: Tensor
+    each: Tensor
+    names: tuple[str, ...]
+
+
+class Rewards:
+    """One or several reward functions with their weights (all 1 unless given).
+
+    A reward function has TRL's signature: it is called with the keywords `prompts`, `completions`,
+    `completion_ids` (token lists; only where the actions are tokens), `truncated` (bools) and one list for every
+    other column of the data, each with one entry a row, and returns one number a row in a list, a tuple, a tensor
+    or an array; None says that it does not apply to that row. A function without `**kwargs` is given only the
+    keywords it names. Coroutine functions run side by side, on an event loop of Stepwell's own that lives as long as
+    the process, so clients they hold open stay usable, and a notebook's running loop is no hindrance.
+
+    Raises `InputError` for functions and weights that do not match, for columns whose name is taken, and for a
+    function that asks for a column there is not; `RewardError` for a function that fails or returns anything but
+    one finite number or None a row, and for a row to which no function applies.
+
+    Example:
+        >>> from stepwell.meter import Meter
+        >>> from stepwell.process.base import Samples
+        >>> from stepwell.rollout import Drawn, Prompt
+        >>> from stepwell.trajectories import make
+        >>> def right(completions, answer):
+        ...     return [float(text == wanted) for text, wanted in zip(completions, answer, strict=True)]
+        >>> def brief(completions):
+        ...     return [-len(text) for text in completions]
+        >>> rows = make(torch.zeros(2, 1).long(), torch.zeros(2, 1), torch.ones(2, 1))
+        >>> question = Prompt(0, "1 + 1 =", {"answer": "2"})
+        >>> scored = Rewards([right, brief], weights=[1.0, 0.1])(
+        ...     Drawn(rows, Samples(["2", "11"]), [question, question]), Meter()
+        ... )
+        >>> scored.total.tolist(), scored.names
+        ([0.9, -0.2], ('right', 'brief'))
+    """
+
+    def __init__(self, functions: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None = None):
+        self.functions = (functions,) if callable(functions) else tuple(functions)
+        if not self.functions:
+            raise InputError("Rewards needs at least one reward function; none was given.")
+        for function in self.functions:
+            if not callable(function) or inspect.isclass(function):
+                raise InputError(f"A reward has to be a function or a callable object, not {function!r}.")
+        self.names = _names(self.functions)
+        self.weights = (1.0,) * len(self.functions) if weights is None else tuple(float(weight) for weight in weights)
+        if len(self.weights) != len(self.functions):
+            raise InputError(
+                f"There are {len(self.weights)} reward weights for {len(self.functions)} functions "
+                f"({', '.join(self.names)}); one each is right."
+            )
+        if not all(math.isfinite(weight) for weight in self.weights):
+            raise InputError(f"Reward weights have to be finite numbers, not {list(self.weights)}.")
+
+    def __call__(self, drawn: Drawn, meter: Meter) -> Scored:
+        """Every function's word on every row; the meter counts rows times functions as reward calls."""
+        if len(drawn) == 0:
+            nothing = torch.zeros(0, len(self.functions), dtype=torch.float64)
+            return Scored(nothing.sum(1), nothing, self.names)
+        columns = _columns(drawn)
+        # Every function is asked for before the first is called: a missing column costs no reward call.
+        keywords = [_keywords(*pair, columns) for pair in zip(self.functions, self.names, strict=True)]
+        returned = self._call(keywords, drawn, meter)
+        numbers = [_numbers(*pair, drawn) for pair in zip(self.names, returned, strict=True)]
+        each = torch.tensor(numbers, dtype=torch.float64).T.contiguous()
+        silent = each.isnan().all(1).nonzero()[:, 0].tolist()
+        if silent:
+            raise RewardError(
+                f"No reward function applies to row {silent[0]}, {_prompt(drawn, silent[0])}; "
+                f"at least one of {', '.join(self.names)} has to return a number there."
+            )
+        total = (each.nan_to_num(nan=0.0) * torch.tensor(self.weights, dtype=torch.float64)).sum(1)
+        return Scored(total, each, self.names)
+
+    def _call(self, keywords: Sequence[dict[str, list[Any]]], drawn: Drawn, meter: Meter) -> list[Any]:
+        """What each function returned; awaitables are awaited together, after the plain functions have run."""
+        returned: list[Any] = []
+        try:
+            for function, name, arguments in zip(self.functions, self.names, keywords, strict=True):
+                meter.add(reward_calls=len(drawn))
+                try:
+                    returned.append(function(**arguments))
+                except StepwellError:
+                    raise  # it already says what to mend, such as a column that a verifier misses
+                except Exception as error:
+                    raise _failure(function, name, error, drawn) from error
+        except BaseException:
+            for value in returned:
+                if inspect.iscoroutine(value):
+                    value.close()  # else Python complains of it instead of the failure
+            raise
+        waiting = [place for place, value in enumerate(returned) if inspect.isawaitable(value)]
+        if waiting:
+            answers = _await_together([returned[place] for place in waiting])
+            for place, answer in zip(waiting, answers, strict=True):
+                if isinstance(answer, StepwellError):
+                    raise answer
+                if isinstance(answer, BaseException):
+                    raise _failure(self.functions[place], self.names[place], answer, drawn) from answer
+                returned[place] = answer
+        return returned
+
+
+def _names(functions: Iterable[RewardFunction]) -> tuple[str, ...]:
+    """Each function's `__name__`, or its class's; a name that is taken gets the next free number."""
+    names: list[str] = []
+    for function in functions:
+        inner = function.func if isinstance(function, functools.partial) else function
+        plain = name = getattr(inner, "__name__", type(inner).__name__)
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{plain}_{number}"
+        names.append(name)
+    return tuple(names)
+
+
+def _columns(drawn: Drawn) -> dict[str, list[Any]]:
+    """All that a reward function may ask for, one entry a row; a column that a row's prompt lacks is None there."""
+    rows = drawn.trajectories
+    columns = {
+        "prompts": [prompt.value for prompt in drawn.prompts],
+        "completions": list(drawn.samples.values),
+        "truncated": rows.truncated.tolist(),
+    }
+    if rows.action.dim() == 2 and not rows.action.is_floating_point():
+        pairs = zip(rows.action.tolist(), rows.length.tolist(), strict=True)
+        columns["completion_ids"] = [tokens[:length] for tokens, length in pairs]
+    columns |= drawn.samples.columns  # a process knows its own completion_ids best
+    data = dict.fromkeys(name for prompt in drawn.prompts for name in prompt.columns)
+    for name in data:
+        if name in columns:
+            raise InputError(
+                f"The data has a column '{name}', which is what reward functions are given under that name anyway; "
+                "rename the column."
+            )
+        columns[name] = [prompt.columns.get(name) for prompt in drawn.prompts]
+    return columns
+
+
+def _keywords(function: RewardFunction, name: str, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns that the function accepts, in lists of its own: it may change them without harm to the next."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some functions written in C do not tell
+        return {column: list(values) for column, values in columns.items()}
+    for parameter in parameters:
+        required = parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        )
+        if required and parameter.kind is parameter.POSITIONAL_ONLY:
+            raise InputError(
+                f"Reward '{name}' takes '{parameter.name}' by position only; reward functions are called with keywords."
+            )
+        if required and parameter.name not in columns:
+            raise InputError(
+                f"Reward '{name}' requires '{parameter.name}', but there is no such column; "
+                f"there are {', '.join(sorted(columns))}."
+            )
+    everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    accepted = {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
+    return {column: list(values) for column, values in columns.items() if everything or column in accepted}
+
+
+def _numbers(name: str, returned: Any, drawn: Drawn) -> list[float]:
+    """One float a row, NaN for None, or a `RewardError` that says where it is not so."""
+    values = returned.tolist() if hasattr(returned, "tolist") else returned
+    batch = f"the batch of {len(drawn)} rows that begins with {_prompt(drawn, 0)}"
+    if not isinstance(values, list | tuple):
+        raise RewardError(
+            f"Reward '{name}' returned a value of type {type(returned).__name__} for {batch}; "
+            "a list with one number or None a row is right."
+        )
+    if len(values) != len(drawn):
+        raise RewardError(f"Reward '{name}' returned {len(values)} values for {batch}; one a row is right.")
+    numbers: list[float] = []
+    for row, value in enumerate(values):
+        if value is None:
+            numbers.append(math.nan)
+            continue
+        if getattr(value, "ndim", None) == 0:
+            value = value.item()
+        if not isinstance(value, Real):
+            raise RewardError(
+                f"Reward '{name}' returned a value of type {type(value).__name__} for row {row}, "
+                f"{_prompt(drawn, row)}; "
+                "a number, or None where the reward does not apply, is right."
+            )
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise RewardError(
+                f"Reward '{name}' returned {number} for row {row}, {_prompt(drawn, row)}; "
+                "a finite number, or None where the reward does not apply, is right."
+            )
+        numbers.append(number)
+    return numbers
+
+
+def _failure(function: RewardFunction, name: str, error: BaseException, drawn: Drawn) -> RewardError:
+    """What is raised in place of a reward function's own exception."""
+    inner = function.func if isinstance(function, functools.partial) else function
+    code = getattr(inspect.unwrap(inner), "__code__", None) or getattr(type(inner).__call__, "__code__", None)
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if code and frame.filename == code.co_filename
+    ]
+    where = f" at {os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}," if frames else ""
+    said = _shortened(str(error), 200).rstrip(".")
+    return RewardError(
+        f"Reward '{name}' raised {type(error).__name__}{f' ({said})' if said else ''}{where} "
+        f"in the batch of {len(drawn)} rows that begins with {_prompt(drawn, 0)}."
+    )
+
+
+def _prompt(drawn: Drawn, row: int) -> str:
+    """How a message names the prompt of a row."""
+    value = drawn.prompts[row].value
+    try:
+        text = text_of(value)
+    except InputError:
+        text = repr(value)
+    return f"prompt {drawn.prompts[row].id} ('{_shortened(text, 60)}')"
+
+
+def _shortened(text: str, width: int) -> str:
+    """The text on one line, cut to the width."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def _await_together(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+    """The result or the exception of each awaitable, in order, run concurrently."""
+
+    async def gather() -> list[Any]:
+        return await asyncio.gather(*awaitables, return_exceptions=True)
+
+    return _run(gather())
+
+
+def _run(coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    future = asyncio.run_coroutine_threadsafe(coroutine, _event_loop(os.getpid()))
+    try:
+        return future.result()
+    except BaseException:  # Ctrl-C here must also end what runs over there
+        future.cancel()
+        raise
+
+
+@functools.cache
+def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+    """The loop that coroutine rewards run on, in a thread of its own; threads do not survive a fork, hence `process`.
+
+    One loop for good, because clients with open connections (httpx, openai) cannot move from loop to loop.
+    """
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="stepwell-rewards", daemon=True).start()
+    return loop

@@ -1,0 +1,94 @@
+"""Several processes as one run: who draws and scores which rows, and how gradients are added up.
+
+Every process holds the whole batch of small tensors (rewards, masks, log-probabilities), so that plans are the same
+everywhere, and runs the network only on its own rows. Losses are divided by global counts, so gradients are summed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from stepwell.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, launched by `accelerate launch` or `torchrun`; one process by itself is a world too."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls) -> World:
+        """The world this process was launched into."""
+        if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+            return cls()
+        from accelerate import PartialState
+
+        state = PartialState()
+        return cls(state.process_index, state.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
+    def same(self, value: T) -> T:
+        """The main process's value, everywhere."""
+        return self.gather(value)[0]
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This process's part of a list."""
+        return list(items[self.rank :: self.size])
+
+    def map_rows(self, count: int, function: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """`function(rows)` of all rows 0..count-1, each computed by one process and known to all."""
+        if self.size == 1:
+            return function(torch.arange(count))
+        shares = [torch.arange(rank, count, self.size) for rank in range(self.size)]
+        mine = shares[self.rank]
+        parts = self.gather(function(mine) if len(mine) else {})
+        order = torch.cat([share for share, part in zip(shares, parts, strict=True) if part]).argsort()
+        names = next(part for part in parts if part)
+        return {name: torch.cat([part[name] for part in parts if part])[order] for name in names}
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add up every process's gradients, in place; a parameter without one in any process is left alone."""
+        if self.size == 1:
+            return
+        from accelerate.utils import reduce
+
+        used = [any(flags) for flags in zip(*self.gather([p.grad is not None for p in parameters]), strict=True)]
+        parameters = [parameter for parameter, flag in zip(parameters, used, strict=True) if flag]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])  # type: ignore[union-attr]
+        flat = reduce(flat, reduction="sum")
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.reshape(parameter.shape)
+
+    def sum_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Add up every process's shares of metrics that are divided by global counts already."""
+        parts = self.gather(metrics)
+        return {name: sum(part.get(name, 0.0) for part in parts) for name in {n: None for part in parts for n in part}}
+
+    def refuse_coupled(self, coupling: str) -> None:
+        """Objectives that couple the whole batch cannot be cut between processes."""
+        if self.size > 1 and coupling == "batch":
+            raise InputError("This method couples all rows of a batch; run it in one process.")

@@ -1,0 +1,379 @@
+"""The training loop, on one page: plan, roll out, reward, credit, objective, update, log, checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from stepwell.errors import InputError
+from stepwell.meter import Cost
+from stepwell.objective.gradient import ClipByNorm, global_norm
+from stepwell.parts import Batch
+from stepwell.plan.prompts import PromptStream
+from stepwell.process.base import Process, Scores, ability
+from stepwell.recipe import Recipe
+from stepwell.reward.mixing import Rewards
+from stepwell.rng import Rng
+from stepwell.rollout import Drawn, Prompt
+from stepwell.train import saved
+from stepwell.train.collect import collect, evaluate, fill
+from stepwell.train.distribute import World
+from stepwell.train.log import RunLog
+from stepwell.train.progress import make_progress
+from stepwell.train.settings import Settings
+from stepwell.train.stopping import StopRequested
+from stepwell.train.update import accumulate, score_in_pieces
+from stepwell.trajectories import Counts, count
+
+__all__ = ["Run", "evaluate", "train"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: the trained process, the metrics of every step made, and what it cost."""
+
+    process: Process
+    recipe: Recipe
+    settings: Settings
+    history: list[dict[str, Any]]
+    cost: Cost
+    steps: int
+    out: Path | None = None
+
+
+@dataclass
+class Position:
+    """Where a run stands. Everything here is in its checkpoints; nothing else decides what comes next."""
+
+    step: int = 0
+    update: int = 0
+    part: int = 0  # updates already made on the present rollout
+    states: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # summed over the updates on the present rollout
+    drawn: Drawn | None = None
+    targets: TensorDict | None = None
+    names: tuple[str, ...] = ()
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """The parts of a run and its position; `run()` is the loop."""
+
+    def __init__(
+        self,
+        process: Process,
+        recipe: Recipe,
+        prompts: Sequence[Prompt],
+        rewards: Rewards,
+        settings: Settings,
+        out: Path | None = None,
+        evaluation: Sequence[Prompt] | None = None,
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+    ):
+        self.process, self.settings, self.out, self.rewards = process, settings, out, rewards
+        self.recipe = _with_settings(recipe, settings)
+        self.objective = self.recipe.whole
+        self.world = World.join()
+        self.world.refuse_coupled(self.objective.coupling)
+        self.planner = copy.deepcopy(self.recipe.planner)
+        self.rng = Rng(settings.seed)
+        self.stream = PromptStream(prompts, self.rng.split("prompts"), settings.shuffle)
+        self.evaluation, self.on_step = list(evaluation or []), on_step
+        self.reads = set(self.objective.reads)
+        if self.recipe.old == "recomputed" or settings.precision == "bf16":
+            self.reads.add("old_log_prob")
+        if "value" in self.objective.needs | self.reads:
+            ability(process, "add_value_head", "A critic")()
+        if "kl" in self.objective.needs or "reference_log_prob" in self.reads:
+            process.reference = process.frozen()  # type: ignore[attr-defined]
+        self.parameters = [p for p in process.module.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self.horizon: float | None = getattr(process, "horizon", None)
+        self.done = 0.0
+        self.at = Position(states={name: state.initial for name, state in self.objective.states.items()})
+
+    def run(self, log: RunLog) -> None:
+        """Steps until the settings say stop; a checkpoint between any two updates is enough to go on from."""
+        self.done = self.share_done()
+        progress = make_progress(self.settings.progress and self.world.is_main)
+        progress.start(self.settings, type(self.process).__name__)
+        try:
+            with StopRequested() as stop:
+                while self.done < 1.0 and not stop:
+                    if self.at.drawn is None:
+                        self.collect()
+                    while self.at.drawn is not None and not stop:
+                        self.update()
+                        if self.at.part == self.recipe.epochs * self.recipe.minibatches:
+                            self.finish_step(log, progress)
+                        if self.settings.checkpoint_every and self.at.update % self.settings.checkpoint_every == 0:
+                            self.save()
+        except InputError:
+            raise
+        except Exception:
+            self.save()
+            raise
+        finally:
+            progress.close()
+        self.save()
+        if stop:
+            raise KeyboardInterrupt
+
+    def collect(self) -> None:
+        """Plan, roll out, reward, and give credit: the whole batch, no gradient."""
+        at, settings = self.at, self.settings
+        self.clock = {"begin": time.monotonic()}
+        before = self.stream.state_dict(), self.planner.state_dict()
+        with self.arithmetic(), _put_back(self.stream, self.planner, before):
+            rewarded = collect(
+                self.process,
+                self.planner,
+                self.stream,
+                self.rewards,
+                self.rng,
+                at.step,
+                version=at.update,
+                rows_at_once=settings.rows_at_once,
+                world=self.world,
+            )
+            begin = time.monotonic()
+            drawn = rewarded.drawn
+            tokens = settings.tokens_per_microbatch
+            rows = fill(self.process, drawn.trajectories, self.reads, tokens=tokens, world=self.world)
+        at.drawn, at.names = Drawn(rows, drawn.samples, drawn.prompts), rewarded.names
+        at.targets = self.objective.credit(Batch(rows, self.counts(rows), None, at.states))
+        at.part, at.metrics = 0, {}
+        self.clock |= rewarded.seconds | {"score": time.monotonic() - begin}
+
+    def update(self) -> None:
+        """One minibatch: plan on all of it, the gradient of this process's share, transforms, one optimiser step."""
+        at, settings = self.at, self.settings
+        assert at.drawn is not None
+        assert at.targets is not None
+        chosen = self.minibatch(at.part)
+        if len(chosen) == 0:  # a planner gave fewer groups than there are minibatches
+            at.part += 1
+            return
+        rows, targets = at.drawn.trajectories[chosen], at.targets[chosen]
+        counts, tokens = self.counts(rows), settings.tokens_per_microbatch
+        scores = None
+        self.optimiser.zero_grad(set_to_none=True)
+        with self.arithmetic():
+            if self.objective.plans_on_scores:
+                needs, length = sorted(self.objective.present - {"log_prob"}), len(rows)
+                found = self.world.map_rows(
+                    length, lambda i: _table(score_in_pieces(self.process, rows[i], needs, tokens))
+                )
+                scores = _scores(found)
+            targets = self.objective.plan(Batch(rows, counts, scores, at.states), targets)
+            mine = self.share(rows)
+            metrics: dict[str, float] = {}
+            if len(mine):
+                part = rows[mine], targets[mine]
+                metrics = accumulate(self.process, self.objective, *part, counts, at.states, tokens)
+        self.world.sum_gradients(self.parameters)
+        metrics = self.world.sum_metrics(metrics)
+        metrics["gradient_norm"] = self.step_optimiser()
+        at.metrics = {name: at.metrics.get(name, 0.0) + value for name, value in metrics.items()}
+        at.update, at.part = at.update + 1, at.part + 1
+        known = {**self.row_metrics(), **metrics}
+        at.states = {n: state.update(at.states[n], known) for n, state in self.objective.states.items()}
+
+    def step_optimiser(self) -> float:
+        """Transform the gradients and move; the norm before the transforms."""
+        held = [p for p in self.parameters if p.grad is not None]
+        gradients = [p.grad for p in held if p.grad is not None]
+        norm = float(global_norm(gradients))
+        for transform in (*self.recipe.transforms, ClipByNorm(self.settings.max_gradient_norm)):
+            gradients = transform(gradients)
+        for parameter, gradient in zip(held, gradients, strict=True):
+            parameter.grad = gradient
+        rate = self.settings.learning_rate_at(self.at.update, self.done)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        if math.isfinite(norm):  # a gradient that is not finite would end the run for good
+            self.optimiser.step()
+        return norm
+
+    def finish_step(self, log: RunLog, progress: Any) -> None:
+        """Learn, evaluate, log; the rollout is used up."""
+        at, settings, process = self.at, self.settings, self.process
+        assert at.drawn is not None
+        updates = self.recipe.epochs * self.recipe.minibatches
+        metrics: dict[str, Any] = {"step": at.step + 1, "updates": at.update} | self.row_metrics()
+        metrics |= {name: value / updates for name, value in at.metrics.items()}
+        metrics |= {f"state/{name}": value for name, value in at.states.items()}
+        metrics["learning_rate"] = self.optimiser.param_groups[0]["lr"]
+        self.planner.learn(at.drawn.trajectories, metrics)
+        if self.recipe.reference == "synced" and (at.step + 1) % self.recipe.sync_every == 0:
+            process.reference = process.frozen()  # type: ignore[attr-defined]
+        if self.evaluation and settings.evaluate_every and (at.step + 1) % settings.evaluate_every == 0:
+            stream = self.rng.split("evaluation", at.step)
+            samples, rows = settings.evaluation_samples, settings.rows_at_once
+            found = evaluate(process, self.evaluation, self.rewards, stream, samples, rows)
+            metrics["evaluation/reward"] = found.reward
+        cost = sum(self.world.gather(process.meter.spent), start=Cost())
+        metrics |= {f"cost/{unit}": amount for unit, amount in asdict(cost).items() if unit != "wall_time"}
+        wall = process.meter.read().wall_time
+        self.done = self.share_done(at.step + 1)
+        clock = self.clock | {"step": time.monotonic() - self.clock.pop("begin"), "wall_time": wall}
+        completions = [self.completion(row) for row in self.shown()]
+        at.history.append(metrics)
+        if self.world.is_main:
+            log.step(metrics, {"step": metrics["step"], "seconds": clock}, completions)
+            progress.step(metrics, clock, completions, self.done)
+        if self.on_step is not None:
+            self.on_step(metrics | {"wall_time": wall})
+        at.step, at.drawn, at.targets, at.part = at.step + 1, None, None, 0
+
+    # what the steps above are made of
+
+    def share_done(self, steps: int | None = None) -> float:
+        """The share of the run that is over, by steps or by budget, whichever is further; the same in every process."""
+        settings, steps = self.settings, self.at.step if steps is None else steps
+        shares = [steps / settings.steps if settings.steps else 1.0] if settings.steps is not None else []
+        if settings.budget is not None:
+            cost = self.process.meter.read()
+            if self.world.size > 1:
+                total = sum(self.world.gather(self.process.meter.spent), start=Cost())
+                cost = replace(total, wall_time=self.world.same(cost.wall_time))
+            shares.append(settings.budget.fraction(cost, steps))
+        return max(shares)
+
+    def counts(self, rows: Any) -> Counts:
+        return count(rows, self.horizon)
+
+    def arithmetic(self) -> Any:
+        """The precision that rollouts, scores and losses run in; the parameters stay as they are."""
+        if self.settings.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.parameters[0].device.type, dtype=torch.bfloat16)
+
+    def minibatch(self, part: int) -> Tensor:
+        """(M,) rows of an update: whole groups, in an order drawn anew for every epoch."""
+        assert self.at.drawn is not None
+        prompt = self.at.drawn.trajectories.prompt
+        epoch, place = divmod(part, self.recipe.minibatches)
+        if self.recipe.minibatches == 1:
+            return torch.arange(len(prompt))
+        groups = prompt.unique()
+        order = self.rng.split("minibatches", self.at.step, epoch).permutation(len(groups))
+        chosen = groups[order].tensor_split(self.recipe.minibatches)[place]
+        return torch.isin(prompt, chosen).nonzero()[:, 0]
+
+    def share(self, rows: Any) -> Tensor:
+        """(M,) the rows of a minibatch that this process computes: whole groups."""
+        groups = rows.prompt.unique()
+        return torch.isin(rows.prompt, groups[self.world.rank :: self.world.size]).nonzero()[:, 0]
+
+    def row_metrics(self) -> dict[str, float]:
+        """What the rows of the present rollout say before any update."""
+        assert self.at.drawn is not None
+        rows = self.at.drawn.trajectories
+        reward, length = rows.reward.double(), rows.length.double()  # type: ignore[union-attr]
+        answer = {"reward": float(reward.mean()), "reward_deviation": float(reward.std(correction=0))}
+        if len(self.at.names) > 1:
+            each = rows.rewards.double().nanmean(0).tolist()  # type: ignore[union-attr]
+            answer |= {f"reward/{name}": value for name, value in zip(self.at.names, each, strict=True)}
+        return answer | {"length": float(length.mean()), "truncated": float(rows.truncated.double().mean())}
+
+    def shown(self) -> list[int]:
+        """The rows whose completions are logged, spread over the rollout."""
+        number = len(self.at.drawn) if self.at.drawn is not None else 0
+        wanted = min(self.settings.completions_logged, number)
+        return [place * number // wanted for place in range(wanted)]
+
+    def completion(self, row: int) -> dict[str, Any]:
+        """A row as the log shows it."""
+        drawn = self.at.drawn
+        assert drawn is not None
+        reward = float(drawn.trajectories.reward[row])  # type: ignore[index]
+        shown = {"prompt": drawn.prompts[row].value, "completion": drawn.samples.values[row], "reward": reward}
+        return {"step": self.at.step + 1, **shown}
+
+    def save(self) -> None:
+        """A checkpoint of this moment, where there is a folder for it."""
+        if self.out is not None and self.world.is_main:
+            saved.save(self)
+
+
+def train(
+    process: Process,
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    rewards: Rewards,
+    settings: Settings,
+    *,
+    out: str | Path | None = None,
+    evaluation: Sequence[Prompt] | None = None,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+    resume: bool = False,
+    config: dict[str, Any] | None = None,
+) -> Run:
+    """Train a process with a recipe.
+
+    `out` receives metrics, completions, checkpoints and at the end the model; `resume` goes on from its newest
+    checkpoint, bit for bit as if the run had never stopped. `config` is what the log keeps about the run.
+    """
+    folder = saved.prepare(out, resume)
+    trainer = Trainer(process, recipe, prompts, rewards, settings, folder, evaluation, on_step)
+    log = RunLog(
+        folder if trainer.world.is_main else None, settings.trackers, config=saved.description(trainer, config)
+    )
+    if resume:
+        saved.restore(trainer, log)
+    try:
+        trainer.run(log)
+    finally:
+        log.close()
+    if folder is not None and trainer.world.is_main:
+        saved.export(trainer)
+    cost = process.meter.read()
+    return Run(process, trainer.recipe, settings, trainer.at.history, cost, trainer.at.step, folder)
+
+
+def _with_settings(recipe: Recipe, settings: Settings) -> Recipe:
+    """The recipe with the settings' numbers in place of the method's own."""
+    changes = {name: getattr(settings, name) for name in ("epochs", "minibatches")}
+    sizes = {"prompts": settings.prompts_per_step, "size": settings.group_size}
+    planner: Any = recipe.planner
+    for name, value in sizes.items():
+        if value is not None:
+            if not hasattr(planner, name):
+                raise InputError(f"The planner {type(planner).__name__} has no '{name}' to set.")
+            planner = replace(planner, **{name: value})
+    minibatches = settings.minibatches or recipe.minibatches
+    if minibatches > getattr(planner, "prompts", minibatches):
+        raise InputError(f"There are {minibatches} minibatches for {planner.prompts} prompts a step; at most one each.")
+    return recipe.replace(planner=planner, **{name: value for name, value in changes.items() if value is not None})
+
+
+@contextlib.contextmanager
+def _put_back(stream: PromptStream, planner: Any, before: tuple[Any, Any]) -> Iterator[None]:
+    """A step that fails leaves the data where it was, so that a resumed run draws the same prompts."""
+    try:
+        yield
+    except BaseException:
+        stream.load_state_dict(before[0])
+        planner.load_state_dict(before[1])
+        raise
+
+
+def _table(scores: Scores) -> dict[str, Tensor]:
+    return {"log_prob": scores.log_prob, **scores.extra}
+
+
+def _scores(table: dict[str, Tensor]) -> Scores:
+    return Scores(table["log_prob"], {name: value for name, value in table.items() if name != "log_prob"})

@@ -1,0 +1,162 @@
+"""A run's folder: what a checkpoint holds, how a run goes on from one, and the model at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from stepwell.errors import CheckpointError, InputError
+from stepwell.process.base import Samples
+from stepwell.rollout import Drawn
+from stepwell.train import checkpoint
+from stepwell.train.log import RunLog
+from stepwell.trajectories import from_tensors, to_tensors
+from stepwell.writing import writable_folder
+
+if TYPE_CHECKING:
+    from stepwell.train.loop import Trainer
+
+
+def prepare(out: str | Path | None, resume: bool) -> Path | None:
+    """The run's folder, proven writable; an earlier run in it is an error unless it is resumed."""
+    if out is None:
+        if resume:
+            raise InputError("There is nothing to resume without an output folder; give the run's --out.")
+        return None
+    folder = Path(out)
+    found = checkpoint.newest(folder / "checkpoints") if folder.is_dir() else None
+    if resume and found is None:
+        raise InputError(f"There is no checkpoint to resume in '{folder}'; start the run without --resume.")
+    if not resume and (found is not None or (folder / "metrics.jsonl").exists()):
+        raise InputError(f"'{folder}' holds a run already; resume it with --resume or choose another folder.")
+    return writable_folder(folder)
+
+
+def description(trainer: Trainer, config: dict[str, Any] | None) -> dict[str, Any]:
+    """What run.json says of a run."""
+    return {
+        "process": type(trainer.process).__name__,
+        "parts": trainer.recipe.parts(),
+        "settings": trainer.settings.as_dict(),
+        **(config or {}),
+    }
+
+
+def fingerprint(trainer: Trainer) -> dict[str, str]:
+    """What has to be the same for a checkpoint to fit: the parameters' names and shapes, and the method's parts."""
+    shapes = [f"{name}:{tuple(p.shape)}:{p.dtype}" for name, p in _trainable(trainer).items()]
+    kept = ("seed", "learning_rate", "schedule", "warmup", "weight_decay", "max_gradient_norm", "precision", "shuffle")
+    settings = [f"{name}={getattr(trainer.settings, name)}" for name in kept]
+    return {
+        "model": hashlib.sha256("\n".join(shapes).encode()).hexdigest(),
+        "method": "\n".join(trainer.recipe.parts()),
+        "settings": ", ".join(settings),
+    }
+
+
+def save(trainer: Trainer) -> None:
+    """Write a checkpoint of this moment and drop the oldest beyond `keep`."""
+    at, parent = trainer.at, trainer.out / "checkpoints"  # type: ignore[operator]
+    state: dict[str, Any] = {
+        "fingerprint": fingerprint(trainer),
+        "step": at.step,
+        "update": at.update,
+        "part": at.part,
+        "states": at.states,
+        "metrics": at.metrics,
+        "names": list(at.names),
+        "stream": trainer.stream.state_dict(),
+        "planner": trainer.planner.state_dict(),
+        "meter": trainer.process.meter.state_dict(),
+    }
+    groups: dict[str, dict[str, Tensor]] = {
+        "parameters": {name: p.detach() for name, p in _trainable(trainer).items()},
+        "optimiser": checkpoint.optimiser_tensors(trainer.optimiser),
+        "reference": _reference(trainer),
+    }
+    if at.drawn is not None and at.targets is not None:  # in the middle of a rollout's updates
+        groups["rows"] = to_tensors(at.drawn.trajectories)
+        groups["targets"] = {"/".join(key): value for key, value in _leaves(at.targets)}
+        state["samples"] = asdict(at.drawn.samples)
+        state["prompts"] = at.drawn.trajectories.prompt.tolist()
+    checkpoint.write(parent / f"update-{at.update:08d}", state, groups)
+    checkpoint.prune(parent, trainer.settings.keep)
+
+
+def restore(trainer: Trainer, log: RunLog) -> None:
+    """Bring a trainer to where the newest checkpoint of its folder stands."""
+    folder = checkpoint.newest(trainer.out / "checkpoints")  # type: ignore[operator]
+    assert folder is not None
+    state, groups = checkpoint.read(folder)
+    ours = fingerprint(trainer)
+    for what, mend in (
+        ("model", "the model it was started with"),
+        ("method", "the method and options it was started with"),
+        ("settings", "the settings it was started with"),
+    ):
+        if state["fingerprint"][what] != ours[what]:
+            raise CheckpointError(f"The checkpoint '{folder}' is of another {what}; resume with {mend}.")
+    with torch.no_grad():
+        for name, parameter in _trainable(trainer).items():
+            parameter.copy_(groups["parameters"][name])
+        if "reference" in groups:
+            for name, parameter in trainer.process.reference.module.named_parameters():  # type: ignore[attr-defined]
+                parameter.copy_(groups["reference"][name])
+    checkpoint.load_optimiser(trainer.optimiser, groups.get("optimiser", {}))
+    trainer.stream.load_state_dict(state["stream"])
+    trainer.planner.load_state_dict(state["planner"])
+    trainer.process.meter.load_state_dict(state["meter"])
+    at = trainer.at
+    at.step, at.update, at.part = state["step"], state["update"], state["part"]
+    at.states, at.metrics, at.names = state["states"], state["metrics"], tuple(state["names"])
+    if "rows" in groups:
+        by_id = {prompt.id: prompt for prompt in trainer.stream.prompts}
+        prompts = [by_id[prompt] for prompt in state["prompts"]]
+        at.drawn = Drawn(from_tensors(groups["rows"]), Samples(**state["samples"]), prompts)
+        at.targets = _nested(groups.get("targets", {}), len(prompts), len(trainer.objective.terms))
+    trainer.clock = {"begin": 0.0}
+    if trainer.world.is_main:
+        log.keep_until(at.step)
+        lines = (trainer.out / "metrics.jsonl").read_text().splitlines()  # type: ignore[operator]
+        at.history = [json.loads(line) for line in lines]
+
+
+def export(trainer: Trainer) -> None:
+    """The trained model where the user looks for it: the run's folder loads like any model folder."""
+    export_model = getattr(trainer.process, "save", None)
+    if export_model is not None:
+        export_model(trainer.out)
+
+
+def _trainable(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in trainer.process.module.named_parameters() if p.requires_grad}
+
+
+def _reference(trainer: Trainer) -> dict[str, Tensor]:
+    """The reference's own parameters; none where it shares the policy's (adapters switched off)."""
+    reference = getattr(trainer.process, "reference", None)
+    if reference is None or reference.module is trainer.process.module:
+        return {}
+    return {name: p.detach() for name, p in reference.module.named_parameters()}
+
+
+def _leaves(targets: TensorDict) -> list[tuple[tuple[str, ...], Tensor]]:
+    return [
+        (key if isinstance(key, tuple) else (key,), value)
+        for key, value in targets.items(include_nested=True, leaves_only=True)
+    ]
+
+
+def _nested(flat: dict[str, Tensor], count: int, terms: int) -> TensorDict:
+    entries = {str(term): TensorDict({}, batch_size=[count]) for term in range(terms)}
+    for path, value in flat.items():
+        term, name = path.split("/", 1)
+        entries[term][name] = value
+    return TensorDict(entries, batch_size=[count])
