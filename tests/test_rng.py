@@ -138,7 +138,7 @@ def test_gauss_hermite_nodes_of_several_normals_are_independent():
 )
 def test_uniforms_fall_below_thresholds_with_the_right_probability_under_any_affine_map(points, scale, shift):
     thresholds = scale * torch.tensor(points, dtype=torch.float64) + shift
-    found = expectation(lambda rng: (scale * rng.uniform() + shift < thresholds))
+    found = expectation(lambda rng: scale * rng.uniform() + shift < thresholds)
     wanted = torch.tensor([p if scale > 0 else 1 - p for p in points], dtype=torch.float64)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 

@@ -95,6 +95,10 @@ def _enough(log_weights: Tensor, count: int) -> None:
         raise InputError(f"{count} different indices were asked for; a row has only {possible} of positive weight.")
 
 
+LONGEST = 10_000
+"""Choices that one run of a `Replay` may make."""
+
+
 class Replay(Rng):
     """The exhaustive twin of `Rng`: its draws follow a script of choices, and it knows their probability.
 
@@ -127,6 +131,8 @@ class Replay(Rng):
         if not live or not all(math.isfinite(value) and value >= 0.0 for value in probabilities):
             raise Unenumerable(f"A choice needs finite, non-negative probabilities, not {list(probabilities)}.")
         position = len(self.choices)
+        if position >= LONGEST:
+            raise Unenumerable(f"The program made {LONGEST} choices in one run; it may go on for ever.")
         choice = self.script[position] if position < len(self.script) else 0
         if choice >= len(live):
             raise Unenumerable(

@@ -48,7 +48,11 @@ def bench(recipe: Recipe) -> tuple[TabularLanguage, Trajectories]:
 
 
 def gradient(
-    process: TabularLanguage, recipe: Recipe, rows: Trajectories, pieces: list[Tensor] | None = None, tokens: int | None = None
+    process: TabularLanguage,
+    recipe: Recipe,
+    rows: Trajectories,
+    pieces: list[Tensor] | None = None,
+    tokens: int | None = None,
 ) -> Tensor:
     """The flat gradient of one update on these rows, computed piece by piece with global counts and one plan."""
     objective, counts = recipe.whole, _counts(process, rows)
@@ -96,7 +100,9 @@ def check_method(card: Provable, tolerance: float = TOLERANCE) -> MappingProxyTy
     report |= {f"oracle {name}": oracle(name)(card) for name in card.proof}
     for law, error in report.items():
         if not error <= tolerance:
-            raise LawBroken(f"The method '{card.id}' breaks the law '{law}' by {error:.1e}; at most {tolerance:g} is right.")
+            raise LawBroken(
+                f"The method '{card.id}' breaks the law '{law}' by {error:.1e}; at most {tolerance:g} is right."
+            )
     try:
         card.recipe(**{"an_option_nobody_has": 1})
     except (StepwellError, TypeError):

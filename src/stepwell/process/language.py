@@ -75,6 +75,11 @@ class Language:
         return frozenset(always if self.network.value_head is None else always | {"value"})
 
     @property
+    def horizon(self) -> int:
+        """The largest number of steps of a row."""
+        return self.max_new_tokens
+
+    @property
     def meter(self) -> Meter:
         return self.network.meter
 

@@ -96,6 +96,10 @@ class Trainer:
             ability(process, "add_value_head", "A critic")()
         if "kl" in self.objective.needs or "reference_log_prob" in self.reads:
             process.reference = process.frozen()  # type: ignore[attr-defined]
+            if self.recipe.reference == "synced" and process.reference.module is process.module:  # type: ignore[attr-defined]
+                raise InputError(
+                    "The reference of an adapted model is its base, which cannot be synced; train it whole."
+                )
         self.parameters = [p for p in process.module.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay

@@ -1,0 +1,106 @@
+"""Two processes make the gradients, and the runs, of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+SCRIPT = textwrap.dedent(
+    """
+    import json, sys
+    import torch
+    from stepwell import methods
+    from stepwell.check.methods import bench, gradient
+    from stepwell.parts import Batch
+    from stepwell.train.distribute import World
+    from stepwell.train.update import accumulate
+    from stepwell.trajectories import count
+
+    torch.set_num_threads(1)
+    world = World.join()
+    worst = {}
+    for name in methods.names():
+        recipe = methods.get(name).recipe()
+        process, rows = bench(recipe)
+        whole = gradient(process, recipe, rows)
+        parameters = [p for p in process.module.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.grad = None
+        counts = count(rows, process.horizon)
+        states = {n: s.initial for n, s in recipe.whole.states.items()}
+        targets = recipe.whole.plan(Batch(rows, counts, None, states))
+        groups = rows.prompt.unique()
+        mine = torch.isin(rows.prompt, groups[world.rank :: world.size]).nonzero()[:, 0]
+        accumulate(process, recipe.whole, rows[mine], targets[mine], counts, states)
+        alone = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in parameters])
+        world.sum_gradients(parameters)
+        found = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in parameters])
+        worst[name] = [float((found - whole).abs().max()), float((alone - whole).abs().max())]
+    if world.is_main:
+        json.dump({"size": world.size, "worst": worst}, open(sys.argv[1], "w"))
+    """
+)
+
+TRAIN = textwrap.dedent(
+    """
+    import json, sys
+    import torch
+    import stepwell as sw
+    from stepwell.train.distribute import World
+
+    torch.set_num_threads(1)
+
+    def long(completions, **columns):
+        return [float(len(text)) for text in completions]
+
+    model = sw.exact.markov(symbols=3, length=4, prompts=4)
+    run = sw.train(model, [{"prompt": i} for i in range(4)], long, sys.argv[2], steps=3, learning_rate=0.1,
+                   prompts_per_step=4, group_size=4, out=sys.argv[1] + "/run", checkpoint_every=1)
+    logits = model.logits.detach().reshape(-1).tolist()
+    json.dump({"logits": logits, "steps": run.steps}, open(f"{sys.argv[1]}/rank{World.join().rank}.json", "w"))
+    """
+)
+
+
+def launch(script: str, folder: Path, *arguments: str) -> None:
+    """Run a script as two processes that talk through gloo."""
+    file = folder / "script.py"
+    file.write_text(script)
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    port = str(29500 + os.getpid() % 2000)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(file), *arguments],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+
+
+def test_two_processes_sum_to_the_gradient_of_one_for_every_method(tmp_path):
+    launch(SCRIPT, tmp_path, str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["size"] == 2
+    for name, (together, alone) in found["worst"].items():
+        assert together < 1e-9, name
+        assert alone > 1e-6, f"{name}: one process by itself cannot have the whole gradient"
+
+
+@pytest.mark.parametrize("method", ["dapo", pytest.param("ppo", marks=pytest.mark.slow)])
+def test_two_processes_train_in_step_and_leave_one_record(method, tmp_path):
+    launch(TRAIN, tmp_path, str(tmp_path), method)
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first["steps"] == 3
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
