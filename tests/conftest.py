@@ -1,5 +1,111 @@
-"""What holds for all tests: one thread, since the tensors are small and threads that wait for each other are slow."""
+"""Small random language models and tokenizers, built on the spot and loaded by the real loading code."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 
-torch.set_num_threads(1)
+from stepwell.process.language import Language, language
+
+torch.set_num_threads(1)  # the tensors are small: threads that wait for each other make tests ten times slower
+
+WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z".split()
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def word_tokenizer(*, pad: bool = True, eos: bool = True, chat: bool = False) -> Any:
+    """A tokenizer of single letters and a few special tokens, 34 in all."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<eos>", "<unk>", "<turn>", "<user>", "<assistant>", "<system>", "."]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    options = {"pad_token": "<pad>"} if pad else {}
+    options |= {"eos_token": "<eos>"} if eos else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **options)
+    if chat:
+        tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def small_model(architecture: str, **changes: Any) -> Any:
+    """A random model with weights large enough that its laws are far from uniform."""
+    import transformers as t
+
+    size = {"vocab_size": 34, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
+    common = size | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    common |= {"intermediate_size": 48, "max_position_embeddings": 64}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        if architecture == "gpt2":
+            config: Any = t.GPT2Config(
+                **(size | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64} | changes)
+            )
+            model: Any = t.GPT2LMHeadModel(config)
+        elif architecture == "qwen2":
+            model = t.Qwen2ForCausalLM(t.Qwen2Config(**(common | changes)))
+        elif architecture == "llama":
+            model = t.LlamaForCausalLM(t.LlamaConfig(**(common | changes)))
+        elif architecture == "gemma2":
+            extra = {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}
+            model = t.Gemma2ForCausalLM(t.Gemma2Config(**(common | extra | changes)))
+        elif architecture == "granite":
+            model = t.GraniteForCausalLM(t.GraniteConfig(**(common | {"logits_scaling": 0.5} | changes)))
+        elif architecture == "cohere":
+            model = t.CohereForCausalLM(t.CohereConfig(**(common | {"logit_scale": 2.0} | changes)))
+        elif architecture == "bloom":  # no position ids, no key-value groups
+            model = t.BloomForCausalLM(t.BloomConfig(**(size | {"hidden_size": 32, "n_layer": 2, "n_head": 4})))
+        else:
+            raise ValueError(architecture)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0.0, 0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A folder with a small model and its tokenizer, one for each architecture and kind of tokenizer."""
+    made: dict[Any, Path] = {}
+
+    def build(architecture: str = "qwen2", chat: bool = False, **changes: Any) -> Path:
+        key = (architecture, chat, *sorted(changes.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(architecture)
+            small_model(architecture, **changes).save_pretrained(made[key])
+            word_tokenizer(chat=chat).save_pretrained(made[key])
+        return made[key]
+
+    return build
+
+
+@pytest.fixture
+def small_language(model_folder: Callable[..., Path]) -> Callable[..., Language]:
+    """A small language model, loaded from its folder: `small_language("gpt2", temperature=0.7)`."""
+
+    def build(architecture: str = "qwen2", chat: bool = False, **options: Any) -> Language:
+        return language(model_folder(architecture, chat), **({"max_new_tokens": 10, "device": "cpu"} | options))
+
+    return build
+
+
+@pytest.fixture
+def make_model() -> Callable[..., Any]:
+    """`make_model("gpt2", **config)`: a small model in memory."""
+    return small_model
+
+
+@pytest.fixture
+def make_tokenizer() -> Callable[..., Any]:
+    """`make_tokenizer(pad=True, eos=True, chat=False)`."""
+    return word_tokenizer

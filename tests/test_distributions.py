@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Independent, Normal, kl_divergence
 from torch.distributions import Categorical as TorchCategorical
+from torch.distributions import Independent, Normal, kl_divergence
 
 from stepwell.check import expectation, law
 from stepwell.distributions import Categorical, Distribution, Gaussian, Point

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from stepwell.errors import InputError
+from stepwell.errors import InputError, UnknownName
 from stepwell.process.base import Scores
 from stepwell.trajectories import Counts, Trajectories
 
@@ -86,7 +88,27 @@ class Batch:
         return (values * self.mask).sum(1, keepdim=True)
 
 
-class Part:
+@functools.cache
+def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
+    """The values that each `Literal` field of a class may take; none where its annotations name what is not there."""
+    try:
+        hints = typing.get_type_hints(kind)
+    except NameError:
+        return {}
+    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is typing.Literal}
+
+
+class Checked:
+    """A dataclass whose `Literal` fields are what they say; anything else is refused as it is made."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in _choices(type(self)).items():  # type: ignore[arg-type]
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UnknownName(f"'{name}' of {type(self).__name__}", str(value), allowed)
+
+
+class Part(Checked):
     """A frozen dataclass that maps a batch to a tensor; `a + b` and `2 * a` are parts again.
 
     `needs`: scores it reads in the loss (see `process.base.NEEDS`). `reads`: fields of the rows that must be filled
@@ -133,13 +155,13 @@ class Multiplied(Part):
     factors: tuple[Part | float, ...]
 
     def __call__(self, batch: Batch) -> Tensor:
-        values = [factor(batch) if isinstance(factor, Part) else torch.tensor(factor) for factor in self.factors]
-        if len({value.dim() for value in values if value.dim()}) > 1:
+        values = [factor(batch) for factor in self.factors if isinstance(factor, Part)]
+        if len({value.dim() for value in values}) > 1:
             values = [column(value) for value in values]
         product = values[0]
         for value in values[1:]:
             product = product * value
-        return product
+        return product * math.prod(factor for factor in self.factors if not isinstance(factor, Part))
 
 
 def column(values: Tensor) -> Tensor:

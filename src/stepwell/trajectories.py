@@ -220,11 +220,11 @@ def count(rows: Trajectories, length: float | None = None, pairs: float = 0.0) -
 
 def to_tensors(rows: Trajectories) -> dict[str, Tensor]:
     """The rows as a flat dictionary of tensors, for a file; `from_tensors` brings them back."""
-    answer = {}
+    answer: dict[str, Tensor] = {}
     for name in Trajectories.__annotations__:
         value = getattr(rows, name)
         if isinstance(value, TensorDict):
-            answer |= {f"{name}.{key}": entry for key, entry in value.items()}
+            answer |= {f"{name}.{key}": entry for key, entry in _tensors(value)}
         elif value is not None:
             answer[name] = value
     return {name: value.contiguous().clone() for name, value in answer.items()}

@@ -279,10 +279,11 @@ def exact_law(bench: Bench) -> float:
     for place, value in enumerate(bench.values):
         request = Request(Prompt(place, value), 1, horizon=bench.horizon)
         draw = partial(rollout, bench.process, [request])
-        first = Replay()
-        draw(first)
-        if math.prod(first.branches) > _OUTCOMES:
-            raise Unenumerable(f"one row has more than {_OUTCOMES} outcomes")
+        for script in ([], [-1]):  # the first path may end at once; so may that of the last first choice, not both
+            path = Replay(script)
+            draw(path)
+            if math.prod(path.branches) > _OUTCOMES:
+                raise Unenumerable(f"one row has about {math.prod(path.branches):.0e} outcomes")
         probability, parts = zip(*outcomes(draw, limit=_OUTCOMES), strict=True)
         scores = bench.score(concatenate([part.trajectories for part in parts], renumber=True)).sum(1)
         found = torch.tensor(probability, dtype=torch.float64)

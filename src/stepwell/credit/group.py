@@ -62,7 +62,8 @@ class GroupCredit(Part):
             centred = reward - reward.mean()
         else:
             raise InputError(f"GroupCredit has no center '{self.center}'; none, mean, leave-one-out or batch is right.")
-        alone = (size == 1) & torch.tensor(self.center in ("mean", "leave-one-out"))
+        judged = self.center in ("mean", "leave-one-out") or self.scale == "std"  # against the others of its group
+        alone = (size == 1) if judged else torch.zeros_like(size, dtype=torch.bool)
         centred = torch.where(alone, reward if self.singleton == "reward" else 0.0, centred)
         if self.scale == "none":
             return centred
@@ -70,7 +71,7 @@ class GroupCredit(Part):
             squares = group_sum((reward - mean) ** 2, group, groups)
             deviation = (squares / (size - self.ddof).clamp(min=1)).sqrt()
             scaled = centred / (deviation + self.epsilon)
-            return torch.where(alone & torch.tensor(self.singleton == "reward"), centred, scaled)
+            return torch.where(alone, centred, scaled)
         if self.scale == "batch-std":
             deviation = ((reward - reward.mean()) ** 2).sum() / max(len(reward) - self.ddof, 1)
             return centred / (deviation.sqrt() + self.epsilon)
@@ -111,14 +112,14 @@ class Best(Part):
 
 def top_of_groups(values: Tensor, group: Tensor, groups: int) -> Tensor:
     """(G,) the row with the largest value of each group; the first of equals."""
-    best = torch.full((groups,), -torch.inf, dtype=values.dtype).scatter_reduce(0, group, values, "amax")
-    rows = torch.arange(len(values))
+    best = values.new_full((groups,), -torch.inf).scatter_reduce(0, group, values, "amax")
+    rows = torch.arange(len(values), device=values.device)
     candidates = torch.where(values == best[group], rows, len(values))
-    return torch.full((groups,), len(values)).scatter_reduce(0, group, candidates, "amin")
+    return group.new_full((groups,), len(values)).scatter_reduce(0, group, candidates, "amin")
 
 
 def equal_groups(reward: Tensor, group: Tensor, groups: int) -> Tensor:
     """(N,) bool: all rewards of the row's group are the same, so that nothing is learned from comparing them."""
-    high = torch.full((groups,), -torch.inf, dtype=reward.dtype).scatter_reduce(0, group, reward, "amax")
-    low = torch.full((groups,), torch.inf, dtype=reward.dtype).scatter_reduce(0, group, reward, "amin")
+    high = reward.new_full((groups,), -torch.inf).scatter_reduce(0, group, reward, "amax")
+    low = reward.new_full((groups,), torch.inf).scatter_reduce(0, group, reward, "amin")
     return (high == low)[group]

@@ -15,8 +15,9 @@ def step_rewards(batch: Batch, outcome: Tensor) -> Tensor:
     """(N, T) rewards of the steps, with the outcome (N,) on each row's last trained step."""
     given = batch.rows.step_reward
     rewards = torch.zeros_like(batch.mask) if given is None else given.to(batch.mask.dtype).clone()
-    last = (batch.mask * torch.arange(1, batch.mask.shape[1] + 1)).argmax(1)
-    rewards[torch.arange(len(batch)), last] += outcome * (batch.mask.sum(1) > 0)
+    device = batch.mask.device
+    last = (batch.mask * torch.arange(1, batch.mask.shape[1] + 1, device=device)).argmax(1)
+    rewards[torch.arange(len(batch), device=device), last] += outcome * (batch.mask.sum(1) > 0)
     return rewards * batch.mask
 
 

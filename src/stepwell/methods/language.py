@@ -9,8 +9,8 @@ from stepwell.methods.registry import method
 from stepwell.objective.pairs import Logistic, Pairing, Pairs
 from stepwell.objective.policy import Policy
 from stepwell.objective.ratio import Ratio
-from stepwell.objective.reduction import Reduction
-from stepwell.objective.regularise import Divergence, Regulariser, entropy_bonus
+from stepwell.objective.reduction import Mode, Reduction
+from stepwell.objective.regularise import Divergence, Estimate, Regulariser, entropy_bonus
 from stepwell.objective.surrogate import Clip, Score
 from stepwell.objective.term import Objective, Term
 from stepwell.objective.value import ValueLoss
@@ -19,11 +19,11 @@ from stepwell.plan.groups import DynamicSampling, Groups
 from stepwell.recipe import Recipe
 
 
-def penalised(policy: Term | Objective, kl: float, estimate: str = "k3", reduction: str = "token") -> Term | Objective:
+def penalised(policy: Policy, kl: float, estimate: Estimate = "k3", reduction: Mode = "token") -> Term | Objective:
     """A policy term, with a divergence penalty in the loss where its coefficient is not zero."""
     if not kl:
         return policy
-    return policy + Regulariser(Divergence(estimate), kl, Reduction(reduction))  # type: ignore[arg-type]
+    return Objective((policy, Regulariser(Divergence(estimate), kl, Reduction(reduction))))
 
 
 def reward_with(kl: float) -> Part:

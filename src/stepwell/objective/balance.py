@@ -79,10 +79,10 @@ class SubTrajectoryBalance(Term):
     def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:
         mask = batch.mask
         number = mask.sum(1).long()
-        order = (-mask).argsort(1, stable=True)  # trained steps first, in their order
+        order = (-mask).argsort(dim=1, stable=True)  # trained steps first, in their order
         step = batch.log_prob - (batch.reference if self.against == "reference" else 0.0)
         step, flow = (x.gather(1, order) for x in (step * mask, batch.present("value") * mask))
-        place = torch.arange(mask.shape[1] + 1)
+        place = torch.arange(mask.shape[1] + 1, device=mask.device)
         flow = torch.cat([flow, torch.zeros_like(flow[:, :1])], 1)
         flow = torch.where(place == number[:, None], targets["log_reward"][:, None], flow)
         level = flow - torch.cat([torch.zeros_like(step[:, :1]), step.cumsum(1)], 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from stepwell.credit.group import group_index, top_of_groups
+from stepwell.credit.group import group_index, group_sum, top_of_groups
 from stepwell.errors import InputError
 from stepwell.objective.state import State, value_of
 from stepwell.objective.term import Coupling, Loss, Term
@@ -91,13 +91,12 @@ class Pairing(Part):
         reward = batch.reward
         group, groups = group_index(batch.rows.prompt)
         if self.kind == "all":
-            return torch.ones(len(reward), 2, dtype=torch.bool)
+            return torch.ones_like(reward, dtype=torch.bool)[:, None].expand(-1, 2).contiguous()
         if self.kind == "mean":
-            mean = torch.zeros(groups, dtype=reward.dtype).index_add_(0, group, reward)
-            mean = mean / torch.zeros(groups, dtype=reward.dtype).index_add_(0, group, torch.ones_like(reward))
-            return torch.stack([reward > mean[group], reward < mean[group]], 1)
+            mean = group_sum(reward, group, groups) / group_sum(torch.ones_like(reward), group, groups)
+            return torch.stack([reward > mean, reward < mean], 1)
         if self.kind == "extremes":
-            sides = torch.zeros(len(reward), 2, dtype=torch.bool)
+            sides = torch.zeros(len(reward), 2, dtype=torch.bool, device=reward.device)
             sides[top_of_groups(reward, group, groups), 0] = True
             sides[top_of_groups(-reward, group, groups), 1] = True
             return sides

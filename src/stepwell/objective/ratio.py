@@ -64,8 +64,8 @@ class Ratio(Part):
         else:
             raise InputError(f"Ratio has no level '{self.level}'; one of {Level.__args__} is right.")  # type: ignore[attr-defined]
         if self.level == "sequence_token":
-            return whole.detach() + (present - present.detach()) * mask
-        return whole
+            whole = whole.detach() + present - present.detach()
+        return whole * mask
 
     def _denominator(self, batch: Batch) -> Tensor:
         if isinstance(self.denominator, Part):
@@ -82,8 +82,8 @@ class Ratio(Part):
 
     def _by_segment(self, difference: Tensor, mask: Tensor, segment: Tensor) -> Tensor:
         number = int(segment.max()) + 1
-        total = torch.zeros(len(mask), number, dtype=mask.dtype).scatter_add(1, segment, difference)
+        total = mask.new_zeros(len(mask), number).scatter_add(1, segment, difference)
         if self.mean == "geometric":
-            size = torch.zeros(len(mask), number, dtype=mask.dtype).scatter_add(1, segment, mask)
+            size = mask.new_zeros(len(mask), number).scatter_add(1, segment, mask)
             total = total / size.clamp(min=1)
         return total.gather(1, segment)

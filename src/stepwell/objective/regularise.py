@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepwell.errors import UnknownName
+from stepwell.errors import InputError, UnknownName
 from stepwell.objective.gate import Gate
 from stepwell.objective.reduction import Reduction, total
 from stepwell.objective.state import State, value_of
@@ -35,9 +35,18 @@ class Divergence(Part):
     other: Literal["reference", "old"] = "reference"
     level: Literal["token", "sequence"] = "token"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.estimate == "exact" and (self.other, self.level) != ("reference", "token"):
+            raise InputError(
+                f"The exact divergence is that of each step's law from the reference's; other='{self.other}' and "
+                f"level='{self.level}' are for estimates."
+            )
+
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"reference_log_prob"} if self.other == "reference" else ())
+        sampled = self.estimate != "exact" and self.other == "reference"
+        return frozenset({"reference_log_prob"} if sampled else ())
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]

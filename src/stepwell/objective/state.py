@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from stepwell.errors import UnknownName
 from stepwell.parts import Batch
 
 
@@ -27,6 +28,12 @@ class State:
         return value
 
 
+def _metric(metrics: Mapping[str, float], name: str) -> float:
+    if name not in metrics:
+        raise UnknownName("metric for a state to follow", name, metrics)
+    return metrics[name]
+
+
 @dataclass(frozen=True)
 class AdaptiveCoefficient(State):
     """A penalty's coefficient that steers a metric to a target.
@@ -40,7 +47,7 @@ class AdaptiveCoefficient(State):
     rate: float = 0.1
 
     def update(self, value: float, metrics: Mapping[str, float]) -> float:
-        error = min(max(metrics[self.metric] / self.target - 1.0, -0.2), 0.2)
+        error = min(max(_metric(metrics, self.metric) / self.target - 1.0, -0.2), 0.2)
         return value * (1.0 + error * self.rate)
 
 
@@ -53,7 +60,7 @@ class Multiplier(State):
     rate: float = 0.01
 
     def update(self, value: float, metrics: Mapping[str, float]) -> float:
-        return max(0.0, value + self.rate * (self.threshold - metrics[self.metric]))
+        return max(0.0, value + self.rate * (self.threshold - _metric(metrics, self.metric)))
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class RunningMean(State):
     decay: float = 0.9
 
     def update(self, value: float, metrics: Mapping[str, float]) -> float:
-        return self.decay * value + (1.0 - self.decay) * metrics[self.metric]
+        return self.decay * value + (1.0 - self.decay) * _metric(metrics, self.metric)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class LogPartition(State):
     rate: float = 0.1
 
     def update(self, value: float, metrics: Mapping[str, float]) -> float:
-        return value - self.rate * metrics[self.metric]
+        return value - self.rate * _metric(metrics, self.metric)
 
 
 def value_of(coefficient: float | State, batch: Batch) -> float:

@@ -15,6 +15,14 @@ from torch.nn.functional import relu
 
 from stepwell.parts import Batch, Part
 
+LARGEST = 80.0
+"""The largest log-ratio whose exponential is taken: beyond it float32 overflows, and no gradient passes."""
+
+
+def ratio_of(log_ratio: Tensor) -> Tensor:
+    """r = exp(log r), finite: a clipped infinity would have the gradient 0 * inf, which is no number."""
+    return log_ratio.clamp(max=LARGEST).exp()
+
 
 class Surrogate(Part):
     """A loss per step; `clipped` tells where its gradient was cut, for the log."""
@@ -41,7 +49,7 @@ class Clip(Surrogate):
     delta: float | None = None
 
     def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
-        ratio = log_ratio.exp()
+        ratio = ratio_of(log_ratio)
         free = ratio if self.delta is None else ratio.clamp(max=self.delta)
         loss = -torch.minimum(free * advantage, ratio.clamp(1 - self.low, 1 + self.high) * advantage)
         if self.dual is not None:
@@ -49,7 +57,7 @@ class Clip(Surrogate):
         return loss
 
     def clipped(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
-        ratio = log_ratio.exp()
+        ratio = ratio_of(log_ratio)
         return ((ratio > 1 + self.high) & (advantage > 0)) | ((ratio < 1 - self.low) & (advantage < 0))
 
 
@@ -58,7 +66,7 @@ class Plain(Surrogate):
     """-r A: the importance-weighted policy gradient without a clip."""
 
     def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
-        return -log_ratio.exp() * advantage
+        return -ratio_of(log_ratio) * advantage
 
 
 @dataclass(frozen=True)
@@ -75,11 +83,11 @@ class Score(Surrogate):
     def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
         if self.minimum is None and self.maximum is None:
             return -advantage * batch.log_prob
-        weight = log_ratio.detach().exp().clamp(self.minimum, self.maximum)
+        weight = ratio_of(log_ratio.detach()).clamp(self.minimum, self.maximum)
         return -weight * advantage * batch.log_prob
 
     def clipped(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
-        ratio = log_ratio.exp()
+        ratio = ratio_of(log_ratio)
         above = ratio > self.maximum if self.maximum is not None else torch.zeros_like(ratio, dtype=torch.bool)
         below = ratio < self.minimum if self.minimum is not None else torch.zeros_like(ratio, dtype=torch.bool)
         return above | below
@@ -94,7 +102,7 @@ class Taper(Surrogate):
 
     def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
         tau = torch.where(advantage > 0, self.positive, self.negative)
-        return -torch.sigmoid(tau * (log_ratio.exp() - 1)) * 4 / tau * advantage
+        return -torch.sigmoid(tau * (ratio_of(log_ratio) - 1)) * 4 / tau * advantage
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ class Drift(Surrogate):
     b: float = 0.6
 
     def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
-        ratio = log_ratio.exp()
+        ratio = ratio_of(log_ratio)
         up, down = (ratio - 1) * advantage, log_ratio * advantage
         drift = torch.where(
             advantage >= 0,

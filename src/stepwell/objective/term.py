@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from stepwell.objective.state import State
-from stepwell.parts import Batch, declared, parts_of
+from stepwell.parts import Batch, Checked, declared, parts_of
 
 Coupling = Literal["rows", "groups", "batch"]
 
@@ -35,7 +35,7 @@ class Loss:
         return Loss(self.value + other.value, metrics)  # type: ignore[arg-type]
 
 
-class Term:
+class Term(Checked):
     """One summand of an objective, a frozen dataclass with a `coefficient`.
 
     `credit(batch)` and `plan(batch, targets)` see the whole batch without a gradient and give (N,) or (N, T)

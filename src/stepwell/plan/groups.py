@@ -66,7 +66,7 @@ class DynamicSampling(Groups):
         chosen = _useful_prompts(so_far)[: self.prompts]
         if not chosen:
             return torch.arange(min(len(so_far), self.prompts * self.size))
-        return torch.isin(so_far.prompt, torch.tensor(chosen)).nonzero()[:, 0]
+        return torch.isin(so_far.prompt, so_far.prompt.new_tensor(chosen)).nonzero()[:, 0]
 
 
 def _useful_prompts(rows: Trajectories) -> list[int]:

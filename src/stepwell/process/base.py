@@ -90,6 +90,7 @@ class Process(Protocol):
     Laws that hold for every process, checked by `stepwell.check.process`: the log-probability stored while
     drawing equals `log_prob` afterwards; a fork has the original's law, and neither the order nor the number of
     rows nor padding changes anything; the same seed gives the same trajectories; the meter counts what was spent.
+    A state that is given is one that this process made: it may be of the process's own type.
     """
 
     module: nn.Module
@@ -99,15 +100,15 @@ class Process(Protocol):
         """One row a prompt; repeat rows with `state[index]` for groups."""
         ...
 
-    def propose(self, state: State) -> Distribution:
+    def propose(self, state: Any) -> Distribution:
         """The law of each row's next action."""
         ...
 
-    def advance(self, state: State, action: Tensor, rng: Rng) -> State:
+    def advance(self, state: Any, action: Tensor, rng: Rng) -> State:
         """Every row one step on. Models use no randomness here; an environment may."""
         ...
 
-    def finish(self, state: State) -> Samples:
+    def finish(self, state: Any) -> Samples:
         """What the user sees of each row."""
         ...
 

@@ -56,7 +56,7 @@ class TabularLanguage:
 
     Example:
         >>> model = markov(symbols=3, length=2)
-        >>> round(float(model.string_probabilities().sum()), 12)
+        >>> round(model.string_probabilities().sum().item(), 12)
         1.0
     """
 

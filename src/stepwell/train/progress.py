@@ -27,6 +27,7 @@ SHOWN = {
     "gradient norm": "gradient_norm",
     "learning rate": "learning_rate",
 }
+UNITS = {"model_evaluations": "evaluations", "forward": "tokens forward", "backward": "tokens backward"}
 BARS = "▁▂▃▄▅▆▇█"
 REMEMBERED = 512
 
@@ -129,7 +130,8 @@ class Progress:
         width = self.console.width
         head = Text.assemble((self._title, "bold"), f"  {self._limit}  ", (self._pace.words(), "dim"))
         head.truncate(width, overflow="ellipsis")
-        bar = ProgressBar(total=1.0, completed=min(self._pace.share, 1.0), width=width)
+        bar = Table.grid(expand=True)  # by itself, a bar ends no line
+        bar.add_row(ProgressBar(total=1.0, completed=min(self._pace.share, 1.0), width=width))
         if not self._metrics:
             return Group(head, bar, Text("the first step is being drawn", style="dim"))
         return Group(head, bar, self._numbers(width), self._texts(width))
@@ -206,7 +208,8 @@ def costs(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, value in metrics.items():
         unit = name.removeprefix("cost/")
         if unit != name and isinstance(value, int | float) and value:
-            found.append((unit.replace("_", " "), duration(value) if unit == "wall_time" else whole(value)))
+            amount = duration(value) if unit == "wall_time" else whole(value)
+            found.append((UNITS.get(unit, unit.replace("_", " ")), amount))
     return found
 
 

@@ -83,7 +83,7 @@ def save(trainer: Trainer) -> None:
     }
     if at.drawn is not None and at.targets is not None:  # in the middle of a rollout's updates
         groups["rows"] = to_tensors(at.drawn.trajectories)
-        groups["targets"] = {"/".join(key): value for key, value in _leaves(at.targets)}
+        groups["targets"] = _flat(at.targets)
         state["samples"] = asdict(at.drawn.samples)
         state["prompts"] = at.drawn.trajectories.prompt.tolist()
     checkpoint.write(parent / f"update-{at.update:08d}", state, groups)
@@ -147,11 +147,9 @@ def _reference(trainer: Trainer) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in reference.module.named_parameters()}
 
 
-def _leaves(targets: TensorDict) -> list[tuple[tuple[str, ...], Tensor]]:
-    return [
-        (key if isinstance(key, tuple) else (key,), value)
-        for key, value in targets.items(include_nested=True, leaves_only=True)
-    ]
+def _flat(targets: TensorDict) -> dict[str, Tensor]:
+    """The targets by `term/name`."""
+    return {f"{term}/{name}": value for term, entry in targets.items() for name, value in entry.items()}  # type: ignore[union-attr,misc]
 
 
 def _nested(flat: dict[str, Tensor], count: int, terms: int) -> TensorDict:

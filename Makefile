@@ -1,0 +1,45 @@
+# Every target sets up what it needs in .venv by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test-all bench lint docs clean
+
+demo: .venv/.run  ## compare three methods on a real task, with a report
+	$(BIN)/stepwell compare countdown --methods grpo,dr-grpo,raft --budget 40s --seeds 1 --out runs/demo
+
+test: .venv/.test  ## the tests, without the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-all: .venv/.test  ## the tests, with the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ''
+
+bench: .venv/.test  ## what is measured against peers: make bench NAME=language
+	$(BIN)/python benchmarks/$(or $(NAME),language).py
+
+lint: .venv/.lint  ## style, types, and the rule that rooms import downwards only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: .venv/.run  ## write docs/methods.md from the cards
+	$(BIN)/python docs/write_methods.py
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.run: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable .
+	@touch $@
+
+.venv/.test: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[test]'
+	@touch $@ .venv/.run
+
+.venv/.lint: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[test,lint]'
+	@touch $@ .venv/.run .venv/.test

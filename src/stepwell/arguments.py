@@ -1,0 +1,105 @@
+"""From words on a command line to a command's dataclass, with one clear sentence for whatever is wrong in them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from stepwell.errors import InputError, UnknownName
+
+C = TypeVar("C")
+
+
+def parse(words: Sequence[str], commands: Mapping[str, type[C]], program: str, about: str) -> C:
+    """The command (a dataclass) that the first word names, with the rest as its arguments.
+
+    `--help` prints and raises SystemExit. Raises `InputError` for words that make no sense.
+    """
+    first, rest = words[0], list(words[1:])
+    if first in commands:
+        with _one_sentence(f"{program} {first}", [entry.name for entry in fields(commands[first])]):  # type: ignore[arg-type]
+            return tyro.cli(
+                commands[first],
+                prog=f"{program} {first}",
+                args=rest,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    if first not in ("-h", "--help"):
+        flag = first.startswith("-")
+        raise UnknownName("argument" if flag else "command", first, ["--help", "--version"] if flag else commands)
+    whole: Any = reduce(or_, (Annotated[kind, tyro.conf.subcommand(name)] for name, kind in commands.items()))
+    tyro.cli(whole, prog=program, description=about, args=["--help"])
+    raise SystemExit(0)
+
+
+@contextmanager
+def _one_sentence(program: str, known: Sequence[str]) -> Iterator[None]:
+    """Have tyro raise an InputError of one sentence instead of drawing a box, in versions that can be told so."""
+    on_parse_error = getattr(getattr(tyro, "_errors", None), "on_parse_error", None)
+
+    def refuse(event: Any) -> None:
+        raise _refusal(event, program, known)
+
+    with on_parse_error(refuse) if on_parse_error is not None else nullcontext():
+        yield
+
+
+def _refusal(event: Any, program: str, known: Sequence[str]) -> InputError:
+    """One sentence for whatever tyro found wrong; the kinds of its events may grow."""
+    mend = f"see `{program} --help`."
+    argument = getattr(event, "argument", None)
+    name = "an argument" if argument is None else argument.lowered.name_or_flags[0]
+    unknown = list(getattr(event, "tokens", ()) or getattr(event, "unrecognized_tokens", ()))
+    flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+    if flags:
+        return UnknownName("argument", flags[0], [f"--{field.replace('_', '-')}" for field in known])
+    missing = [entry.arg for entry in getattr(event, "missing_arguments", ())]
+    if missing:
+        needed = [each.display_name() if each.is_positional() else each.lowered.name_or_flags[0] for each in missing]
+        return InputError(f"`{program}` needs {' and '.join(needed)}; {mend}")
+    if unknown:
+        return InputError(f"`{program}` does not know what to do with '{unknown[0]}'; {mend}")
+    if hasattr(event, "choices"):
+        return InputError(f"{name} is '{event.value}'; {', '.join(event.choices)} are right.")
+    if hasattr(event, "reason"):
+        return InputError(f"{name} has too few values; {mend}")
+    said = str(getattr(event, "message", "it cannot be read")).strip().splitlines()[-1]
+    said = re.sub(r"^[- ]*(<class '\w+'>: )?", "", said)
+    return InputError(f"{name} has a value that does not fit ({said}); {mend}")
+
+
+def options_from(words: Sequence[str]) -> dict[str, Any]:
+    """Options written as name=value; values are numbers, true, false, none, or else text.
+
+    Example:
+        >>> options_from(["clip=0.1", "skip_equal=false", "pairs=all"])
+        {'clip': 0.1, 'skip_equal': False, 'pairs': 'all'}
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name:
+            raise InputError(f"The option '{word}' has no value; write it as name=value, such as clip=0.1.")
+        if name in found:
+            raise InputError(f"The option '{name}' is set twice; set it once.")
+        found[name] = _value(value.strip())
+    return found
+
+
+def _value(text: str) -> Any:
+    named = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

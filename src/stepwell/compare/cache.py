@@ -1,0 +1,78 @@
+"""Folders that are expensive to make and made once: keyed by what made them, complete or not there at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from stepwell.errors import InputError
+
+_SEAL = "stepwell.json"
+
+
+def cache_root() -> Path:
+    """Where made folders are kept: `$STEPWELL_CACHE`, else `~/.cache/stepwell`."""
+    return Path(os.environ.get("STEPWELL_CACHE") or Path.home() / ".cache" / "stepwell").expanduser()
+
+
+def cached_folder(name: str, key: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+    """The folder that `make` fills, made now or found from before; `key` (JSON values) says what it depends on.
+
+    It is made beside its place and renamed into it, and sealed with the size of each of its files: what was left by a
+    run that died, or lost a file since, is never used but made anew. Runs that make it at the same time do not
+    disturb each other; the first to finish wins. Raises `InputError` where nothing can be written.
+    """
+    written = json.dumps(dict(key), sort_keys=True)
+    folder = cache_root() / f"{name}-{hashlib.blake2b(written.encode(), digest_size=8).hexdigest()}"
+    if _is_whole(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        workshop = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+    except OSError as error:
+        raise InputError(
+            f"Nothing can be kept in '{folder.parent}' ({error.strerror}); name another folder in STEPWELL_CACHE."
+        ) from error
+    try:
+        made = workshop / "made"
+        made.mkdir()
+        make(made)
+        seal = {"key": dict(key), "files": _sizes(made)}
+        (made / _SEAL).write_text(json.dumps(seal, indent=1), encoding="utf-8")
+        _put(made, folder, workshop / "broken")
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    return folder
+
+
+def _put(made: Path, folder: Path, aside: Path) -> None:
+    """Rename `made` to `folder`, unless another run was first; a broken folder in the way is moved aside."""
+    for _ in range(2):
+        try:
+            made.rename(folder)
+            return
+        except OSError:
+            if _is_whole(folder):
+                return
+            if not folder.exists():
+                raise
+            folder.rename(aside)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != _SEAL]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        seal = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(seal.get("files") == _sizes(folder))

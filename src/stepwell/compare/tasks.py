@@ -1,0 +1,112 @@
+"""Tasks: a process to start from, prompts to learn on, held-out prompts to be judged by, and a reward."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stepwell.errors import InputError, UnknownName
+from stepwell.process.base import Process
+from stepwell.reward.mixing import Rewards
+from stepwell.rollout import Prompt
+
+
+def plainly(prompt: Prompt, completion: Any) -> str:
+    """A completion as it is, or the content of the last of its chat messages."""
+    if isinstance(completion, list) and completion and isinstance(completion[-1], Mapping):
+        return str(completion[-1].get("content"))
+    return str(completion)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What methods are compared on.
+
+    `process()` gives a fresh process each time, always from the same start. The score of a completion is its reward,
+    and `unit` says what that counts (of `solved`, a mean of 0.4 reads 40 %). No prompt is in both `prompts` and
+    `evaluation`. `settings` are the training settings that fit the task, by field of `stepwell.train.settings`;
+    `show(prompt, completion)` is how a report prints a completion.
+    """
+
+    name: str
+    title: str
+    description: str
+    process: Callable[[], Process]
+    prompts: list[Prompt]
+    evaluation: list[Prompt]
+    rewards: Rewards
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    show: Callable[[Prompt, Any], str] = plainly
+    unit: str = "reward"
+
+    def __post_init__(self) -> None:
+        for kind, prompts in (("prompts", self.prompts), ("evaluation", self.evaluation)):
+            if not prompts:
+                raise InputError(f"Task '{self.name}' has no {kind}; at least one prompt is needed there.")
+        held_out = {repr(prompt.value) for prompt in self.evaluation}
+        for prompt in self.prompts:
+            if repr(prompt.value) in held_out:
+                raise InputError(f"Task '{self.name}' trains on the held-out prompt {prompt.value!r}; keep them apart.")
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """A task that can be built: its name, one line about it, and the function that builds it."""
+
+    name: str
+    summary: str
+    build: Callable[..., Task]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The task's options with their defaults."""
+        return {name: parameter.default for name, parameter in inspect.signature(self.build).parameters.items()}
+
+
+_TASKS: dict[str, TaskEntry] = {}
+
+
+def task(name: str) -> Callable[[Callable[..., Task]], Callable[..., Task]]:
+    """Register a function that builds a `Task`; its parameters are the task's options and all have defaults.
+
+    A user's own task registers in the user's own file in the same way. The first line of the docstring is what a
+    listing shows. Raises `InputError` for a name that another file has taken.
+    """
+
+    def register(build: Callable[..., Task]) -> Callable[..., Task]:
+        taken = _TASKS.get(name)
+        if taken is not None and taken.build.__code__.co_filename != build.__code__.co_filename:
+            raise InputError(f"There is a task '{name}' already; give yours another name.")
+        for option, parameter in inspect.signature(build).parameters.items():
+            if parameter.default is inspect.Parameter.empty:
+                raise InputError(f"Option '{option}' of task '{name}' has no default; every option needs one.")
+        summary = (inspect.getdoc(build) or "").split("\n", 1)[0]
+        _TASKS[name] = TaskEntry(name, summary, build)
+        return build
+
+    return register
+
+
+def forget_task(name: str) -> None:
+    """Take a task out of the registry."""
+    _TASKS.pop(name, None)
+
+
+def tasks() -> list[TaskEntry]:
+    """All tasks, sorted by name: those that come with Stepwell and those registered since."""
+    importlib.import_module("stepwell.compare.countdown")
+    return [_TASKS[name] for name in sorted(_TASKS)]
+
+
+def get_task(name: str, **options: Any) -> Task:
+    """Build a task by name. Raises `UnknownName`, with the nearest one, for an unknown task or option."""
+    known = {entry.name: entry for entry in tasks()}
+    if name not in known:
+        raise UnknownName("task", name, known)
+    for option in options:
+        if option not in known[name].options:
+            raise UnknownName(f"option of task {name}", option, known[name].options)
+    return known[name].build(**options)

@@ -1,0 +1,133 @@
+"""A small transformer and its character tokenizer, made on the spot and taught by demonstrations, then kept."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from stepwell.rng import Rng
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """The size of the transformer and how long it imitates: `steps` batches of `batch` demonstrations, AdamW."""
+
+    layers: int = 2
+    hidden: int = 112
+    intermediate: int = 288
+    heads: int = 4
+    positions: int = 64
+    steps: int = 450
+    batch: int = 96
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+
+def character_tokenizer(characters: str) -> Any:
+    """A fast tokenizer with one token a character, besides `<pad>`, `<end>` and `<unknown>`."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<end>", "<unknown>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<end>",
+        unk_token="<unknown>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def small_transformer(start: WarmStart, tokenizer: Any) -> Any:
+    """An untrained causal transformer of the Llama kind for this tokenizer, its weights drawn from `start.seed`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=start.hidden,
+        intermediate_size=start.intermediate,
+        num_hidden_layers=start.layers,
+        num_attention_heads=start.heads,
+        max_position_embeddings=start.positions,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):  # transformers draws weights of its own, replaced below
+        model = LlamaForCausalLM(config)
+    rng = Rng(start.seed).split("weights")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(0.02 * rng.normal(*parameter.shape))
+    return model
+
+
+def demonstrate(
+    folder: Path, start: WarmStart, characters: str, pairs: Sequence[tuple[str, str]], weights: Tensor
+) -> None:
+    """Teach a new model the (prompt, completion) pairs, drawn in proportion to `weights` (pairs,), and save it.
+
+    Only the completion and the end token after it are learnt. The folder then holds a model and its tokenizer as
+    `transformers` load them. One core does the work: for a model this small a second one is no gain, and in a
+    machine that others use the two would mostly wait for each other.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    tokenizer = character_tokenizer(characters)
+    model = small_transformer(start, tokenizer)
+    ids, labels = _encoded(tokenizer, pairs)
+    rng = Rng(start.seed).split("demonstrations")
+    optimiser = torch.optim.AdamW(model.parameters(), lr=start.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    warmup = max(1, start.steps // 15)
+    screen = Console(stderr=True)
+    steps = range(start.steps)
+    with _one_thread():
+        for step in track(steps, "Warm start of the model (once, then kept)", console=screen, transient=True):
+            decay = 0.05 + 0.95 * (1 - step / start.steps)
+            optimiser.param_groups[0]["lr"] = start.learning_rate * min(1.0, (step + 1) / warmup) * decay
+            rows = rng.categorical(weights.expand(start.batch, -1))
+            logits = model(ids[rows]).logits[:, :-1]
+            loss = cross_entropy(logits.flatten(0, 1), labels[rows, 1:].flatten())
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _encoded(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+    """Token ids (pairs, T), padded on the right, and the same as labels, -100 where nothing is to be learnt."""
+    prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
+    completions = tokenizer([completion for _, completion in pairs])["input_ids"]
+    width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True)) + 1
+    ids = torch.full((len(pairs), width), tokenizer.pad_token_id)
+    labels = torch.full((len(pairs), width), -100)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        end = len(prompt) + len(completion) + 1
+        ids[row, :end] = torch.tensor([*prompt, *completion, tokenizer.eos_token_id])
+        labels[row, len(prompt) : end] = ids[row, len(prompt) : end]
+    return ids, labels
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
