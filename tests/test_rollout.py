@@ -47,11 +47,11 @@ def test_requests_come_back_in_their_order_however_they_are_batched(rows_at_once
 
 
 def test_prompts_and_columns_follow_their_rows():
-    requests = [Request(SECOND, 2, horizon=1), Request(FIRST, 1, proposal=lambda law, state: law), Request(FIRST, 2)]
+    requests = [Request(FIRST, 2, horizon=1), Request(SECOND, 1, proposal=lambda law, state: law), Request(FIRST, 2)]
     drawn = rollout(MODEL, requests, Rng(0), rows_at_once=2, version=3)
-    assert [prompt.id for prompt in drawn.prompts] == [1, 1, 0, 0, 0]
-    assert drawn.trajectories.prompt.tolist() == [1, 1, 0, 0, 0]
-    assert drawn.trajectories.condition["prompt"].tolist() == [1, 1, 0, 0, 0]
+    assert [prompt.id for prompt in drawn.prompts] == [0, 0, 1, 0, 0]
+    assert drawn.trajectories.prompt.tolist() == [0, 0, 1, 0, 0]
+    assert drawn.trajectories.condition["prompt"].tolist() == [0, 0, 1, 0, 0]
     assert drawn.trajectories.version.tolist() == [3] * 5
     for row, text in enumerate(drawn.samples.values):
         length = int(drawn.trajectories.length[row])
@@ -296,6 +296,21 @@ def test_deterministic_steps_happen_but_have_no_density(deterministic):
     assert not rows.log_prob[~rows.mask].any()
     assert (rows.node >= 0).all()
     assert rows.action.shape == (3, 3, 1)
+
+
+def test_a_step_in_lower_precision_lowers_that_of_no_other():
+    class Mixed(RandomWalk):
+        def propose(self, state):
+            law_ = super().propose(state)
+            return law_ if state.step else Gaussian(law_.mean.float(), law_.standard_deviation.float())
+
+        def advance(self, state, action, rng):
+            return super().advance(state, action.double(), rng)
+
+    rows = rollout(Mixed(set()), [Request(Prompt(0, 2.0), 3)], Rng(0)).trajectories
+    assert rows.log_prob.dtype == rows.action.dtype == torch.float64
+    last = Gaussian(rows.action[:, 1], torch.tensor(0.5, dtype=torch.float64)).log_prob(rows.action[:, 2])
+    torch.testing.assert_close(rows.log_prob[:, 2], last, rtol=0, atol=1e-14)
 
 
 def test_moments_of_a_random_walk_are_exact_by_quadrature():

@@ -24,6 +24,7 @@ from stepwell.errors import InputError, StepwellError
 
 if TYPE_CHECKING:
     from stepwell.methods.registry import Card
+    from stepwell.rollout import Prompt
 
 ABOUT = f"""{stepwell.__doc__}
 
@@ -49,7 +50,7 @@ class Command:
 
             registry.names()
             for path in self.plugin:
-                registry.load_plugin(path)
+                registry.load_plugin(os.path.abspath(path))  # its errors then know their line
 
 
 @dataclass(kw_only=True)
@@ -164,6 +165,8 @@ class Train(Command):
             process: Any = language(
                 self.model, dtype=self.dtype, device=self.device, system=self.system, lora=self._lora(), **sampling
             )
+            _read_all(process, self.data, prompts)
+            _read_all(process, self.evaluation or "", evaluation or [])
             run = loop.train(
                 process,
                 recipe,
@@ -271,7 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StepwellError as error:
         if "--traceback" in words:
             traces.print_exc()
-        print(f"stepwell: {' '.join(str(error).split())}", file=sys.stderr)
+        sentence = " ".join(str(error).split())
+        print(f"stepwell: {sentence}{'' if sentence.endswith(('.', '?')) else '.'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = "; the same command with --resume goes on from there" if "train" in words and "--out" in words else ""
@@ -315,6 +319,15 @@ def _removed_if_empty(out: str | None) -> Iterator[None]:
             with suppress(OSError):
                 Path(out).rmdir()
         raise
+
+
+def _read_all(process: Any, data: str, prompts: Sequence[Prompt]) -> None:
+    """Every prompt as the model will read it, so that one it cannot read does not end a run hours later."""
+    for row, prompt in enumerate(prompts):
+        try:
+            process.encoder(prompt.value)
+        except InputError as error:
+            raise InputError(f"{data}, row {row}: {error}") from error
 
 
 def _quieten_transformers() -> None:

@@ -181,15 +181,24 @@ def _units(cost: Cost) -> tuple[int, int, int]:
     return cost.model_evaluations, cost.forward, cost.backward
 
 
+def _different_beginnings(rows: Trajectories) -> int:
+    """How many laws a rollout cannot do without: rows that share their whole past may share its cost."""
+    beginnings = set()
+    for prompt, row, length in zip(rows.prompt.tolist(), rows.action.tolist(), rows.length.tolist(), strict=True):
+        beginnings |= {(prompt, hashable(row[:step])) for step in range(length)}
+    return len(beginnings)
+
+
 def meter(bench: Bench, rows: Trajectories, evaluations_per_step: int | None) -> float:
     process, counting = bench.process, _Counting(bench.process)
     once = _spent(process, lambda: bench.draw(counting))  # type: ignore[arg-type]
     twice = _spent(process, lambda: [bench.draw(), bench.draw()])
-    steps = int(bench.draw().trajectories.length.sum())
+    steps = _different_beginnings(bench.draw().trajectories)
     if _units(twice) != _units(once + once):
         broken("meter", f"a rollout counts {_units(once)}, the same two times over {_units(twice)}.")
     if once.forward < steps or once.model_evaluations < 1 or once.backward:
-        broken("meter", f"a rollout of {steps} steps counts {once}; its steps go forward, and nothing backward.")
+        sentence = f"a rollout that proposes after {steps} different beginnings counts {_units(once)}"
+        broken("meter", f"{sentence} (evaluations, forward, backward): each goes forward, and nothing backward.")
     if evaluations_per_step is not None and once.model_evaluations != evaluations_per_step * counting.proposed:
         wanted = evaluations_per_step * counting.proposed
         broken("meter", f"a rollout counts {once.model_evaluations} model evaluations, where {wanted} were made.")
@@ -203,7 +212,7 @@ def meter(bench: Bench, rows: Trajectories, evaluations_per_step: int | None) ->
         broken("meter", f"padding is counted: the same rows cost {_units(cost)}, and padded {_units(padded)}.")
     distinct = len(rows.node[rows.mask].unique())
     if cost.forward < distinct or cost.backward:
-        broken("meter", f"scoring {distinct} steps without gradient counts {_units(cost)} (evaluations, to, fro).")
+        broken("meter", f"scoring {distinct} steps without gradient counts {_units(cost)} (evaluations, forward, backward).")
     if trainable(process.module) and not _spent(process, lambda: process.score(rows)).backward:
         broken("meter", "scoring with a gradient counts nothing backward.")
     return 0.0

@@ -25,14 +25,15 @@ class GroupFunction(Part):
 class Consistency(GroupFunction):
     """CoPG: the mean over pairs of (x_i - x_j)^2 / 2, x = R - beta s; zero at ref exp(R / beta) / Z for any samples.
 
-    On policy, with two rows, its gradient is -2 beta that of E R - beta KL(pi || ref); cards_objectives.md 5.2.
+    On policy its expected gradient is -2 beta that of E R - beta KL(pi || ref); cards_objectives.md section 5.2.
     """
 
     beta: float = 0.1
 
     def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
         x = reward - self.beta * score
-        return 0.5 * ((x[:, None] - x) ** 2).mean()
+        pairs = max(len(x) * (len(x) - 1), 1)  # ordered; a row is no pair with itself
+        return 0.5 * ((x[:, None] - x) ** 2).sum() / pairs
 
 
 @dataclass(frozen=True)
