@@ -1,4 +1,4 @@
-"""A method of one's own, in one's own file: `stepwell train ... --plugin examples/my_method.py --method above-average`."""
+"""A method of one's own, in one's own file: `--plugin examples/my_method.py --method above-average`."""
 
 from stepwell import Recipe, method
 from stepwell.credit.group import GroupCredit

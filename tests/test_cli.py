@@ -348,7 +348,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(words, tmp_path):
     assert process.returncode == 130
     assert error == "stepwell: interrupted; the same command with --resume goes on from there.\n"
     assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) < 5
-    assert main(words(*given, "--resume")) == 0
-    assert main(words(*given, out="whole")) == 0
+    assert python("-m", "stepwell", *words(*given, "--resume")).returncode == 0
+    assert python("-m", "stepwell", *words(*given, out="whole")).returncode == 0
     for name in ("metrics.jsonl", "completions.jsonl", "model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

@@ -1,5 +1,7 @@
 """The meter adds up what was spent, unit by unit."""
 
+import time
+
 import pytest
 
 from stepwell.meter import Cost, Meter
@@ -44,3 +46,15 @@ def test_a_meter_resumes_with_what_was_spent_before(monkeypatch):
     clock[0] = 501.0
     resumed.add(reward_calls=1)
     assert resumed.read() == Cost(reward_calls=6, wall_time=4.0)
+
+
+def test_a_paused_meter_counts_neither_units_nor_time():
+    meter = Meter()
+    meter.add(forward=3)
+    before = meter.read()
+    with meter.paused():
+        meter.add(forward=100, reward_calls=7)
+        time.sleep(0.05)
+    after = meter.read()
+    assert (after.forward, after.reward_calls) == (3, 0)
+    assert after.wall_time - before.wall_time < 0.04

@@ -212,7 +212,7 @@ def test_a_recipe_replaces_parts_by_name_and_refuses_others():
 def test_a_second_method_of_the_same_name_is_refused(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from stepwell import method\nfrom stepwell.recipe import Recipe\nfrom stepwell.objective.policy import Policy\n"
+        "from stepwell import Recipe, method\nfrom stepwell.objective.policy import Policy\n"
         "@method('grpo', title='mine')\ndef grpo():\n    return Recipe(Policy())\n"
     )
     with pytest.raises(InputError, match="There is a method 'grpo' already"):

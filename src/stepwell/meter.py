@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -46,6 +48,15 @@ class Meter:
     def read(self) -> Cost:
         """All that was spent so far, with the seconds since the meter was made or resumed."""
         return self.spent + Cost(wall_time=time.monotonic() - self._since)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing spent inside counts, time included: evaluation is not part of what is compared."""
+        spent, begin = self.spent, time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent, self._since = spent, self._since + time.monotonic() - begin
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self.read())

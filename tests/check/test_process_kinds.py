@@ -110,7 +110,13 @@ def test_what_a_process_does_not_allow_to_check_is_skipped_with_the_reason():
     assert "cannot fork" in inspect(CannotBeCopied).skipped["fork"]
     assert "more than its actions" in inspect(RandomEnvironment).skipped["exact law"]
     assert "no parameter" in inspect(WithoutParameters).skipped["gradient"]
-    assert "outcomes" in check.process(markov(symbols=5, length=6), [0]).skipped["exact law"]
+    assert "outcomes" in check.process(markov(symbols=40, length=3), [0]).skipped["exact law"]
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2", "gemma2", "bloom"])
+def test_a_transformer_with_its_cache_obeys_every_law(small_language, architecture):
+    report = check.process(small_language(architecture), ["a b c", "d", "e f"], horizon=5)
+    assert set(report.skipped) == {"exact law"}
 
 
 # continuous and single-precision processes

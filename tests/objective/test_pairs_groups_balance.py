@@ -276,7 +276,7 @@ def test_sub_trajectory_balance_is_its_definition_and_skips_steps_that_are_not_t
 
 def test_the_limits_of_sub_trajectory_balance_are_detailed_and_trajectory_balance(batch_of):
     present, flow = (Rng(i).normal(1, 4, dtype=torch.float64) for i in range(2))
-    log_reward = torch.tensor([0.3], dtype=torch.float64)
+    log_reward = torch.tensor([2.3], dtype=torch.float64)
     batch = batch_of(present, extra={"value": flow}, reward=log_reward)
 
     def value(lam):

@@ -176,9 +176,7 @@ def test_the_hook_sees_every_token_and_its_advantage_before_aggregation(batch_of
     found = Ratio("sequence", hook=gmpo)(batch, advantage)
     difference, mask = (batch.log_prob - batch.old).tolist(), batch.rows.mask.tolist()
     for i, row in enumerate(difference):
-        kept = [
-            min(d, 0.4) if float(advantage[i, t]) > 0 else max(d, -0.4) for t, d in enumerate(row) if mask[i][t]
-        ]
+        kept = [min(d, 0.4) if float(advantage[i, t]) > 0 else max(d, -0.4) for t, d in enumerate(row) if mask[i][t]]
         for t in range(SHAPE[1]):
             expected = math.fsum(kept) / len(kept) if mask[i][t] else 0.0
             assert float(found[i, t].detach()) == pytest.approx(expected, abs=ROUNDING)

@@ -207,7 +207,7 @@ def test_a_failing_reward_stops_with_a_checkpoint_that_resumes_alike(tmp_path):
         return uneven(completions)
 
     fails_once.__name__ = "uneven"
-    with pytest.raises(RewardError, match="uneven.*the judge is out"):
+    with pytest.raises(RewardError, match=r"uneven.*the judge is out"):
         tabular("grpo", tmp_path / "out", reward=fails_once, checkpoint_every=0)
     assert checkpoint.newest(tmp_path / "out" / "checkpoints").name == "update-00000001"
     again = tabular("grpo", tmp_path / "out", resume=True)

@@ -212,7 +212,10 @@ def meter(bench: Bench, rows: Trajectories, evaluations_per_step: int | None) ->
         broken("meter", f"padding is counted: the same rows cost {_units(cost)}, and padded {_units(padded)}.")
     distinct = len(rows.node[rows.mask].unique())
     if cost.forward < distinct or cost.backward:
-        broken("meter", f"scoring {distinct} steps without gradient counts {_units(cost)} (evaluations, forward, backward).")
+        broken(
+            "meter",
+            f"scoring {distinct} steps without gradient counts {_units(cost)} (evaluations, forward, backward).",
+        )
     if trainable(process.module) and not _spent(process, lambda: process.score(rows)).backward:
         broken("meter", "scoring with a gradient counts nothing backward.")
     return 0.0
@@ -233,17 +236,24 @@ def gradient(bench: Bench, rows: Trajectories) -> float:
         broken("gradient", "the gradient of the scores is 0 in every parameter.")
     if any(parameter.dtype != torch.float64 for parameter in parameters) or log_prob.dtype != torch.float64:
         return 0.0
-    direction, width = _direction(bench, parameters), 1e-5
+    direction = _direction(bench, parameters)
+    near, far = (_slope(bench, rows, parameters, direction, width) for width in (1e-5, 1e-4))
+    analytic = float(sum((g * along).sum() for g, along in zip(gradients, direction, strict=True)))
+    uncertain = abs(near - far)  # of both, by curvature and by rounding
+    if not abs(near - analytic) < 1e-4 * (1 + abs(analytic)) + 2 * uncertain:
+        broken("gradient", f"the slope of the scores is {near:.8g}, their gradient says {analytic:.8g}.")
+    return 0.0
+
+
+def _slope(
+    bench: Bench, rows: Trajectories, parameters: Sequence[nn.Parameter], direction: Sequence[Tensor], width: float
+) -> float:
+    """The central difference of the sum of all scores along a direction."""
     ends = []
     for sign in (1, -1):
         with _moved(parameters, [sign * width * along for along in direction]):
-            ends.append(bench.score(rows).sum())
-    slope = (ends[0] - ends[1]) / (2 * width)
-    analytic = sum(((g * along).sum() for g, along in zip(gradients, direction, strict=True)), torch.zeros(()))
-    off = float((slope - analytic).abs() / (1 + analytic.abs()))
-    if not off < 1e-4:  # the difference is off by 1e-10 third derivatives and by 1e-11 of the scores' rounding
-        broken("gradient", f"the slope of the scores is {slope:.8g}, their gradient says {analytic:.8g}.")
-    return 0.0
+            ends.append(float(bench.score(rows).sum()))
+    return (ends[0] - ends[1]) / (2 * width)
 
 
 def _direction(bench: Bench, parameters: Sequence[nn.Parameter]) -> list[Tensor]:

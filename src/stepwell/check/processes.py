@@ -45,8 +45,9 @@ def process(
        right or, where prompts differ in length, a wider condition on the left.
     3. *seed*: the same call with the same seed gives the same trajectories, bit for bit.
     4. *meter*: counts are whole and additive; a rollout counts each of its steps (rows that share their whole past
-       may share its cost) and nothing backward, padding costs nothing, gradients only where they are asked for. What one step costs is the process's own matter;
-       where each proposal takes a fixed number of network evaluations a row, state it as `evaluations_per_step`.
+       may share its cost) and nothing backward, padding costs nothing, gradients only where they are asked for.
+       What one step costs is the process's own matter; where each proposal takes a fixed number of network
+       evaluations a row, state it as `evaluations_per_step`.
     5. *gradient*: scores are differentiable in the parameters (held against a finite difference in float64) and 0
        where the mask is False.
     6. *frozen*: the frozen twin has the same scores, cannot learn, spends on the same meter, and stays what it is

@@ -107,7 +107,8 @@ class Best(Part):
             kept[top_of_groups(reward, group, groups)] = True
         if self.skip_equal:
             kept &= ~equal_groups(reward, group, groups)
-        return kept.to(reward.dtype) * (len(reward) / kept.sum().clamp(min=1))
+        weight = kept.to(reward.dtype)
+        return weight * (len(reward) / weight.sum().clamp(min=1))
 
 
 def top_of_groups(values: Tensor, group: Tensor, groups: int) -> Tensor:

@@ -62,7 +62,7 @@ class HighEntropy(Gate):
     """Only the share `top` of steps with the highest entropy trains (Wang et al. 2025, "Beyond the 80/20 rule")."""
 
     top: float = 0.2
-    when: When = "minibatch"
+    when = "minibatch"
     present = frozenset({"entropy"})
 
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
@@ -77,7 +77,7 @@ class OneSide(Gate):
 
     low: float = 0.2
     high: float = 0.2
-    when: When = "step"
+    when = "step"
 
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
         assert log_ratio is not None
@@ -94,7 +94,7 @@ class OffPolicyRows(Gate):
     """
 
     threshold: float = 1.0
-    when: When = "step"
+    when = "step"
 
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
         drift = batch.row_sum(batch.behaviour - batch.log_prob) / batch.steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -128,10 +127,9 @@ def evaluate(
     rows_at_once: int | None = None,
 ) -> Evaluation:
     """Mean reward over `samples` draws a prompt; what it costs is not on the run's meter."""
-    spent = copy.copy(process.meter.spent)
     requests = [Request(prompt, samples) for prompt in prompts]
-    drawn = draw_rewarded(process, requests, rewards, rng, rows_at_once).drawn
-    process.meter.spent = spent
+    with process.meter.paused():
+        drawn = draw_rewarded(process, requests, rewards, rng, rows_at_once).drawn
     assert drawn.trajectories.reward is not None
     each = drawn.trajectories.reward.double().reshape(len(prompts), samples).mean(1)
     return Evaluation(float(each.mean()), each, drawn)

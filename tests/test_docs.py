@@ -1,0 +1,71 @@
+"""What the README and the docs say is so."""
+
+from __future__ import annotations
+
+import doctest
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stepwell import methods
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_examples_of_the_readme_run():
+    found = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+    assert found.attempted >= 3
+    assert found.failed == 0
+
+
+def test_the_page_of_methods_is_what_the_cards_say():
+    spec = importlib.util.spec_from_file_location("write_methods", ROOT / "docs" / "write_methods.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "methods.md").read_text() == module.page(), "run `make docs`"
+
+
+def test_the_readme_names_every_method_and_only_links_what_is_there():
+    text = (ROOT / "README.md").read_text()
+    for name in methods.names():
+        assert f"`{name}`" in text
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_readmes_method_of_ones_own_is_the_example_and_obeys_the_laws():
+    text = (ROOT / "README.md").read_text()
+    body = (ROOT / "examples" / "my_method.py").read_text().split("@method", 1)[1]
+    assert "@method" + body.rstrip() in text
+
+
+def test_importing_stepwell_is_light():
+    code = (
+        "import sys, time; begin = time.perf_counter(); import stepwell; "
+        "print(time.perf_counter() - begin, 'torch' in sys.modules)"
+    )
+    seconds, torch_there = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert torch_there == "False"
+    assert float(seconds) < 0.2
+
+
+def test_an_unknown_public_name_says_what_there_is():
+    import stepwell
+
+    with pytest.raises(AttributeError, match="offers"):
+        _ = stepwell.nothing_of_the_kind
+    assert set(stepwell.__all__) <= set(dir(stepwell))
+
+
+def test_functions_stay_in_front_of_the_rooms_of_the_same_name():
+    import stepwell
+    import stepwell.train.loop
+
+    assert callable(stepwell.train)
+    assert callable(stepwell.compare)
