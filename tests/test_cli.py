@@ -305,7 +305,9 @@ def test_a_run_leaves_a_model_a_log_and_what_it_was_made_of(words, tmp_path, cap
     given = ("--reward", reward, "--reward", "exact_match", "--reward-weights", "1", "0.5", "--steps", "3")
     given += ("--method", "gspo", "--set", "low=1e-2", "--learning-rate", "1e-3", "--seed", "4", "--temperature", "0.8")
     given += ("--evaluation", str(tmp_path / "data.jsonl"), "--evaluate-every", "3")
-    assert main(words(*given)) == 0
+    command = words(*given)
+    capsys.readouterr()  # what saving the small model printed
+    assert main(command) == 0
     captured = capsys.readouterr()
     out = tmp_path / "run"
     assert captured.err == ""

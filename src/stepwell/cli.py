@@ -86,9 +86,7 @@ class Train(Command):
 
     model: str  # a folder or hub id of a causal language model
     data: str  # prompts: .jsonl, .json, .csv, .parquet or a folder of `datasets`
-    reward: (
-        Appended  # file.py:function, package.module:name, exact_match, numeric, math_equal or regular_expression:...
-    )
+    reward: Appended = ()  # my.py:function, exact_match, numeric, math_equal or regular_expression:PATTERN
     reward_weights: tuple[float, ...] = ()  # one a reward; all 1 unless given
     method: str = "grpo"  # see `stepwell methods`
     set: Appended = ()  # an option of the method, as name=value
@@ -141,6 +139,7 @@ class Train(Command):
         from stepwell.process.language import language
         from stepwell.reward.mixing import Rewards
         from stepwell.train import loop, saved
+        from stepwell.train.distribute import World
         from stepwell.train.settings import Settings
 
         card, options = registry.get(self.method), options_from(self.set)
@@ -178,6 +177,8 @@ class Train(Command):
                 resume=self.resume,
                 config=config,
             )
+        if not World.join().is_main:
+            return
         if run.history:
             first, last = run.history[0]["reward"], run.history[-1]["reward"]
             print(f"{run.steps} steps of {card.id}: the mean reward went from {first:.3g} to {last:.3g}.")

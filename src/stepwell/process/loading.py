@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,10 @@ def load_model(model: Any, dtype: torch.dtype) -> nn.Module:
         raise InputError(f"A model is a folder, a hub id or a PreTrainedModel, not a {type(model).__name__}.")
     _check_folder(model)
     try:
-        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        with quiet():
+            loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
+                model, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"The model '{model}' cannot be loaded: {_first_sentence(error)}") from error
     return loaded
@@ -146,3 +148,17 @@ def with_adapter(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
             return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **options}))  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise InputError(f"The LoRA options {dict(options)} do not fit this model: {_first_sentence(error)}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The bars that `transformers` draws while it reads and writes weights hide what a run has to say."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from stepwell.errors import InputError
 from stepwell.meter import Meter
 from stepwell.process.chunked import Head, head_of
+from stepwell.process.loading import quiet
 from stepwell.process.prompts import Packed
 
 if TYPE_CHECKING:
@@ -196,7 +197,8 @@ class CausalNetwork:
         if self.adapted and (merged or self.base_only):
             twin = copy.deepcopy(model)
             model = twin.unload() if self.base_only else twin.merge_and_unload()
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
         if self.value_head is not None:
             tensors = {name: value.detach().contiguous() for name, value in self.value_head.state_dict().items()}
             save_file(tensors, Path(folder) / "value_head.safetensors")
