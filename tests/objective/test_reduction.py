@@ -16,7 +16,7 @@ from stepwell.objective.surrogate import Score
 from stepwell.objective.term import Objective
 from stepwell.parts import Batch
 from stepwell.rng import Rng
-from stepwell.trajectories import count
+from stepwell.trajectories import Counts, count
 
 MODES = ("token", "row", "row-sum", "group", "fixed", "sum")
 STEPS = 5
@@ -63,6 +63,14 @@ def test_every_mode_equals_its_plain_definition(batch_of, mode, drawn):
     losses = [row[kept].tolist() for row, kept in zip(batch.log_prob, batch.rows.mask, strict=True)]
     found = float(total(batch.log_prob, Reduction(mode, 7)(batch)))
     assert found == pytest.approx(plain(mode, losses, drawn[1], 7), abs=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_divided_by_are_the_counts_given_not_those_of_the_rows(batch_of, mode):
+    batch = batch_of(torch.ones(4, STEPS, dtype=torch.float64), prompt=torch.tensor([0, 0, 1, 1]))
+    larger = Batch(batch.rows, Counts(steps=60.0, rows=12.0, groups=6.0, length=STEPS))
+    share = 1.0 if mode == "sum" else 1 / 3
+    assert torch.allclose(Reduction(mode)(larger), share * Reduction(mode)(batch), rtol=0, atol=1e-15)
 
 
 def test_a_fixed_length_defaults_to_the_horizon(batch_of):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stepwell.errors import InputError
+from stepwell.writing import writable_folder
 
 _SEAL = "stepwell.json"
 
@@ -33,12 +34,10 @@ def cached_folder(name: str, key: Mapping[str, Any], make: Callable[[Path], None
     if _is_whole(folder):
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        workshop = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
-    except OSError as error:
-        raise InputError(
-            f"Nothing can be kept in '{folder.parent}' ({error.strerror}); name another folder in STEPWELL_CACHE."
-        ) from error
+        parent = writable_folder(folder.parent)
+    except InputError as error:
+        raise InputError(f"{error} The cache's folder is named by STEPWELL_CACHE.") from error
+    workshop = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parent))
     try:
         made = workshop / "made"
         made.mkdir()

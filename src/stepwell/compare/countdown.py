@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from stepwell.compare import warm_start
 from stepwell.compare.cache import cached_folder
 from stepwell.compare.tasks import Task, task
-from stepwell.compare.warm_start import WarmStart, demonstrate
+from stepwell.compare.warm_start import WarmStart
 from stepwell.errors import InputError
 from stepwell.process.base import Process
 from stepwell.reward.mixing import Rewards
@@ -25,6 +24,13 @@ from stepwell.rollout import Prompt
 CHARACTERS = "0123456789+-* =:"
 _EXPRESSION = re.compile(r"(?:0|[1-9][0-9]{0,5})(?:[+*-](?:0|[1-9][0-9]{0,5})){0,15}")
 _MOST_EXPRESSIONS = 2_000_000
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 1.5e-4,
+    "prompts_per_step": 32,
+    "group_size": 8,
+    "tokens_per_microbatch": 8192,
+}
+"""Training settings under which plain GRPO learns much in half a minute on two cores."""
 
 
 @dataclass(frozen=True)
@@ -125,16 +131,15 @@ def all_problems(count: int, largest: int, highest: int) -> list[Problem]:
 
 
 def warm_model(start: WarmStart, problems: Sequence[Problem]) -> Path:
-    """The folder of a model that imitated random solutions of these problems, each problem as often as any other."""
-    pairs = [(problem.prompt, solution) for problem in problems for solution in problem.solutions]
-    weights = torch.tensor([1.0 / len(problem.solutions) for problem in problems for _ in problem.solutions])
+    """The folder of a model that imitated one solution of each problem: the last in alphabetical order.
+
+    Always the same one, so that little is left to guess and imitation is quick: `9*6+2` rather than `2+6*9`.
+    """
+    pairs = [(problem.prompt, max(problem.solutions)) for problem in problems]
     shown = hashlib.blake2b(repr(pairs).encode(), digest_size=16).hexdigest()
-    code = hashlib.blake2b(b"".join(Path(__file__).with_name(n).read_bytes() for n in _CODE), digest_size=16)
-    key = {"start": asdict(start), "pairs": shown, "code": code.hexdigest()}
-    return cached_folder("countdown", key, lambda folder: demonstrate(folder, start, CHARACTERS, pairs, weights))
-
-
-_CODE = ("warm_start.py",)  # what a warm start depends on besides the key's own entries
+    code = hashlib.blake2b(Path(warm_start.__file__).read_bytes(), digest_size=16).hexdigest()
+    key = {"start": asdict(start), "characters": CHARACTERS, "pairs": shown, "code": code}
+    return cached_folder("countdown", key, lambda folder: warm_start.demonstrate(folder, start, CHARACTERS, pairs))
 
 
 @task("countdown")
@@ -155,9 +160,7 @@ def countdown(
     if not 0 < evaluation < len(problems):
         raise InputError(f"{evaluation} of {len(problems)} countdown problems cannot be held out; some have to remain.")
     order = Rng(seed).split("countdown").permutation(len(problems)).tolist()
-    held_out, rest = (
-        [problems[i] for i in sorted(part)] for part in (order[:evaluation], order[evaluation:])
-    )
+    held_out, rest = ([problems[i] for i in sorted(part)] for part in (order[:evaluation], order[evaluation:]))
     start = WarmStart(steps=warm_steps, seed=seed)
 
     def process() -> Process:
@@ -180,14 +183,6 @@ def countdown(
         show=show,
         unit="solved",
     )
-
-
-SETTINGS: dict[str, Any] = {
-    "learning_rate": 3e-4,
-    "prompts_per_step": 16,
-    "group_size": 8,
-    "tokens_per_microbatch": 8192,
-}
 
 
 def _prompt(number: int, problem: Problem) -> Prompt:

@@ -46,10 +46,11 @@ def parse_specs(written: str | Sequence[str]) -> list[MethodSpec]:
         else:
             whole.append([name, *options])
     specs: list[MethodSpec] = []
-    for name, *settings in whole:
+    for words in whole:
+        name = words[0]
         if "=" in name:
             raise InputError(f"'{name}' is an option without a method; write it as method:{name}.")
-        card, options = methods.get(name), options_from(settings)
+        card, options = methods.get(name), options_from(words[1:])
         label = name + ("" if not options else ":" + ",".join(f"{key}={value}" for key, value in options.items()))
         spec = MethodSpec(label, card, options)
         spec.recipe()

@@ -78,7 +78,7 @@ def interval(
     sqrt(n / (n - 1)) t / z, t and z being the quantiles of Student's law with n - 1 degrees and of the normal one
     (Hesterberg 2015, the expanded percentile interval): by 2.7 for three seeds, by 1.01 for 160 prompts.
 
-    Where all resamples are few (10,000 at most) every one is used, and `rng` is not; else `resamples` of them are drawn.
+    Where there are 10,000 different resamples or fewer, each is used and `rng` is not; else `resamples` are drawn.
     Raises `InputError` for scores that are not a table of finite numbers and for a level outside (0, 1).
 
     Example:
@@ -93,7 +93,7 @@ def interval(
     by_seed, by_prompt = (_widening(count, level) if widened else 1.0 for count in table.shape)
     value = float(statistic(table))
     found = []
-    for seeds, prompts in _resamples(*table.shape, resamples, rng or Rng(0)):
+    for seeds, prompts in _resamples(table.shape[0], table.shape[1], resamples, rng or Rng(0)):
         drawn = table[seeds]  # (R, S, P)
         of_seeds = statistic(drawn)
         of_both = statistic(np.take_along_axis(drawn, prompts[:, None, :], axis=-1))

@@ -17,14 +17,18 @@ from stepwell.rng import Rng
 
 @dataclass(frozen=True)
 class WarmStart:
-    """The size of the transformer and how long it imitates: `steps` batches of `batch` demonstrations, AdamW."""
+    """The size of the transformer and how long it imitates: `steps` batches of `batch` demonstrations, AdamW.
+
+    The learning rate does not fall towards the end: the start that comes of it is rough, as a start should be that
+    methods have to improve upon.
+    """
 
     layers: int = 2
     hidden: int = 112
     intermediate: int = 288
     heads: int = 4
     positions: int = 64
-    steps: int = 450
+    steps: int = 350
     batch: int = 96
     learning_rate: float = 3e-3
     seed: int = 0
@@ -74,14 +78,12 @@ def small_transformer(start: WarmStart, tokenizer: Any) -> Any:
     return model
 
 
-def demonstrate(
-    folder: Path, start: WarmStart, characters: str, pairs: Sequence[tuple[str, str]], weights: Tensor
-) -> None:
-    """Teach a new model the (prompt, completion) pairs, drawn in proportion to `weights` (pairs,), and save it.
+def demonstrate(folder: Path, start: WarmStart, characters: str, pairs: Sequence[tuple[str, str]]) -> None:
+    """Teach a new model the (prompt, completion) pairs, drawn at random, and save it in the folder.
 
-    Only the completion and the end token after it are learnt. The folder then holds a model and its tokenizer as
-    `transformers` load them. One core does the work: for a model this small a second one is no gain, and in a
-    machine that others use the two would mostly wait for each other.
+    Only the completion and the end token after it are learnt; the folder loads like any model of `transformers`. One
+    core does the work: for a model this small a second one is no gain, and on a machine that others use the two would
+    mostly wait for each other.
     """
     from rich.console import Console
     from rich.progress import track
@@ -96,9 +98,8 @@ def demonstrate(
     steps = range(start.steps)
     with _one_thread():
         for step in track(steps, "Warm start of the model (once, then kept)", console=screen, transient=True):
-            decay = 0.05 + 0.95 * (1 - step / start.steps)
-            optimiser.param_groups[0]["lr"] = start.learning_rate * min(1.0, (step + 1) / warmup) * decay
-            rows = rng.categorical(weights.expand(start.batch, -1))
+            optimiser.param_groups[0]["lr"] = start.learning_rate * min(1.0, (step + 1) / warmup)
+            rows = (rng.uniform(start.batch) * len(pairs)).long()
             logits = model(ids[rows]).logits[:, :-1]
             loss = cross_entropy(logits.flatten(0, 1), labels[rows, 1:].flatten())
             optimiser.zero_grad()

@@ -1,0 +1,86 @@
+"""A comparison on the terminal: one row a method, and a line of findings."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from stepwell.compare.findings import Findings, find, number, percent
+from stepwell.compare.results import Comparison
+from stepwell.compare.statistics import Interval
+
+UNITS = {
+    "wall_time": "seconds",
+    "model_evaluations": "evaluations",
+    "forward": "tokens forward",
+    "backward": "tokens backward",
+    "reward_calls": "reward calls",
+    "constraint_checks": "constraint checks",
+}
+
+
+def amount(value: float) -> str:
+    """A cost, short.
+
+    Example:
+        >>> [amount(value) for value in (0, 7.25, 812, 8_120, 3_456_000)]
+        ['0', '7.2', '812', '8.1 k', '3.5 M']
+    """
+    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= size:
+            return f"{value / size:.1f}{unit}" if abs(value) < 100 * size else f"{value / size:.0f}{unit}"
+    return f"{value:.0f}" if value == int(value) or abs(value) >= 100 else f"{value:.1f}"
+
+
+def spread(found: Interval, comparison: Comparison, signed: bool = False) -> str:
+    """An interval in brackets."""
+    low, high = (number(end, comparison, signed) for end in (found.low, found.high))
+    return f"[{low}, {high}]"
+
+
+def units_spent(findings: Findings) -> list[str]:
+    """The units in which anything was spent, in the order of `UNITS`."""
+    return [unit for unit in UNITS if any(row.cost.get(unit) for row in findings.rows)]
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """The table, the findings and whatever went wrong."""
+    console = console or Console()
+    findings = find(comparison)
+    if findings is None:
+        console.print(Text("No method finished a run."))
+        for label, error in comparison.errors.items():
+            console.print(Text(f"{label} failed ({error})."))
+        return
+    sign, unit = percent(comparison).strip(), comparison.task["unit"]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    table.add_column(" ".join(filter(None, (unit, sign))), justify="right", no_wrap=True)
+    table.add_column("gain", justify="right", no_wrap=True)
+    table.add_column("steps", justify="right")
+    spent = units_spent(findings)
+    for name in spent:
+        table.add_column(UNITS[name], justify="right")
+    for row in findings.rows:
+        gain = Text(f"{number(row.gain.value, comparison, True)} {spread(row.gain, comparison, True)}")
+        gain.stylize("green" if row.gain.above_zero else "red" if row.gain.below_zero else "")
+        table.add_row(
+            Text(row.label, style="bold"),
+            f"{number(row.score.value, comparison)} {spread(row.score, comparison)}",
+            gain,
+            amount(row.steps),
+            *(amount(row.cost[name]) for name in spent),
+            style=None,
+        )
+    table.add_row(
+        Text("start", style="dim"), f"{number(findings.start.value, comparison)}", "", "", *("" for _ in spent)
+    )
+    console.print(table)
+    for place, sentence in enumerate(findings.sentences):
+        console.print(Text(sentence, style="bold" if place == 0 else ""))
+    seeds = comparison.shared_seeds
+    word = "seed" if len(seeds) == 1 else "seeds"
+    samples = f"{comparison.evaluation['prompts']} held-out prompts, {comparison.evaluation['samples']} samples each"
+    console.print(Text(f"Means over {len(seeds)} {word} and {samples}; 95 % intervals in brackets.", style="dim"))
