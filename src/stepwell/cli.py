@@ -200,26 +200,55 @@ class Compare(Command):
     """Run methods side by side on a task, from the same start and at equal cost."""
 
     task: tyro.conf.Positional[str]  # see `stepwell tasks`
-    methods: str  # ids with commas between them, with options as in gspo:low=1e-3:high=2e-3
+    methods: str  # ids with commas between them, with options as in grpo,gspo:low=1e-3,high=2e-3
     budget: str = "60s"  # what each run may spend: 60s, 5m, 200-steps, 2M-tokens, ...
     seeds: int = 3  # runs of each method; the same seeds for all
-    out: str | None = None  # the folder for the runs and the page
+    set: Appended = ()  # an option of the task, as name=value
+    setting: Appended = ()  # a setting of `stepwell train` to use instead of the task's, as name=value
+    evaluation_samples: int = 4  # samples for each held-out prompt
+    keep_runs: bool = False  # keep each run's log and model
+    out: str | None = None  # the folder for results and page; a new one below runs/ unless given
     progress: bool = True  # show how it goes
 
     def run(self) -> None:
         self.load_plugins()
-        raise NotImplementedError
+        from stepwell.compare.report import write_report
+        from stepwell.compare.run import compare
+        from stepwell.compare.table import print_comparison
+
+        out = Path(self.out) if self.out is not None else _unused(Path("runs") / f"compare-{self.task}")
+        with _removed_if_empty(str(out)):
+            found = compare(
+                self.task,
+                self.methods,
+                budget=self.budget,
+                seeds=self.seeds,
+                out=out,
+                options=options_from(self.set),
+                settings=options_from(self.setting),
+                evaluation_samples=self.evaluation_samples,
+                keep_runs=self.keep_runs,
+                progress=self.progress,
+            )
+        print_comparison(found)
+        if not found.complete:
+            label, error = next(iter(found.errors.items()))
+            raise StepwellError(f"Every method failed; the first, {label}, at {error}")
+        print(f"The page is {write_report(found, out / 'report.html')}.")
 
 
 @dataclass(kw_only=True)
 class Report(Command):
     """Draw runs into one self-contained page."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]  # folders of runs
+    runs: tyro.conf.Positional[tuple[str, ...]]  # folders of runs, or of one comparison
     out: str = "report.html"  # the page
 
     def run(self) -> None:
-        raise NotImplementedError
+        self.load_plugins()
+        from stepwell.compare.runs import report_runs
+
+        print(f"The page is {report_runs(self.runs, self.out)}.")
 
 
 @dataclass(kw_only=True)
@@ -307,6 +336,15 @@ def reward_named(address: str) -> Any:
         hint = f"did you mean '{near[0]}'?" if near else "write your own as file.py:function."
         raise InputError(f"There is no reward '{address}'; {hint}")
     return plain[address]
+
+
+def _unused(folder: Path) -> Path:
+    """The folder itself, or with the first number behind it that is free."""
+    number, found = 1, folder
+    while found.exists():
+        number += 1
+        found = folder.with_name(f"{folder.name}-{number}")
+    return found
 
 
 @contextmanager

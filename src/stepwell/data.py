@@ -158,7 +158,7 @@ def _read_json_lines(path: Path) -> list[_Row]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    value = json.loads(line)
+                    value = json.loads(line.strip())
                 except ValueError as error:
                     raise InputError(
                         f"{path}, line {number} is no JSON ({_reason(error)}); each line has to hold one object."

@@ -166,7 +166,9 @@ def countdown(
     def process() -> Process:
         from stepwell.process.language import language
 
-        return language(warm_model(start, rest), max_new_tokens=numbers * (len(str(largest)) + 1) + 2)
+        folder = warm_model(start, rest)
+        with warm_start.without_bars():
+            return language(folder, max_new_tokens=numbers * (len(str(largest)) + 1) + 2)
 
     return Task(
         name="countdown",
@@ -182,6 +184,7 @@ def countdown(
         settings=SETTINGS,
         show=show,
         unit="solved",
+        threads=1,
     )
 
 

@@ -87,7 +87,7 @@ def number(value: float, comparison: Comparison, signed: bool = False) -> str:
 
 def percent(comparison: Comparison) -> str:
     """The sign behind a score."""
-    return "" if comparison.task["unit"] == "reward" else " %"
+    return "" if comparison.task["unit"] == "reward" else "\N{NO-BREAK SPACE}%"
 
 
 def _sentences(
@@ -104,7 +104,8 @@ def _sentences(
         against = [pair for pair in pairs if pair.first == best.label]
         beaten = [pair.second for pair in against if pair.difference.above_zero]
         level = [pair.second for pair in against if not pair.difference.above_zero]
-        head = f"{spent}, {best.label} has the highest mean ({scored} {unit}, from {number(start.value, comparison)}{sign})"
+        origin = f"{number(start.value, comparison)}{sign}"
+        head = f"{spent}, {best.label} has the highest mean ({scored} {unit}, from {origin})"
         if not level:
             others = f"all {len(beaten)} others" if len(beaten) > 1 else beaten[0]
             head += f" and is better than {others}."
@@ -113,7 +114,7 @@ def _sentences(
         elif any(pair.difference.above_zero for pair in pairs):
             head += f", but cannot be told from {_listed(level)}."
         else:
-            head += ", but no method is better than another: every interval of a difference holds zero."
+            head += ", but no method is better than another: every interval of a difference contains zero."
     sentences = [head]
     further = [
         f"{p.first} is better than {p.second}" for p in pairs if p.first != best.label and p.difference.above_zero

@@ -17,6 +17,7 @@ from stepwell.compare.progress import Progress
 from stepwell.compare.results import Comparison, Entry, Trial
 from stepwell.compare.specs import MethodSpec, parse_specs
 from stepwell.compare.tasks import Task, get_task
+from stepwell.compare.warm_start import threads
 from stepwell.errors import InputError, UnknownName
 from stepwell.meter import Budget, Cost, Meter
 from stepwell.process.base import Process
@@ -29,7 +30,7 @@ from stepwell.writing import writable_folder
 
 POINTS = 10
 """Evaluations on the way, at equal shares of the budget."""
-SHOWN = 8
+SHOWN = 12
 """Held-out prompts whose completions are kept."""
 
 
@@ -84,9 +85,10 @@ def compare(
         entries=[Entry(spec.label, spec.card.id, spec.options, _card(spec)) for spec in specs],
         settings={k: v for k, v in common.as_dict().items() if k not in ("seed", "budget", "progress", "trackers")},
         evaluation={"prompts": len(built.evaluation), "samples": evaluation_samples},
-        made=_made(),
+        made=_made(built.threads) | {"command": _command(built, options or {}, specs, whole, seeds)},
     )
-    with Progress(progress, built.title, str(whole), len(specs) * len(chosen)) as view:
+    runs = len(specs) * len(chosen)
+    with threads(built.threads), Progress(progress, built.title, str(whole), runs) as view:
         view.say("starting the process")
         runner.warm(specs[0], whole)
         for turn, seed in enumerate(chosen):
@@ -226,7 +228,18 @@ def _file_name(label: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_.=" else "_" for letter in label)
 
 
-def _made() -> dict[str, Any]:
+def _command(
+    task: Task, options: Mapping[str, Any], specs: Sequence[MethodSpec], budget: Budget, seeds: int | Sequence[int]
+) -> str:
+    """What to type to do it again; empty where the command line cannot say it."""
+    if options or not isinstance(seeds, int):
+        return ""
+    amount = f"{budget.amount:g}s" if budget.unit == "seconds" else f"{budget.amount:.0f}-{budget.unit}"
+    labels = ",".join(spec.label for spec in specs)
+    return f"stepwell compare {task.name} --methods {labels} --budget {amount} --seeds {seeds}"
+
+
+def _made(cores_used: int | None) -> dict[str, Any]:
     """When, on what machine and with which versions."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     cores: Callable[[], set[int]] | None = getattr(os, "sched_getaffinity", None) and (lambda: os.sched_getaffinity(0))
@@ -234,7 +247,7 @@ def _made() -> dict[str, Any]:
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device,
         "cores": len(cores()) if cores else os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": cores_used or torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions(),
     }

@@ -40,11 +40,11 @@ def parse_specs(written: str | Sequence[str]) -> list[MethodSpec]:
     pieces = [piece.strip() for text in texts for piece in text.split(",") if piece.strip()]
     whole: list[list[str]] = []
     for piece in pieces:
-        name, *options = (part.strip() for part in piece.split(":"))
-        if "=" in name and not options and whole:  # a further option of the method before
+        name, *settings = (part.strip() for part in piece.split(":"))
+        if "=" in name and not settings and whole:  # a further option of the method before
             whole[-1].append(name)
         else:
-            whole.append([name, *options])
+            whole.append([name, *settings])
     specs: list[MethodSpec] = []
     for words in whole:
         name = words[0]

@@ -55,31 +55,27 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
             console.print(Text(f"{label} failed ({error})."))
         return
     sign, unit = percent(comparison).strip(), comparison.task["unit"]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    table.add_column(" ".join(filter(None, (unit, sign))), justify="right", no_wrap=True)
-    table.add_column("gain", justify="right", no_wrap=True)
-    table.add_column("steps", justify="right")
+    scores = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    scores.add_column("method", no_wrap=True)
+    for name in (" ".join(filter(None, (unit, sign))), "gain on the start"):
+        scores.add_column(name, justify="right", no_wrap=True)
+    costs = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    costs.add_column("spent, on average", no_wrap=True)
     spent = units_spent(findings)
-    for name in spent:
-        table.add_column(UNITS[name], justify="right")
+    for name in ("steps", *(UNITS[cost] for cost in spent)):
+        costs.add_column(name, justify="right")
     for row in findings.rows:
         gain = Text(f"{number(row.gain.value, comparison, True)} {spread(row.gain, comparison, True)}")
         gain.stylize("green" if row.gain.above_zero else "red" if row.gain.below_zero else "")
-        table.add_row(
-            Text(row.label, style="bold"),
-            f"{number(row.score.value, comparison)} {spread(row.score, comparison)}",
-            gain,
-            amount(row.steps),
-            *(amount(row.cost[name]) for name in spent),
-            style=None,
-        )
-    table.add_row(
-        Text("start", style="dim"), f"{number(findings.start.value, comparison)}", "", "", *("" for _ in spent)
-    )
-    console.print(table)
-    for place, sentence in enumerate(findings.sentences):
-        console.print(Text(sentence, style="bold" if place == 0 else ""))
+        name_of = Text(row.label, style="bold")
+        scores.add_row(name_of, f"{number(row.score.value, comparison)} {spread(row.score, comparison)}", gain)
+        costs.add_row(name_of, amount(row.steps), *(amount(row.cost[cost]) for cost in spent))
+    start = findings.start
+    scores.add_row("[dim]start", f"{number(start.value, comparison)} {spread(start, comparison)}", "")
+    console.print(scores)
+    console.print(costs)
+    for place, line in enumerate(findings.sentences):
+        console.print(Text(line, style="bold" if place == 0 else ""))
     seeds = comparison.shared_seeds
     word = "seed" if len(seeds) == 1 else "seeds"
     samples = f"{comparison.evaluation['prompts']} held-out prompts, {comparison.evaluation['samples']} samples each"

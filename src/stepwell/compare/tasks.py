@@ -28,7 +28,8 @@ class Task:
     `process()` gives a fresh process each time, always from the same start. The score of a completion is its reward,
     and `unit` says what that counts (of `solved`, a mean of 0.4 reads 40 %). No prompt is in both `prompts` and
     `evaluation`. `settings` are the training settings that fit the task, by field of `stepwell.train.settings`;
-    `show(prompt, completion)` is how a report prints a completion.
+    `show(prompt, completion)` is how a report prints a completion. `threads`: how many the processor should use, where
+    the model is so small that more of them only wait for each other.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Task:
     settings: Mapping[str, Any] = field(default_factory=dict)
     show: Callable[[Prompt, Any], str] = plainly
     unit: str = "reward"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         for kind, prompts in (("prompts", self.prompts), ("evaluation", self.evaluation)):

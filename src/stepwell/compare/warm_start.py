@@ -95,9 +95,15 @@ def demonstrate(folder: Path, start: WarmStart, characters: str, pairs: Sequence
     optimiser = torch.optim.AdamW(model.parameters(), lr=start.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     warmup = max(1, start.steps // 15)
     screen = Console(stderr=True)
-    steps = range(start.steps)
-    with _one_thread():
-        for step in track(steps, "Warm start of the model (once, then kept)", console=screen, transient=True):
+    bar = track(
+        range(start.steps),
+        "Warm start of the model (once, then kept)",
+        console=screen,
+        transient=True,
+        disable=not screen.is_terminal,
+    )
+    with threads(1):
+        for step in bar:
             optimiser.param_groups[0]["lr"] = start.learning_rate * min(1.0, (step + 1) / warmup)
             rows = (rng.uniform(start.batch) * len(pairs)).long()
             logits = model(ids[rows]).logits[:, :-1]
@@ -106,8 +112,9 @@ def demonstrate(folder: Path, start: WarmStart, characters: str, pairs: Sequence
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with without_bars():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _encoded(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
@@ -125,10 +132,25 @@ def _encoded(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, 
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
+    """As many threads as the count says (None: as they are) for what is computed inside."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """`transformers` draws no bars inside: over in a blink, they would only hide what matters."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

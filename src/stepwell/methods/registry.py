@@ -119,7 +119,7 @@ def get(id: str) -> Card:
 
 def load_plugin(path: str | Path) -> None:
     """Run a user's file, whose decorators register methods and tasks."""
-    path = Path(path)
+    path = Path(path).absolute()  # as tracebacks name it
     if not path.is_file():
         raise InputError(f"There is no plugin file '{path}'; give the path of a Python file that registers methods.")
     name = f"stepwell_plugin_{path.stem}"

@@ -303,8 +303,12 @@ class Trainer:
         """A row as the log shows it."""
         drawn = self.at.drawn
         assert drawn is not None
-        reward = float(drawn.trajectories.reward[row])  # type: ignore[index]
-        shown = {"prompt": drawn.prompts[row].value, "completion": drawn.samples.values[row], "reward": reward}
+        rows = drawn.trajectories
+        shown = {"prompt": drawn.prompts[row].value, "completion": drawn.samples.values[row]}
+        shown["reward"] = float(rows.reward[row])  # type: ignore[index]
+        if len(self.at.names) > 1:
+            each = rows.rewards[row].tolist()  # type: ignore[index]
+            shown["rewards"] = dict(zip(self.at.names, each, strict=True))
         return {"step": self.at.step + 1, **shown}
 
     def save(self) -> None:

@@ -45,6 +45,8 @@ def description(trainer: Trainer, config: dict[str, Any] | None) -> dict[str, An
         "process": type(trainer.process).__name__,
         "parts": trainer.recipe.parts(),
         "settings": trainer.settings.as_dict(),
+        "threads": torch.get_num_threads(),
+        "processes": trainer.world.size,
         **(config or {}),
     }
 

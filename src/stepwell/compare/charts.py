@@ -1,0 +1,170 @@
+"""Charts as SVG that lives inside a page: text stays text, and the page's style sheet chooses the colours."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Values = NDArray[np.float64]
+SERIES = 8
+"""How many colours there are; further lines are dashed."""
+WIDTH = 4.2
+"""Inches, which the page stretches to the room there is: small enough for text to be read on a phone."""
+
+# Colours that stand for variables of the style sheet; matplotlib draws with them, and `svg` puts the variables in.
+_INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
+_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid"}
+_VARIABLES |= {f"#0a0a{place:02x}": f"--series-{place}" for place in range(SERIES)}
+_DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points of one line in ascending x, perhaps with a band; `series` chooses its colour, `ends` marks both ends."""
+
+    label: str
+    series: int
+    x: Values
+    y: Values
+    low: Values | None = None
+    high: Values | None = None
+    faint: bool = False
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A value with an interval, on a line of its own."""
+
+    label: str
+    series: int
+    value: float
+    low: float
+    high: float
+    sure: bool = True
+
+
+def colour(series: int) -> str:
+    """The stand-in for a series' colour."""
+    return f"#0a0a{series % SERIES:02x}"
+
+
+def curves(
+    lines: Sequence[Line], x_label: str, title: str, *, percent: bool = False, level: float | None = None
+) -> str:
+    """Lines with bands; `level` draws a thin horizontal line, the common start say."""
+    figure, axes = _figure(2.6)
+    scale = 100.0 if percent else 1.0
+    if level is not None:
+        axes.axhline(scale * level, color=_MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+    for line in lines:
+        tint, dashes = colour(line.series), _DASHES[line.series // SERIES % len(_DASHES)]
+        if line.low is not None and line.high is not None:
+            low, high = scale * line.low, scale * line.high
+            axes.fill_between(line.x, low, high, color=tint, alpha=0.16, linewidth=0)
+        width, alpha = (0.7, 0.35) if line.faint else (1.8, 1.0)
+        axes.plot(line.x, scale * line.y, color=tint, linestyle=dashes, linewidth=width, alpha=alpha)
+    axes.set_xlabel(x_label)
+    axes.margins(x=0.02)
+    return svg(figure, title)
+
+
+def forest(bars: Sequence[Bar], x_label: str, title: str, *, percent: bool = False) -> str:
+    """Differences with their intervals around zero; those that contain zero are hollow."""
+    names = [bar.label if len(bar.label) <= 26 else bar.label.replace(" − ", " −\n") for bar in bars]
+    figure, axes = _figure(0.75 + sum(0.36 if "\n" not in name else 0.5 for name in names), width=WIDTH * 1.2)
+    scale = 100.0 if percent else 1.0
+    axes.axvline(0.0, color=_INK, linewidth=0.9)
+    for place, bar in enumerate(reversed(bars)):
+        tint = _INK if bar.sure else _MUTED
+        axes.plot(
+            [scale * bar.low, scale * bar.high], [place, place], color=tint, linewidth=2.0, solid_capstyle="round"
+        )
+        face = tint if bar.sure else "none"
+        axes.plot(scale * bar.value, place, "o", color=tint, markerfacecolor=face, markersize=6.5, markeredgewidth=1.4)
+    axes.set_yticks(range(len(bars)), list(reversed(names)))
+    axes.set_ylim(-0.6, len(bars) - 0.4)
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x", color=_GRID, linewidth=0.7)
+    axes.tick_params(axis="y", length=0, colors=_INK)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(x_label)
+    return svg(figure, title)
+
+
+def bars(names: Sequence[str], series: Sequence[int], values: Sequence[float], texts: Sequence[str], title: str) -> str:
+    """Horizontal bars, each with its amount written behind it."""
+    figure, axes = _figure(0.35 + 0.3 * len(names), width=WIDTH * 0.78)
+    most = max(values) or 1.0
+    for place, (value, text, which) in enumerate(zip(values, texts, series, strict=True)):
+        where = len(names) - 1 - place
+        axes.barh(where, value, height=0.62, color=colour(which), linewidth=0)
+        axes.text(value + 0.02 * most, where, text, va="center", ha="left", color=_INK, fontsize=9)
+    axes.set_yticks(range(len(names)), list(reversed(names)))
+    axes.set_xlim(0, 1.22 * most)
+    axes.grid(visible=False)
+    axes.xaxis.set_visible(False)
+    axes.tick_params(axis="y", length=0, colors=_INK)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return svg(figure, title)
+
+
+def smoothed(values: Values, window: int) -> Values:
+    """A centred moving average, narrower at both ends, over what is finite: (T,) -> (T,)."""
+    kernel = np.ones(window)
+    known = np.isfinite(values)
+    total = np.convolve(np.where(known, values, 0.0), kernel, "same")
+    weight = np.convolve(known.astype(float), kernel, "same")
+    return np.divide(total, weight, out=np.full(len(values), np.nan), where=weight > 0)
+
+
+def _figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
+    """An empty figure of that many inches in the page's manner."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_GRID)
+    axes.grid(visible=True, axis="y", color=_GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_MUTED, labelsize=9, length=3, color=_GRID)
+    axes.xaxis.label.set(color=_MUTED, size=9)
+    return figure, axes
+
+
+def svg(figure: Any, title: str) -> str:
+    """The figure as an `<svg>` for a page: no document head, no metadata, ids of its own, colours as variables."""
+    import matplotlib
+
+    written = io.StringIO()
+    prefix = re.sub("[^a-z0-9]+", "-", title.casefold()).strip("-")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = written.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    box = re.search(r'viewBox="([^"]+)"', text)
+    assert box is not None
+    inside = text[text.index(">") + 1 :]
+    inside = inside.replace("xlink:href", "href")
+    inside = re.sub(r'\bid="', f'id="{prefix}-', inside)
+    inside = re.sub(r'href="#', f'href="#{prefix}-', inside)
+    inside = re.sub(r"url\(#", f"url(#{prefix}-", inside)
+    inside = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", inside)
+    for stand_in, variable in _VARIABLES.items():
+        inside = inside.replace(stand_in, f"var({variable})")
+    label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return f'<svg viewBox="{box[1]}" role="img" aria-label="{label}">{inside}'

@@ -1,0 +1,249 @@
+"""A comparison as one page that can be mailed: findings, curves, differences, costs, completions, cards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stepwell.compare import charts
+from stepwell.compare.charts import Bar, Line, Values
+from stepwell.compare.findings import Findings, find, number, percent
+from stepwell.compare.results import Comparison, Entry
+from stepwell.compare.statistics import Interval
+from stepwell.compare.table import UNITS, amount, spread, units_spent
+from stepwell.reward.verifiers import text_of
+from stepwell.writing import write_whole
+
+AXES = {
+    "seconds": ("seconds of training", lambda point: point["wall_time"]),
+    "tokens": ("tokens, forward and backward", lambda point: point["cost/forward"] + point["cost/backward"]),
+    "evaluations": ("model evaluations", lambda point: point["cost/model_evaluations"]),
+    "reward-calls": ("reward calls", lambda point: point["cost/reward_calls"]),
+    "steps": ("steps", lambda point: point["step"]),
+}
+GRID = 80
+
+
+def write_report(comparison: Comparison, path: str | Path) -> Path:
+    """Write the page of a comparison to `path` (report.html in it, if it is a folder), at one stroke."""
+    path = Path(path)
+    path = path / "report.html" if path.is_dir() else path
+    write_whole(path, render(page(comparison)))
+    return path
+
+
+def render(content: Mapping[str, Any]) -> str:
+    """The page; all text in `content` is escaped, charts excepted."""
+    return str(_template().render(**content))
+
+
+@cache
+def _template() -> Any:
+    import jinja2
+
+    source = resources.files("stepwell.compare").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(source)
+
+
+def chart(title: str, drawn: str, note: str = "", kind: str = "") -> dict[str, Any]:
+    """A chart for the template."""
+    from markupsafe import Markup
+
+    return {"title": title, "note": note, "svg": Markup(drawn), "kind": kind}
+
+
+def page(comparison: Comparison) -> dict[str, Any]:
+    """What the template shows of a comparison."""
+    findings = find(comparison)
+    task, seeds = comparison.task, comparison.shared_seeds
+    series = {entry.label: place for place, entry in enumerate(comparison.entries)}
+    made = comparison.made
+    names = ", ".join(entry.label for entry in comparison.entries)
+    samples = comparison.evaluation["samples"]
+    return {
+        "title": f"{task['title']}: {names}",
+        "eyebrow": "Stepwell comparison",
+        "heading": f"{task['title']}: {names}",
+        "sentences": ["No method finished a run."] if findings is None else findings.sentences,
+        "description": task["description"],
+        "facts": [
+            ("budget", f"{comparison.budget} a run"),
+            ("seeds", len(seeds)),
+            ("held-out prompts", comparison.evaluation["prompts"]),
+            ("samples a prompt", samples),
+            ("made", str(made.get("when", ""))[:16].replace("T", " ")),
+        ],
+        "errors": list(comparison.errors.items()),
+        "table": None if findings is None else _table(comparison, findings, series),
+        "legend": [(entry.label, series[entry.label]) for entry in comparison.complete],
+        "sections": [] if findings is None else _sections(comparison, findings, series),
+        "samples": [_samples(entry, series[entry.label], comparison) for entry in comparison.complete if entry.samples],
+        "samples_note": f"The first answer to a few held-out prompts, before and after training on seed {seeds[0]}."
+        if seeds
+        else "",
+        "cards": [
+            {**_blank_card(), **entry.card, "label": entry.label, "series": series[entry.label]}
+            for entry in comparison.entries
+        ],
+        "commands": [made["command"]] if made.get("command") else [],
+        "reproduction": reproduction(comparison.settings, made),
+        "footnote": (
+            "Scores are mean rewards on held-out prompts; the middle half is their interquartile mean. Brackets are 95 % intervals from a bootstrap over seeds and "
+            "prompts, widened for few seeds, each by itself and not corrected for their number; differences are paired "
+            "by seed and prompt. Nothing is called better whose interval contains zero. Made with Stepwell."
+        ),
+    }
+
+
+def _table(comparison: Comparison, findings: Findings, series: Mapping[str, int]) -> dict[str, Any]:
+    spent = units_spent(findings)
+    unit = " ".join(filter(None, (comparison.task["unit"], percent(comparison).strip())))
+
+    def scored(found: Interval, signed: bool = False) -> dict[str, Any]:
+        tone = ("up" if found.above_zero else "down" if found.below_zero else "") if signed else "score"
+        return {
+            "text": number(found.value, comparison, signed),
+            "small": spread(found, comparison, signed),
+            "tone": tone,
+        }
+
+    rows = []
+    for row in findings.rows:
+        cells = [scored(row.score), scored(row.gain, signed=True), plain(number(row.middle.value, comparison))]
+        cells += [plain(amount(row.steps)), *(plain(amount(row.cost[name])) for name in spent)]
+        rows.append({"label": row.label, "series": series[row.label], "kind": "", "cells": cells})
+    start = [scored(findings.start), *[plain("")] * (3 + len(spent))]
+    rows.append({"label": "start", "series": None, "kind": "start", "cells": start})
+    return {
+        "title": "Scores and costs",
+        "note": f"Means over {count_of(len(comparison.shared_seeds), 'seed')}, from the highest score down.",
+        "header": ["method", unit, "gain on the start", "middle half", "steps", *(UNITS[name] for name in spent)],
+        "rows": rows,
+    }
+
+
+def _sections(comparison: Comparison, findings: Findings, series: Mapping[str, int]) -> list[dict[str, Any]]:
+    shown, unit = bool(percent(comparison)), comparison.task["unit"]
+    axes = [comparison.budget_unit, "steps"] if comparison.budget_unit != "steps" else ["steps", "seconds"]
+    drawn = []
+    for axis in axes:
+        name = AXES[axis][0]
+        lines = [_curve(comparison, entry, series[entry.label], axis) for entry in comparison.complete]
+        title = f"{unit.capitalize()} by {name}"
+        svg = charts.curves(lines, name, title, percent=shown, level=findings.start.value)
+        drawn.append(chart(title, svg, "held-out prompts" + (", %" if shown else "")))
+    lines = [_training(comparison, entry, series[entry.label]) for entry in comparison.complete]
+    title = "Reward while training"
+    drawn.append(chart(title, charts.curves(lines, "steps", title, percent=shown), "training prompts, moving average"))
+    band = "The band spans the seeds; " if len(comparison.shared_seeds) > 1 else ""
+    sections = [
+        {
+            "title": "Learning",
+            "note": f"{band}{'t' if band else 'T'}he dotted line is the common start.",
+            "legend": True,
+            "small": False,
+            "charts": drawn,
+        }
+    ]
+    if findings.pairs:
+        bars = [
+            Bar(f"{p.first} − {p.second}", 0, p.difference.value, p.difference.low, p.difference.high, sure)
+            for p in findings.pairs
+            for sure in [p.difference.above_zero or p.difference.below_zero]
+        ]
+        axis = f"difference in {unit}" + (", percentage points" if shown else "")
+        svg = charts.forest(bars, axis, "Paired differences", percent=shown)
+        note = "Paired by seed and prompt. Hollow: the interval contains zero, so neither method is shown to be better."
+        forest = chart("Difference of each pair, with its 95 % interval", svg, kind="wide")
+        sections.append({"title": "Differences", "note": note, "legend": False, "small": False, "charts": [forest]})
+    labels = [row.label for row in findings.rows]
+    costs = []
+    for name in units_spent(findings):
+        values = [row.cost[name] for row in findings.rows]
+        texts = [amount(value) for value in values]
+        svg = charts.bars(labels, [series[label] for label in labels], values, texts, f"Cost in {UNITS[name]}")
+        costs.append(chart(UNITS[name].capitalize(), svg))
+    note = f"What a run spent on average, in every unit; the budget was {comparison.budget}. Evaluation is not in it."
+    sections.append({"title": "Cost", "note": note, "legend": False, "small": True, "charts": costs})
+    return sections
+
+
+def _curve(comparison: Comparison, entry: Entry, series: int, axis: str) -> Line:
+    """The held-out score over a common grid: the mean of the seeds, and the span between them."""
+    of_point = AXES[axis][1]
+    trials = [trial for trial in entry.trials if trial.seed in comparison.shared_seeds]
+    last = min(float(of_point(trial.curve[-1])) for trial in trials)
+    grid = np.linspace(0.0, last, GRID)
+    table = np.array(
+        [
+            np.interp(grid, [of_point(point) for point in trial.curve], [point["score"] for point in trial.curve])
+            for trial in trials
+        ]
+    )
+    band = (table.min(0), table.max(0)) if len(trials) > 1 else (None, None)
+    return Line(entry.label, series, grid, table.mean(0), *band)
+
+
+def _training(comparison: Comparison, entry: Entry, series: int) -> Line:
+    trials = [trial for trial in entry.trials if trial.seed in comparison.shared_seeds]
+    steps = min(len(trial.history) for trial in trials)
+    table = np.array([[number_or_nan(point.get("reward")) for point in trial.history[:steps]] for trial in trials])
+    mean: Values = table.mean(0) if steps else np.zeros(0)
+    return Line(entry.label, series, np.arange(1, steps + 1, dtype=float), charts.smoothed(mean, max(1, steps // 20)))
+
+
+def _samples(entry: Entry, series: int, comparison: Comparison) -> dict[str, Any]:
+    rows = [{**sample, "prompt": shown(sample["prompt"])} for sample in entry.samples]
+    good = [sum(sample[f"{when}_reward"] == 1 for sample in entry.samples) for when in ("before", "after")]
+    about = f"{good[0]} of these {len(rows)} {comparison.task['unit']} before, {good[1]} after"
+    return {
+        "label": entry.label,
+        "series": series,
+        "about": about if percent(comparison) else f"{len(rows)} prompts",
+        "columns": ("before", "after"),
+        "rows": rows,
+    }
+
+
+def shown(prompt: Any) -> str:
+    """A prompt as a page prints it."""
+    return text_of(prompt) if isinstance(prompt, str | list | tuple) and prompt else str(prompt)
+
+
+def plain(text: str) -> dict[str, Any]:
+    """A cell without an interval."""
+    return {"text": text, "small": "", "tone": ""}
+
+
+def count_of(count: int, word: str) -> str:
+    """A number with its noun."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def number_or_nan(value: Any) -> float:
+    """A metric as a float; NaN for what is missing or is no number."""
+    return float(value) if isinstance(value, int | float) else float("nan")
+
+
+def reproduction(settings: Mapping[str, Any], made: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Settings and versions as name and value."""
+    rows = [("settings", ", ".join(f"{name} = {value}" for name, value in settings.items() if value not in (None, [])))]
+    if made.get("versions"):
+        rows.append(("versions", ", ".join(f"{name} {value}" for name, value in made["versions"].items())))
+    machine: Sequence[tuple[str, str]] = (("device", "{}"), ("cores", "{} cores"), ("threads", "{} threads used"))
+    found = [form.format(made[name]) for name, form in machine if made.get(name)]
+    if found:
+        rows.append(("machine", ", ".join(found)))
+    return rows
+
+
+def _blank_card() -> dict[str, Any]:
+    return {"title": "", "differs": "", "paper": "", "year": None, "arxiv": "", "parts": [], "options": {}, "proof": []}
