@@ -116,11 +116,10 @@ def _sentences(
         else:
             head += ", but no method is better than another: every interval of a difference contains zero."
     sentences = [head]
-    further = [
-        f"{p.first} is better than {p.second}" for p in pairs if p.first != best.label and p.difference.above_zero
-    ]
-    if further:
-        sentences.append(f"{_listed(further)}.")
+    for row in rows[1:]:
+        beaten = [pair.second for pair in pairs if pair.first == row.label and pair.difference.above_zero]
+        if beaten:
+            sentences.append(f"{row.label} is better than {_listed(beaten)}.")
     if len(rows) > 1:
         sentences.append(_gains(rows))
     if seeds == 1:

@@ -96,9 +96,10 @@ def page(comparison: Comparison) -> dict[str, Any]:
         "commands": [made["command"]] if made.get("command") else [],
         "reproduction": reproduction(comparison.settings, made),
         "footnote": (
-            "Scores are mean rewards on held-out prompts; the middle half is their interquartile mean. Brackets are 95 % intervals from a bootstrap over seeds and "
-            "prompts, widened for few seeds, each by itself and not corrected for their number; differences are paired "
-            "by seed and prompt. Nothing is called better whose interval contains zero. Made with Stepwell."
+            "Scores are mean rewards on held-out prompts; the middle half is their interquartile mean. Brackets are "
+            "95 % intervals from a bootstrap over seeds and prompts, widened for few seeds, each by itself and not "
+            "corrected for their number; differences are paired by seed and prompt. Nothing is called better whose "
+            "interval contains zero. Made with Stepwell."
         ),
     }
 
