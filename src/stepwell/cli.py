@@ -205,7 +205,7 @@ class Compare(Command):
     seeds: int = 3  # runs of each method; the same seeds for all
     set: Appended = ()  # an option of the task, as name=value
     setting: Appended = ()  # a setting of `stepwell train` to use instead of the task's, as name=value
-    evaluation_samples: int = 4  # samples for each held-out prompt
+    evaluation_samples: int = 8  # samples for each held-out prompt
     keep_runs: bool = False  # keep each run's log and model
     out: str | None = None  # the folder for results and page; a new one below runs/ unless given
     progress: bool = True  # show how it goes
@@ -235,6 +235,9 @@ class Compare(Command):
             label, error = next(iter(found.errors.items()))
             raise StepwellError(f"Every method failed; the first, {label}, at {error}")
         print(f"The page is {write_report(found, out / 'report.html')}.")
+        if found.errors:
+            failed = "; ".join(f"{label} at {error}" for label, error in found.errors.items())
+            raise StepwellError(f"Some methods failed: {failed}")
 
 
 @dataclass(kw_only=True)

@@ -144,11 +144,12 @@ def _sections(comparison: Comparison, findings: Findings, series: Mapping[str, i
     lines = [_training(comparison, entry, series[entry.label]) for entry in comparison.complete]
     title = "Reward while training"
     drawn.append(chart(title, charts.curves(lines, "steps", title, percent=shown), "training prompts, moving average"))
-    band = "The band spans the seeds; " if len(comparison.shared_seeds) > 1 else ""
+    one = len(comparison.shared_seeds) == 1
+    band = "The bands are 95 % intervals over held-out prompts" if one else "The bands span the seeds"
     sections = [
         {
             "title": "Learning",
-            "note": f"{band}{'t' if band else 'T'}he dotted line is the common start.",
+            "note": f"{band}; the dotted line is the common start.",
             "legend": True,
             "small": False,
             "charts": drawn,
@@ -178,19 +179,19 @@ def _sections(comparison: Comparison, findings: Findings, series: Mapping[str, i
 
 
 def _curve(comparison: Comparison, entry: Entry, series: int, axis: str) -> Line:
-    """The held-out score over a common grid: the mean of the seeds, and the span between them."""
+    """The held-out score over a common grid: the mean of the seeds and the span between them, or for one seed the
+    interval over prompts."""
     of_point = AXES[axis][1]
     trials = [trial for trial in entry.trials if trial.seed in comparison.shared_seeds]
     last = min(float(of_point(trial.curve[-1])) for trial in trials)
     grid = np.linspace(0.0, last, GRID)
-    table = np.array(
-        [
-            np.interp(grid, [of_point(point) for point in trial.curve], [point["score"] for point in trial.curve])
-            for trial in trials
-        ]
+    table, error = (
+        np.array([np.interp(grid, [of_point(p) for p in t.curve], [p.get(what, 0.0) for p in t.curve]) for t in trials])
+        for what in ("score", "error")
     )
-    band = (table.min(0), table.max(0)) if len(trials) > 1 else (None, None)
-    return Line(entry.label, series, grid, table.mean(0), *band)
+    mean = table.mean(0)
+    band = (table.min(0), table.max(0)) if len(trials) > 1 else (mean - 1.96 * error[0], mean + 1.96 * error[0])
+    return Line(entry.label, series, grid, mean, *band)
 
 
 def _training(comparison: Comparison, entry: Entry, series: int) -> Line:

@@ -43,7 +43,7 @@ def compare(
     out: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
-    evaluation_samples: int = 4,
+    evaluation_samples: int = 8,
     keep_runs: bool = False,
     progress: bool = True,
 ) -> Comparison:
@@ -137,7 +137,7 @@ class _Runner:
     def _run(self, entry: Entry, spec: MethodSpec, seed: int, before: tuple[Tensor, Drawn], view: Progress) -> Entry:
         process = self.task.process()
         history: list[dict[str, Any]] = []
-        curve: list[dict[str, Any]] = [{"share": 0.0, "step": 0, "score": float(before[0].mean())} | _costs(Cost())]
+        curve: list[dict[str, Any]] = [{"share": 0.0, "step": 0} | _score(before[0]) | _costs(Cost())]
         view.say(f"seed {seed}: {spec.label}")
 
         def on_step(metrics: dict[str, Any]) -> None:
@@ -147,7 +147,7 @@ class _Runner:
             reached = len(curve) - 1
             if share < 1.0 and share >= (reached + 1) / POINTS:
                 each, _ = self.judge(process, seed, "curve", metrics["step"], samples=1)
-                curve.append({"share": share, "step": metrics["step"], "score": float(each.mean())} | _costs(cost))
+                curve.append({"share": share, "step": metrics["step"]} | _score(each) | _costs(cost))
             view.share(share, f"{self.task.unit} {curve[-1]['score']:.3f}")
 
         where = None if self.folder is None else self.folder / "runs" / _file_name(spec.label) / f"seed-{seed}"
@@ -168,8 +168,8 @@ class _Runner:
             },
         )
         after = self.judge(process, seed, "end")
-        end = {"share": self.budget.fraction(run.cost, run.steps), "step": run.steps, "score": float(after[0].mean())}
-        curve.append(end | _costs(run.cost))
+        end = {"share": self.budget.fraction(run.cost, run.steps), "step": run.steps}
+        curve.append(end | _score(after[0]) | _costs(run.cost))
         trial = Trial(
             seed=seed,
             start=before[0].tolist(),
@@ -210,6 +210,11 @@ def _settings(task: Task, changes: Mapping[str, Any], budget: Budget) -> Setting
             raise InputError(f"'{name}' is not a setting of a comparison; use its budget and its seeds.")
     chosen = {**task.settings, **changes}
     return Settings(**{**chosen, "steps": None, "budget": budget, "evaluate_every": 0, "progress": False})
+
+
+def _score(each: Tensor) -> dict[str, float]:
+    """The mean over held-out prompts (P,) and its standard error, as an entry of a curve."""
+    return {"score": float(each.mean()), "error": float(each.std() / len(each) ** 0.5) if len(each) > 1 else 0.0}
 
 
 def _costs(cost: Cost) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from stepwell.process.loading import quiet
 from stepwell.rng import Rng
 
 
@@ -112,7 +113,7 @@ def demonstrate(folder: Path, start: WarmStart, characters: str, pairs: Sequence
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
-    with without_bars():
+    with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -140,17 +141,3 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """`transformers` draws no bars inside: over in a blink, they would only hide what matters."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
