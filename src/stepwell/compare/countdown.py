@@ -167,8 +167,7 @@ def countdown(
         from stepwell.process.language import language
 
         folder = warm_model(start, rest)
-        with warm_start.without_bars():
-            return language(folder, max_new_tokens=numbers * (len(str(largest)) + 1) + 2)
+        return language(folder, max_new_tokens=numbers * (len(str(largest)) + 1) + 2)
 
     return Task(
         name="countdown",
