@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: demo test test-all bench lint docs clean
 
 demo: .venv/.run  ## compare three methods on a real task, with a report
-	$(BIN)/stepwell compare countdown --methods grpo,ppo,dpo --budget 25s --seeds 3 --out runs/demo
+	$(BIN)/stepwell compare countdown --methods grpo,ppo,dpo --budget 60s --seeds 1 --out runs/demo
 
 test: .venv/.test  ## the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

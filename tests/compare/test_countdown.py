@@ -79,7 +79,7 @@ def test_training_and_held_out_problems_are_disjoint_and_the_same_every_time():
     first, second = countdown(), get_task("countdown")
     train, held = ({p.value for p in prompts} for prompts in (first.prompts, first.evaluation))
     assert not train & held
-    assert len(held) == 160
+    assert len(held) == 300
     assert len(train | held) == len(PROBLEMS)
     assert [p.value for p in first.evaluation] == [p.value for p in second.evaluation]
     assert {p.value for p in countdown(seed=1).evaluation} != held

@@ -147,7 +147,7 @@ def countdown(
     numbers: int = 3,
     largest: int = 9,
     highest: int = 99,
-    evaluation: int = 160,
+    evaluation: int = 300,
     warm_steps: int = WarmStart.steps,
     seed: int = 0,
 ) -> Task:
