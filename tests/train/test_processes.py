@@ -104,3 +104,14 @@ def test_two_processes_train_in_step_and_leave_one_record(method, tmp_path):
     assert first == second
     assert first["steps"] == 3
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+FAILS = TRAIN.replace(
+    "    return [float(len(text)) for text in completions]",
+    "    if World.join().rank == 1:\n        raise ValueError('the judge is out')\n    return [float(len(t)) for t in completions]",
+)
+
+
+def test_a_reward_that_fails_in_one_process_ends_both(tmp_path):
+    with pytest.raises(AssertionError, match=r"RewardError: Reward 'long' raised ValueError \(the judge is out\)"):
+        launch(FAILS, tmp_path, str(tmp_path), "grpo")

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepwell.errors import RewardError, StepwellError
 from stepwell.plan.base import Planner
 from stepwell.plan.prompts import PromptStream
-from stepwell.process.base import Process
+from stepwell.process.base import Process, Scores
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
 from stepwell.rollout import Drawn, Prompt, Request, rollout
@@ -70,13 +71,18 @@ def collect(
         if not requests:
             break
         first = world.rank * 2**40 + (0 if total is None else int(total.trajectories.node.max()) + 1)
-        mine, found = world.share(requests), None
+        mine = world.share(requests)
+        found: Rewarded | None = None
+        failure: StepwellError | None = None
         if mine:
-            stream_of_part = rng.split("rollout", step, part, world.rank)
-            found = draw_rewarded(
-                process, mine, rewards, stream_of_part, rows_at_once, version=version, first_node=first
-            )
-        for other in world.gather(found):
+            own = rng.split("rollout", step, part, world.rank)
+            try:
+                found = draw_rewarded(process, mine, rewards, own, rows_at_once, version=version, first_node=first)
+            except StepwellError as error:  # every process has to hear of it, or the others would wait for ever
+                failure = error
+        for other, said in world.gather((found, None if failure is None else str(failure))):
+            if said is not None:
+                raise failure or RewardError(said)
             if other is not None:
                 total = other.drawn if total is None else total + other.drawn
                 names = other.names
@@ -106,6 +112,20 @@ def fill(
 
     found = (world or World()).map_rows(len(rows), scored)
     return rows.replace(**{name: found[name] for name in wanted})
+
+
+def score_everywhere(
+    process: Process, rows: Trajectories, needs: Collection[str], tokens: int | None, world: World
+) -> Scores:
+    """Scores as numbers of all rows, each computed by one process and known to all."""
+    others = sorted(set(needs) - {"log_prob"})
+
+    def scored(index: Tensor) -> dict[str, Tensor]:
+        scores = score_in_pieces(process, rows[index], others, tokens)
+        return {"log_prob": scores.log_prob, **scores.extra}
+
+    found = world.map_rows(len(rows), scored)
+    return Scores(found.pop("log_prob"), found)
 
 
 @dataclass(frozen=True)

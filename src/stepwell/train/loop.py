@@ -20,19 +20,20 @@ from stepwell.meter import Cost
 from stepwell.objective.gradient import ClipByNorm, global_norm
 from stepwell.parts import Batch
 from stepwell.plan.prompts import PromptStream
-from stepwell.process.base import Process, Scores, ability
+from stepwell.process.base import Process, ability
 from stepwell.recipe import Recipe
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
 from stepwell.rollout import Drawn, Prompt
 from stepwell.train import saved
-from stepwell.train.collect import collect, evaluate, fill
+from stepwell.train.collect import collect, evaluate, fill, score_everywhere
 from stepwell.train.distribute import World
 from stepwell.train.log import RunLog
 from stepwell.train.progress import make_progress
-from stepwell.train.settings import Settings
+from stepwell.train.settings import Settings, with_settings
 from stepwell.train.stopping import StopRequested
-from stepwell.train.update import accumulate, score_in_pieces
+from stepwell.train.summary import completions, row_metrics
+from stepwell.train.update import accumulate
 from stepwell.trajectories import Counts, count
 
 __all__ = ["Run", "evaluate", "train"]
@@ -81,7 +82,7 @@ class Trainer:
         on_step: Callable[[dict[str, Any]], None] | None = None,
     ):
         self.process, self.settings, self.out, self.rewards = process, settings, out, rewards
-        self.recipe = _with_settings(recipe, settings)
+        self.recipe = with_settings(recipe, settings)
         self.objective = self.recipe.whole
         self.world = World.join()
         self.world.refuse_coupled(self.objective.coupling)
@@ -115,24 +116,25 @@ class Trainer:
         progress.start(self.settings, type(self.process).__name__)
         try:
             with StopRequested() as stop:
-                while self.done < 1.0 and not stop:
+                stopped = False
+                while self.done < 1.0 and not stopped:
                     if self.at.drawn is None:
                         self.collect()
-                    while self.at.drawn is not None and not stop:
+                    while self.at.drawn is not None and not stopped:
                         self.update()
                         if self.at.part == self.recipe.epochs * self.recipe.minibatches:
                             self.finish_step(log, progress)
                         if self.settings.checkpoint_every and self.at.update % self.settings.checkpoint_every == 0:
                             self.save()
-        except InputError:
-            raise
-        except Exception:
-            self.save()
+                        stopped = any(self.world.gather(bool(stop)))  # together, or the others would wait for ever
+        except Exception as error:
+            if self.at.update or not isinstance(error, InputError):  # a mistake in the request leaves nothing behind
+                self.save()
             raise
         finally:
             progress.close()
         self.save()
-        if stop:
+        if stopped:
             raise KeyboardInterrupt
 
     def collect(self) -> None:
@@ -176,11 +178,7 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         with self.arithmetic():
             if self.objective.plans_on_scores:
-                needs, length = sorted(self.objective.present - {"log_prob"}), len(rows)
-                found = self.world.map_rows(
-                    length, lambda i: _table(score_in_pieces(self.process, rows[i], needs, tokens))
-                )
-                scores = _scores(found)
+                scores = score_everywhere(self.process, rows, self.objective.present, tokens, self.world)
             targets = self.objective.plan(Batch(rows, counts, scores, at.states), targets)
             mine = self.share(rows)
             metrics: dict[str, float] = {}
@@ -192,7 +190,7 @@ class Trainer:
         metrics["gradient_norm"] = self.step_optimiser()
         at.metrics = {name: at.metrics.get(name, 0.0) + value for name, value in metrics.items()}
         at.update, at.part = at.update + 1, at.part + 1
-        known = {**self.row_metrics(), **metrics}
+        known = {**row_metrics(at.drawn.trajectories, at.names), **metrics}
         at.states = {n: state.update(at.states[n], known) for n, state in self.objective.states.items()}
 
     def step_optimiser(self) -> float:
@@ -216,7 +214,8 @@ class Trainer:
         at, settings, process = self.at, self.settings, self.process
         assert at.drawn is not None
         updates = self.recipe.epochs * self.recipe.minibatches
-        metrics: dict[str, Any] = {"step": at.step + 1, "updates": at.update} | self.row_metrics()
+        metrics: dict[str, Any] = {"step": at.step + 1, "updates": at.update}
+        metrics |= row_metrics(at.drawn.trajectories, at.names)
         metrics |= {name: value / updates for name, value in at.metrics.items()}
         metrics |= {f"state/{name}": value for name, value in at.states.items()}
         metrics["learning_rate"] = self.optimiser.param_groups[0]["lr"]
@@ -233,11 +232,11 @@ class Trainer:
         wall = process.meter.read().wall_time
         self.done = self.share_done(at.step + 1)
         clock = self.clock | {"step": time.monotonic() - self.clock.pop("begin"), "wall_time": wall}
-        completions = [self.completion(row) for row in self.shown()]
+        shown = completions(at.drawn, at.names, at.step + 1, settings.completions_logged)
         at.history.append(metrics)
         if self.world.is_main:
-            log.step(metrics, {"step": metrics["step"], "seconds": clock}, completions)
-            progress.step(metrics, clock, completions, self.done)
+            log.step(metrics, {"step": metrics["step"], "seconds": clock}, shown)
+            progress.step(metrics, clock, shown, self.done)
         if self.on_step is not None:
             self.on_step(metrics | {"wall_time": wall})
         at.step, at.drawn, at.targets, at.part = at.step + 1, None, None, 0
@@ -282,35 +281,6 @@ class Trainer:
         groups = rows.prompt.unique()
         return torch.isin(rows.prompt, groups[self.world.rank :: self.world.size]).nonzero()[:, 0]
 
-    def row_metrics(self) -> dict[str, float]:
-        """What the rows of the present rollout say before any update."""
-        assert self.at.drawn is not None
-        rows = self.at.drawn.trajectories
-        reward, length = rows.reward.double(), rows.length.double()  # type: ignore[union-attr]
-        answer = {"reward": float(reward.mean()), "reward_deviation": float(reward.std(correction=0))}
-        if len(self.at.names) > 1:
-            each = rows.rewards.double().nanmean(0).tolist()  # type: ignore[union-attr]
-            answer |= {f"reward/{name}": value for name, value in zip(self.at.names, each, strict=True)}
-        return answer | {"length": float(length.mean()), "truncated": float(rows.truncated.double().mean())}
-
-    def shown(self) -> list[int]:
-        """The rows whose completions are logged, spread over the rollout."""
-        number = len(self.at.drawn) if self.at.drawn is not None else 0
-        wanted = min(self.settings.completions_logged, number)
-        return [place * number // wanted for place in range(wanted)]
-
-    def completion(self, row: int) -> dict[str, Any]:
-        """A row as the log shows it."""
-        drawn = self.at.drawn
-        assert drawn is not None
-        rows = drawn.trajectories
-        shown = {"prompt": drawn.prompts[row].value, "completion": drawn.samples.values[row]}
-        shown["reward"] = float(rows.reward[row])  # type: ignore[index]
-        if len(self.at.names) > 1:
-            each = rows.rewards[row].tolist()  # type: ignore[index]
-            shown["rewards"] = dict(zip(self.at.names, each, strict=True))
-        return {"step": self.at.step + 1, **shown}
-
     def save(self) -> None:
         """A checkpoint of this moment, where there is a folder for it."""
         if self.out is not None and self.world.is_main:
@@ -352,22 +322,6 @@ def train(
     return Run(process, trainer.recipe, settings, trainer.at.history, cost, trainer.at.step, folder)
 
 
-def _with_settings(recipe: Recipe, settings: Settings) -> Recipe:
-    """The recipe with the settings' numbers in place of the method's own."""
-    changes = {name: getattr(settings, name) for name in ("epochs", "minibatches")}
-    sizes = {"prompts": settings.prompts_per_step, "size": settings.group_size}
-    planner: Any = recipe.planner
-    for name, value in sizes.items():
-        if value is not None:
-            if not hasattr(planner, name):
-                raise InputError(f"The planner {type(planner).__name__} has no '{name}' to set.")
-            planner = replace(planner, **{name: value})
-    minibatches = settings.minibatches or recipe.minibatches
-    if minibatches > getattr(planner, "prompts", minibatches):
-        raise InputError(f"There are {minibatches} minibatches for {planner.prompts} prompts a step; at most one each.")
-    return recipe.replace(planner=planner, **{name: value for name, value in changes.items() if value is not None})
-
-
 @contextlib.contextmanager
 def _put_back(stream: PromptStream, planner: Any, before: tuple[Any, Any]) -> Iterator[None]:
     """A step that fails leaves the data where it was, so that a resumed run draws the same prompts."""
@@ -377,11 +331,3 @@ def _put_back(stream: PromptStream, planner: Any, before: tuple[Any, Any]) -> It
         stream.load_state_dict(before[0])
         planner.load_state_dict(before[1])
         raise
-
-
-def _table(scores: Scores) -> dict[str, Tensor]:
-    return {"log_prob": scores.log_prob, **scores.extra}
-
-
-def _scores(table: dict[str, Tensor]) -> Scores:
-    return Scores(table["log_prob"], {name: value for name, value in table.items() if name != "log_prob"})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from stepwell.errors import InputError
 from stepwell.meter import Budget
+from stepwell.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,19 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {**asdict(self), "budget": None if self.budget is None else str(self.budget)}
+
+
+def with_settings(recipe: Recipe, settings: Settings) -> Recipe:
+    """The recipe with the settings' numbers in place of the method's own."""
+    changes = {name: getattr(settings, name) for name in ("epochs", "minibatches")}
+    sizes = {"prompts": settings.prompts_per_step, "size": settings.group_size}
+    planner: Any = recipe.planner
+    for name, value in sizes.items():
+        if value is not None:
+            if not hasattr(planner, name):
+                raise InputError(f"The planner {type(planner).__name__} has no '{name}' to set.")
+            planner = replace(planner, **{name: value})
+    minibatches = settings.minibatches or recipe.minibatches
+    if minibatches > getattr(planner, "prompts", minibatches):
+        raise InputError(f"There are {minibatches} minibatches for {planner.prompts} prompts a step; at most one each.")
+    return recipe.replace(planner=planner, **{name: value for name, value in changes.items() if value is not None})
