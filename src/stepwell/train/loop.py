@@ -109,11 +109,11 @@ class Trainer:
         self.done = 0.0
         self.at = Position(states={name: state.initial for name, state in self.objective.states.items()})
 
-    def run(self, log: RunLog) -> None:
+    def run(self, log: RunLog, title: str = "training") -> None:
         """Steps until the settings say stop; a checkpoint between any two updates is enough to go on from."""
         self.done = self.share_done()
         progress = make_progress(self.settings.progress and self.world.is_main)
-        progress.start(self.settings, type(self.process).__name__)
+        progress.start(self.settings, title)
         try:
             with StopRequested() as stop:
                 stopped = False
@@ -313,7 +313,7 @@ def train(
     if resume:
         saved.restore(trainer, log)
     try:
-        trainer.run(log)
+        trainer.run(log, str((config or {}).get("method", "training")))
     finally:
         log.close()
     if folder is not None and trainer.world.is_main:
