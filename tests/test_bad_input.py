@@ -33,6 +33,9 @@ def not_a_number(completions, **columns):
 def raises(completions, **columns):
     raise KeyError("score")
 
+def ends(completions, **columns):
+    raise SystemExit(3)
+
 def needs_solution(completions, solution):
     return [0.0] * len(completions)
 
@@ -195,6 +198,7 @@ def test_a_reward_that_is_not_there(bench, reward, said):
         ("rewards.py:text", ("'text'", "type str", "row 0", "a number")),
         ("rewards.py:not_a_number", ("'not_a_number'", "nan", "row 0", "a finite number")),
         ("rewards.py:raises", ("'raises'", "KeyError", "rewards.py, line 15")),
+        ("rewards.py:ends", ("'ends'", "SystemExit (3)", "rewards.py, line 18")),
         ("rewards.py:needs_solution", ("'needs_solution'", "'solution'", "answer")),
     ],
 )
@@ -247,6 +251,17 @@ def test_no_reward_and_too_many_weights(bench):
         (("--lora-alpha", "8"), "needs its rank; add --lora-rank"),
         (("--evaluate-every", "2"), "Evaluation needs both --evaluation (what on) and --evaluate-every"),
         (("--trackers", "tensorbord"), "tensorbord"),
+        (("--seed", str(2**70)), "'seed' is 1180591620717411303424; a number of 64 bits is right"),
+        (("--weight-decay", "nan"), "'weight_decay' is nan; 0 or more is right"),
+        (("--max-gradient-norm", "nan"), "'max_gradient_norm' is nan; above 0 is right"),
+        (("--rows-at-once", "0"), "'rows_at_once' is 0; at least 1 is right"),
+        (("--evaluation-samples", "0"), "'evaluation_samples' is 0; at least 1 is right"),
+        (("--completions-logged", "-1"), "'completions_logged' is -1; 0 or more is right"),
+        (("--group-size", "1"), "The group size is 1, but GroupCredit compares the samples of a prompt"),
+        (("--group-size", "1", "--method", "dpo"), "The group size is 1, but Pairing compares"),
+        (("--set", "clip=-0.2"), "clipped at a distance of -0.2 ('low'); 0 or more is right"),
+        (("--device", "tpu"), "There is no device 'tpu' here; there is cpu"),
+        (("--out", ""), "--out is empty; name a folder"),
     ],
 )
 def test_an_unknown_or_impossible_argument(bench, changes, said):
@@ -257,7 +272,13 @@ def test_an_unknown_or_impossible_argument(bench, changes, said):
 # models
 
 
+def test_one_sample_is_enough_for_methods_that_compare_none(bench):
+    assert main(bench.words("--group-size", "1", "--method", "reinforce")) == 0
+
+
 def test_a_model_that_is_not_there(bench):
+    assert "is a file; name the folder" in bench.refused(*bench.words("--model", str(bench.model / "config.json")))
+    assert "The model has an empty name" in bench.refused(*bench.words("--model", ""))
     assert "There is no model folder './modle'" in bench.refused(*bench.words("--model", "./modle"))
     (bench.folder / "empty").mkdir()
     assert "holds no config.json" in bench.refused(*bench.words("--model", "empty"))
@@ -273,6 +294,22 @@ def test_a_tokenizer_with_neither_padding_nor_end(bench, make_tokenizer):
 
 
 # the run's folder
+
+
+def test_a_run_that_is_stopped_before_it_began_leaves_nothing_and_promises_nothing(bench, monkeypatch):
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stepwell.process.language.language", stop)
+    assert main(bench.words()) == 130
+    assert bench.capsys.readouterr().err == "stepwell: interrupted.\n"
+    assert not bench.out.exists()
+
+
+def test_the_model_s_own_folder_is_not_written_over(bench):
+    before = sorted(path.name for path in bench.model.iterdir())
+    assert "would be lost; choose another" in bench.refused(*bench.words("--out", str(bench.model)))
+    assert sorted(path.name for path in bench.model.iterdir()) == before
 
 
 def test_a_file_in_the_place_of_the_folder(bench):

@@ -104,6 +104,12 @@ def test_more_draws_without_replacement_than_there_are_indices_are_refused(rng):
         rng.without_replacement(torch.tensor([[0.0, 0.0, -math.inf]]), 3)
 
 
+def test_what_is_left_when_the_likeliest_is_gone_keeps_its_law_however_unlikely_it_was():
+    weights = torch.tensor([[0.0, -800.0, -800.0 + math.log(3)]], dtype=torch.float64)
+    found = law(lambda rng: rng.without_replacement(weights, 3)[0])
+    assert found == pytest.approx({(0, 1, 2): 0.25, (0, 2, 1): 0.75}, abs=1e-12)
+
+
 def test_a_permutation_is_uniform():
     exact = law(lambda rng: rng.permutation(3))
     assert list(exact.values()) == pytest.approx([1 / 6] * 6, abs=1e-15)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from stepwell.data import load_prompts
-from stepwell.errors import UnknownName
+from stepwell.errors import InputError, UnknownName
 from stepwell.meter import Budget
 from stepwell.methods import registry
 from stepwell.process.base import Process
@@ -15,6 +17,9 @@ from stepwell.recipe import Recipe
 from stepwell.reward.mixing import Rewards
 from stepwell.train import loop
 from stepwell.train.settings import Settings
+
+if TYPE_CHECKING:
+    from stepwell.compare.tasks import Task
 
 
 def settings_from(**given: Any) -> Settings:
@@ -56,6 +61,14 @@ def train(
         2
     """
     given = settings_from(**settings)
+    if not isinstance(getattr(process, "module", None), torch.nn.Module):
+        raise InputError(f"What is trained is a process, such as language(FOLDER), not {process!r:.60}.")
+    if bool(given.evaluate_every) != (evaluation is not None):
+        raise InputError("Evaluation needs both `evaluation` (what on) and `evaluate_every` (how often).")
+    if not isinstance(method, str | Recipe):
+        raise InputError(f"A method is the id of one or a Recipe, not a {type(method).__name__}.")
+    if options and isinstance(method, Recipe):
+        raise InputError("Options belong to a method that is given by id; a recipe has them already.")
     recipe, config = method, {"method": "a recipe", "options": dict(options or {})}
     if isinstance(method, str):
         card = registry.get(method)
@@ -76,8 +89,8 @@ def train(
     )
 
 
-def compare(task: str, methods: Sequence[str], budget: str = "60s", **options: Any) -> Any:
+def compare(task: Task | str, methods: str | Sequence[str], budget: str = "60s", **options: Any) -> Any:
     """Train each method from the same start at equal budget; see `stepwell.compare.run.compare`."""
-    from stepwell.compare import run, tasks
+    from stepwell.compare import run
 
-    return run.compare(tasks.get_task(task), methods, budget=Budget.parse(budget), **options)
+    return run.compare(task, methods, budget=budget, **options)

@@ -120,7 +120,7 @@ class Train(Command):
     epochs: int | None = None  # passes over a rollout; likewise
     minibatches: int | None = None  # updates a pass; likewise
     tokens_per_microbatch: int | None = None  # less memory in updates, and no other effect
-    rows_at_once: int | None = None  # less memory in rollouts, and no other effect
+    rows_at_once: int | None = None  # less memory in rollouts; other random numbers, from the same law
     precision: Literal["fp32", "bf16"] = "fp32"  # what the network computes in
     shuffle: bool = True  # draw the prompts in random order
     evaluate_every: int = 0  # steps between evaluations; 0 for none
@@ -158,6 +158,8 @@ class Train(Command):
         config |= {
             name: getattr(self, name) for name in ("model", "data", "reward", "reward_weights", "dtype")
         } | sampling
+        if self.out is not None and Path(_named(self.out)).resolve() == Path(self.model).resolve():
+            raise InputError(f"--out is the folder of the model, '{self.model}', which would be lost; choose another.")
         with _removed_if_empty(self.out):
             saved.prepare(self.out, self.resume)
             _quieten_transformers()
@@ -216,7 +218,7 @@ class Compare(Command):
         from stepwell.compare.run import compare
         from stepwell.compare.table import print_comparison
 
-        out = Path(self.out) if self.out is not None else _unused(Path("runs") / f"compare-{self.task}")
+        out = Path(_named(self.out)) if self.out is not None else _unused(Path("runs") / f"compare-{self.task}")
         with _removed_if_empty(str(out)):
             found = compare(
                 self.task,
@@ -251,7 +253,7 @@ class Report(Command):
         self.load_plugins()
         from stepwell.compare.runs import report_runs
 
-        print(f"The page is {report_runs(self.runs, self.out)}.")
+        print(f"The page is {report_runs(self.runs, _named(self.out))}.")
 
 
 @dataclass(kw_only=True)
@@ -311,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"stepwell: {sentence}{'' if sentence.endswith(('.', '?')) else '.'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "; the same command with --resume goes on from there" if "train" in words and "--out" in words else ""
+        hint = "; the same command with --resume goes on from there" if _has_checkpoint(words) else ""
         print(f"stepwell: interrupted{hint}.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
@@ -341,6 +343,20 @@ def reward_named(address: str) -> Any:
     return plain[address]
 
 
+def _named(out: str) -> str:
+    """The place to write to; an empty name, as of a shell's variable that is not set, is not the present folder."""
+    if not out.strip():
+        raise InputError("--out is empty; name a folder or a file, or leave it out.")
+    return out
+
+
+def _has_checkpoint(words: Sequence[str]) -> bool:
+    """Whether the run that these words began has left something to resume."""
+    after = [words[place + 1] for place, word in enumerate(words[:-1]) if word == "--out"]
+    after += [word.removeprefix("--out=") for word in words if word.startswith("--out=")]
+    return "train" in words[:1] and any(any(Path(out).glob("checkpoints/update-*")) for out in after)
+
+
 def _unused(folder: Path) -> Path:
     """The folder itself, or with the first number behind it that is free."""
     number, found = 1, folder
@@ -356,7 +372,7 @@ def _removed_if_empty(out: str | None) -> Iterator[None]:
     made = out is not None and not Path(out).exists()
     try:
         yield
-    except StepwellError:
+    except BaseException:
         if made and out is not None:
             with suppress(OSError):
                 Path(out).rmdir()

@@ -113,12 +113,14 @@ class Part(Checked):
 
     `needs`: scores it reads in the loss (see `process.base.NEEDS`). `reads`: fields of the rows that must be filled
     before credit is given (`reference_log_prob`, `value`, `entropy`, `old_log_prob`). `present`: scores it reads of
-    the whole minibatch while planning, under the parameters of that moment.
+    the whole minibatch while planning, under the parameters of that moment. `compares`: it judges a row by others of
+    the same prompt, so that a group of one teaches nothing.
     """
 
     needs: frozenset[str] = frozenset()
     reads: frozenset[str] = frozenset()
     present: frozenset[str] = frozenset()
+    compares: bool = False
 
     def __call__(self, batch: Batch) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not map a batch to a tensor.")

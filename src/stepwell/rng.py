@@ -172,11 +172,11 @@ class Replay(Rng):
     def without_replacement(self, log_weights: Tensor, count: int) -> Tensor:
         _enough(log_weights, count)
         rows = []
-        for row in log_weights.detach().double().softmax(-1).tolist():
-            remaining, drawn = list(row), []
-            for _ in range(count):
-                drawn.append(self.choose(remaining))
-                remaining[drawn[-1]] = 0.0
+        for row in log_weights.detach().double().clone():
+            drawn: list[int] = []
+            for _ in range(count):  # normalised anew: what is left may be beyond the range of numbers by the old sum
+                drawn.append(self.choose(row.softmax(-1).tolist()))
+                row[drawn[-1]] = -math.inf
             rows.append(drawn)
         return torch.tensor(rows, dtype=torch.long, device=log_weights.device).reshape(len(rows), count)
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+import stepwell as sw
 from stepwell import methods
 from stepwell.compare.results import Comparison
 from stepwell.compare.run import compare
@@ -136,12 +137,15 @@ def test_runs_are_kept_where_asked_for(tiny, tmp_path):
     folder = tmp_path / "runs" / "grpo_clip=0.1" / "seed-0"
     assert result.entries[0].trials[0].model == str(folder)
     assert (folder / "metrics.jsonl").is_file()
+    with pytest.raises(InputError, match="holds runs of an earlier comparison"):
+        compare(tiny, "rloo,grpo:clip=0.1", budget="2-steps", seeds=1, out=tmp_path, keep_runs=True, progress=False)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [{"seeds": 0}, {"seeds": [1, 1]}, {"settings": {"learning_rat": 1}}, {"settings": {"steps": 3}}, {"budget": "soon"}]
-    + [{"keep_runs": True}, {"evaluation_samples": 0}, {"options": {"numbers": 3}}],
+    + [{"keep_runs": True}, {"evaluation_samples": 0}, {"options": {"numbers": 3}}, {"settings": {"group_size": 1}}]
+    + [{"settings": {"learning_rate": "fast"}}, {"settings": {"group_size": 2.5}}, {"settings": {"minibatches": 9}}],
 )
 def test_wrong_requests_are_refused_before_anything_is_trained(tiny, wrong):
     with pytest.raises(InputError):
@@ -159,10 +163,28 @@ def test_a_users_task_is_found_by_name_and_an_unknown_one_names_the_nearest(tiny
         assert [(entry.name, entry.summary) for entry in tasks()][-1] == ("mine", "A task of my own.")
         with pytest.raises(UnknownName, match="did you mean 'size'"):
             get_task("mine", sizes=5)
+        with pytest.raises(InputError, match="Option 'size' of task mine is a number, not 'big'"):
+            get_task("mine", size="big")
     finally:
         forget_task("mine")
     with pytest.raises(UnknownName, match="did you mean 'countdown'"):
         get_task("count-down")
+
+
+def test_the_command_that_is_reported_says_all_that_was_asked_for(tiny):
+    @task("mine")
+    def mine(size: int = 2) -> Task:
+        return dataclasses.replace(tiny, description=str(size))
+
+    asked = {"options": {"size": 5}, "settings": {"learning_rate": 0.2}, "evaluation_samples": 3}
+    try:
+        result = sw.compare("mine", "rloo,grpo:clip=0.1", "2-steps", seeds=1, progress=False, **asked)
+    finally:
+        forget_task("mine")
+    assert result.made["command"] == (
+        "stepwell compare mine --methods rloo,grpo:clip=0.1 --budget 2-steps --seeds 1 --evaluation-samples 3 "
+        f"--set size=5 --setting learning_rate=0.2 --plugin {__file__}"
+    )
 
 
 def test_a_task_that_trains_on_what_it_is_judged_by_is_refused(tiny):

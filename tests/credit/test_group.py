@@ -118,6 +118,17 @@ def test_a_group_of_equals_teaches_nothing(center):
     assert GroupCredit(center, "std")(batch([2.0, 2.0, 2.0])).tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("center", ["mean", "leave-one-out"])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [3, 6, 7, 8])
+def test_equals_whose_mean_is_rounded_are_equals_nonetheless(center, kind, size):
+    for reward in (0.1, 0.7, 100.1, 1e6 + 0.1):  # their mean in float32 is off by up to 6e-2, far more than epsilon
+        given = batch([reward] * size)
+        given = Batch(given.rows.replace(log_prob=given.rows.log_prob.to(kind)), given.counts)
+        for scale in ("none", "std"):
+            assert GroupCredit(center, scale)(given).tolist() == [0.0] * size
+
+
 @pytest.mark.parametrize("center", ["none", "mean", "leave-one-out", "batch"])
 def test_a_group_of_one_is_never_divided_by_its_own_deviation(center):
     rewards, prompts = [3.0, 1.0, 2.0], [0, 1, 1]

@@ -152,6 +152,15 @@ def test_whitened_credit_has_mean_zero_and_variance_one_over_trained_steps(seed)
     assert torch.equal(whiten(moved, batch.mask), found)
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_rows_without_a_trained_step_have_credit_zero_even_where_no_row_has_one(steps):
+    mask = torch.zeros(2, steps, dtype=torch.bool)
+    rows = make(torch.zeros(2, steps).long(), torch.zeros(2, steps).double(), mask, reward=torch.tensor([0.0, 4.0]))
+    batch = Batch(rows.replace(value=torch.ones(2, steps).double()), count(rows))
+    for credit in (RewardToGo(), GeneralisedAdvantage(), Whitened(GeneralisedAdvantage())):
+        assert torch.equal(credit(batch), torch.zeros(2, steps).double())
+
+
 def test_whitening_a_credit_of_rows_weighs_each_row_by_its_steps():
     mask = torch.tensor([[True, True, True], [True, False, False]])
     rows = make(torch.zeros(2, 3).long(), torch.zeros(2, 3).double(), mask, reward=torch.tensor([0.0, 4.0]))

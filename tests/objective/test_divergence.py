@@ -19,6 +19,7 @@ from stepwell.objective.regularise import Divergence, Entropy, Regulariser, entr
 from stepwell.objective.surrogate import Score
 from stepwell.objective.term import Objective
 from stepwell.parts import Batch, Part
+from stepwell.process.base import Scores
 from stepwell.process.exact import markov
 from stepwell.rng import Rng
 from stepwell.trajectories import count
@@ -61,6 +62,21 @@ def test_only_the_weighted_estimate_is_unbiased_for_rows_of_the_old_policy(batch
     found, exact = mean_value(batch_of, "k3-weighted", seed, drawn_from_old=True)
     assert abs(found - exact) < EXACT
     assert all(abs(mean_value(batch_of, e, seed, drawn_from_old=True)[0] - exact) > 1e-3 for e in ("k1", "k3"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_logged_divergence_from_the_old_policy_is_unbiased_for_its_rows(batch_of, seed):
+    present, old, _ = laws(seed)
+    batch = batch_of(present, behaviour=old, reward=torch.zeros(len(present)))
+    weight = (old.exp() * len(old))[:, 0]  # the token mean of the log, with every action as often as it is drawn
+    policy = Policy(GroupCredit("none"))
+    found = 0.0
+    for row, times in enumerate(weight.tolist()):
+        one = Batch(batch.rows[[row]], batch.counts, Scores(batch.log_prob[[row]]))
+        found += times * float(
+            policy.loss(one, policy.credit(one) | policy.plan(one, policy.credit(one))).metrics["old_kl"]
+        )
+    assert found == pytest.approx(float((old.exp() * (old - present)).sum()), abs=EXACT)
 
 
 def test_a_divergence_from_the_old_policy_reads_no_reference(batch_of):

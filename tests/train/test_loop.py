@@ -10,6 +10,7 @@ import torch
 
 import stepwell as sw
 from stepwell import methods
+from stepwell.credit.group import GroupCredit
 from stepwell.data import load_prompts
 from stepwell.errors import InputError, UnknownName
 from stepwell.objective.policy import Policy
@@ -196,11 +197,29 @@ def test_an_unknown_setting_names_the_nearest():
         ({"group_size": 0}, "'group_size' is 0"),
         ({"schedule": "cosin"}, "'schedule' is 'cosin'"),
         ({"budget": "60 potatoes"}, "is no budget"),
+        ({"budget": 60}, "'budget' is 60; text such as 60s"),
+        ({"steps": "3"}, "'steps' is '3'; a whole number is right"),
+        ({"group_size": 2.5}, "'group_size' is 2.5; a whole number is right"),
+        ({"seed": None}, "'seed' is None"),
+        ({"learning_rate": "1e-3"}, "'learning_rate' is '1e-3'; a number is right"),
+        ({"trackers": "tensorboard"}, "'trackers' is 'tensorboard'; a list of names is right"),
+        ({"method": 3}, "the id of one or a Recipe, not a int"),
+        ({"method": Recipe(Policy(GroupCredit("mean"))), "options": {"clip": 0.1}}, "a recipe has them already"),
+        ({"method": Recipe(Policy(GroupCredit("mean"))), "group_size": 1}, "GroupCredit compares the samples"),
+        ({"process": "path/to/a/model"}, "What is trained is a process"),
+        ({"evaluation": PROMPTS}, "Evaluation needs both"),
+        ({"evaluate_every": 1}, "Evaluation needs both"),
     ],
 )
-def test_a_wrong_setting_is_one_clear_sentence(given, said):
+def test_a_wrong_argument_is_one_clear_sentence(given, said):
     with pytest.raises(InputError, match=said):
         train(**given)
+
+
+@pytest.mark.parametrize("reward", ["my.py:reward", None, 3])
+def test_what_is_no_reward_is_refused(reward):
+    with pytest.raises(InputError, match="A reward has to be a function"):
+        sw.train(model(), PROMPTS, reward, steps=1)
 
 
 def test_several_rewards_are_weighted_and_logged_one_by_one():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -257,6 +259,37 @@ def test_only_the_newest_checkpoints_stay(tmp_path):
     tabular("grpo", tmp_path / "run", keep=2)
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["update-00000002", "update-00000003"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.mark.parametrize("call", range(9))
+def test_a_kill_while_a_checkpoint_takes_the_place_of_one_leaves_one_of_them(call, tmp_path, monkeypatch):
+    folder = tmp_path / "update-00000007"
+    checkpoint.write(folder, {"at": "first"}, {})
+    left = [call]
+
+    def dies(function):
+        def call_or_die(*arguments, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call_or_die
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", dies(os.replace))
+        patched.setattr("shutil.rmtree", dies(shutil.rmtree))
+        with contextlib.suppress(Killed):
+            checkpoint.write(folder, {"at": "second"}, {})
+    found = checkpoint.newest(tmp_path)
+    assert found == folder
+    assert checkpoint.read(found)[0]["at"] in ("first", "second")
+    checkpoint.prune(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["update-00000007"], "nothing half-written stays"
 
 
 def test_metrics_hold_nothing_that_the_seed_does_not_decide(tmp_path):

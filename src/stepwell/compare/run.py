@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from stepwell.compare.progress import Progress
 from stepwell.compare.results import Comparison, Entry, Trial
 from stepwell.compare.specs import MethodSpec, parse_specs
-from stepwell.compare.tasks import Task, get_task
+from stepwell.compare.tasks import Task, get_task, source_of
 from stepwell.compare.warm_start import threads
 from stepwell.errors import InputError, UnknownName
 from stepwell.meter import Budget, Cost, Meter
@@ -25,7 +26,7 @@ from stepwell.rng import Rng
 from stepwell.rollout import Drawn
 from stepwell.train.log import versions
 from stepwell.train.loop import evaluate, train
-from stepwell.train.settings import Settings
+from stepwell.train.settings import Settings, with_settings
 from stepwell.writing import writable_folder
 
 POINTS = 10
@@ -75,6 +76,12 @@ def compare(
     folder = None if out is None else writable_folder(out)
     if keep_runs and folder is None:
         raise InputError("Runs can only be kept in a folder; name one with `out`.")
+    for spec in specs:
+        with_settings(spec.recipe(), common)  # what a method cannot do is known before the first is trained
+        kept = None if folder is None else folder / "runs" / _file_name(spec.label)
+        if keep_runs and kept is not None and kept.exists():
+            raise InputError(f"'{kept}' holds runs of an earlier comparison; remove it or choose another folder.")
+    command = _command(task, options, settings, specs, whole, seeds, evaluation_samples)
     runner = _Runner(built, whole, common, evaluation_samples, folder if keep_runs else None)
     result = Comparison(
         task={name: getattr(built, name) for name in ("name", "title", "description", "unit")}
@@ -85,7 +92,7 @@ def compare(
         entries=[Entry(spec.label, spec.card.id, spec.options, _card(spec)) for spec in specs],
         settings={k: v for k, v in common.as_dict().items() if k not in ("seed", "budget", "progress", "trackers")},
         evaluation={"prompts": len(built.evaluation), "samples": evaluation_samples},
-        made=_made(built.threads) | {"command": _command(built, options or {}, specs, whole, seeds)},
+        made=_made(built.threads) | {"command": command},
     )
     runs = len(specs) * len(chosen)
     with threads(built.threads), Progress(progress, built.title, str(whole), runs) as view:
@@ -234,14 +241,25 @@ def _file_name(label: str) -> str:
 
 
 def _command(
-    task: Task, options: Mapping[str, Any], specs: Sequence[MethodSpec], budget: Budget, seeds: int | Sequence[int]
+    task: Task | str,
+    options: Mapping[str, Any] | None,
+    settings: Mapping[str, Any] | None,
+    specs: Sequence[MethodSpec],
+    budget: Budget,
+    seeds: int | Sequence[int],
+    samples: int,
 ) -> str:
     """What to type to do it again; empty where the command line cannot say it."""
-    if options or not isinstance(seeds, int):
+    if isinstance(task, Task) or not isinstance(seeds, int):
         return ""
     amount = f"{budget.amount:g}s" if budget.unit == "seconds" else f"{budget.amount:.0f}-{budget.unit}"
-    labels = ",".join(spec.label for spec in specs)
-    return f"stepwell compare {task.name} --methods {labels} --budget {amount} --seeds {seeds}"
+    words = ["stepwell", "compare", task, "--methods", ",".join(spec.label for spec in specs)]
+    words += ["--budget", amount, "--seeds", str(seeds), "--evaluation-samples", str(samples)]
+    for flag, given in (("--set", options), ("--setting", settings)):
+        words += [word for name, value in (given or {}).items() for word in (flag, f"{name}={value}")]
+    own = {source_of(task), *(spec.card.source for spec in specs)}
+    words += [word for source in sorted(own) if source.endswith(".py") for word in ("--plugin", source)]
+    return shlex.join(words)
 
 
 def _made(cores_used: int | None) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def report_runs(folders: Sequence[str | Path], out: str | Path) -> Path:
 def _read(folder: Path) -> RunFolder:
     metrics = read_lines(folder / METRICS)
     if not metrics:
-        reason = "holds no finished step" if folder.is_dir() else "is not there"
+        reason = "holds no finished step" if folder.is_dir() else "is a file" if folder.exists() else "is not there"
         raise InputError(f"'{folder}' {reason}; a run's folder has a {METRICS} with at least one line.")
     try:
         about = json.loads((folder / RUN).read_text(encoding="utf-8"))

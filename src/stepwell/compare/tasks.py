@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stepwell.errors import InputError, UnknownName
+from stepwell.methods.registry import check_options
 from stepwell.process.base import Process
 from stepwell.reward.mixing import Rewards
 from stepwell.rollout import Prompt
@@ -103,12 +104,18 @@ def tasks() -> list[TaskEntry]:
     return [_TASKS[name] for name in sorted(_TASKS)]
 
 
+def source_of(name: str) -> str:
+    """The file of a registered task that a user wrote, or `stepwell`."""
+    build = next(entry.build for entry in tasks() if entry.name == name)
+    return "stepwell" if build.__module__.startswith("stepwell.") else build.__code__.co_filename
+
+
 def get_task(name: str, **options: Any) -> Task:
-    """Build a task by name. Raises `UnknownName`, with the nearest one, for an unknown task or option."""
+    """Build a task by name. Raises `UnknownName`, with the nearest one, for an unknown task or option, and
+    `InputError` for an option of another kind than its default.
+    """
     known = {entry.name: entry for entry in tasks()}
     if name not in known:
         raise UnknownName("task", name, known)
-    for option in options:
-        if option not in known[name].options:
-            raise UnknownName(f"option of task {name}", option, known[name].options)
+    check_options(f"task {name}", options, known[name].options)
     return known[name].build(**options)

@@ -46,18 +46,25 @@ class GroupCredit(Part):
     singleton: Literal["zero", "reward"] = "zero"
     reward: Part = field(default_factory=Outcome)
 
+    @property
+    def compares(self) -> bool:  # type: ignore[override]
+        others = self.center in ("mean", "leave-one-out") or self.scale == "std"
+        return others and self.singleton == "zero" and self.keys == ("prompt",)
+
     def __call__(self, batch: Batch) -> Tensor:
         reward = self.reward(batch)
         group, groups = group_index(torch.stack([batch.field(key) for key in self.keys], 1))
         size = group_sum(torch.ones_like(reward), group, groups)
-        mean = group_sum(reward, group, groups) / size
-        others = (group_sum(reward, group, groups) - reward) / (size - 1).clamp(min=1)
+        lowest = reward.new_full((groups,), torch.inf).scatter_reduce(0, group, reward, "amin")[group]
+        above = reward - lowest  # exactly 0 in a group of equals, whose mean may be a rounding error away from them
+        mean = group_sum(above, group, groups) / size
+        others = (group_sum(above, group, groups) - above) / (size - 1).clamp(min=1)
         if self.center == "none":
             centred = reward
         elif self.center == "mean":
-            centred = reward - mean
+            centred = above - mean
         elif self.center == "leave-one-out":
-            centred = reward - others
+            centred = above - others
         elif self.center == "batch":
             centred = reward - reward.mean()
         else:
@@ -68,7 +75,7 @@ class GroupCredit(Part):
         if self.scale == "none":
             return centred
         if self.scale == "std":
-            squares = group_sum((reward - mean) ** 2, group, groups)
+            squares = group_sum((above - mean) ** 2, group, groups)
             deviation = (squares / (size - self.ddof).clamp(min=1)).sqrt()
             scaled = centred / (deviation + self.epsilon)
             return torch.where(alone, centred, scaled)
@@ -76,7 +83,7 @@ class GroupCredit(Part):
             deviation = ((reward - reward.mean()) ** 2).sum() / max(len(reward) - self.ddof, 1)
             return centred / (deviation.sqrt() + self.epsilon)
         if self.scale == "mean":
-            return centred / (mean + self.epsilon)
+            return centred / (lowest + mean + self.epsilon)
         raise InputError(f"GroupCredit has no scale '{self.scale}'; none, std, batch-std or mean is right.")
 
 

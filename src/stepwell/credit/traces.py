@@ -16,6 +16,8 @@ def step_rewards(batch: Batch, outcome: Tensor) -> Tensor:
     given = batch.rows.step_reward
     rewards = torch.zeros_like(batch.mask) if given is None else given.to(batch.mask.dtype).clone()
     device = batch.mask.device
+    if batch.mask.shape[1] == 0:  # every row was over at its start
+        return rewards
     last = (batch.mask * torch.arange(1, batch.mask.shape[1] + 1, device=device)).argmax(1)
     rewards[torch.arange(len(batch), device=device), last] += outcome * (batch.mask.sum(1) > 0)
     return rewards * batch.mask
@@ -33,7 +35,7 @@ def generalised_advantages(rewards: Tensor, value: Tensor, mask: Tensor, gamma: 
     steps with mask 0 (tool output, padding) are skipped over. After the last step the value is 0.
     """
     advantage = torch.zeros_like(rewards)
-    carried, next_value = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+    carried, next_value = rewards.new_zeros(len(rewards)), rewards.new_zeros(len(rewards))
     for step in reversed(range(rewards.shape[1])):
         here = mask[:, step] > 0
         delta = rewards[:, step] + gamma * next_value - value[:, step]
@@ -45,7 +47,7 @@ def generalised_advantages(rewards: Tensor, value: Tensor, mask: Tensor, gamma: 
 
 def whiten(values: Tensor, mask: Tensor, epsilon: float = 1e-8) -> Tensor:
     """(N, T) values with mean 0 and variance 1 over the trained steps of the whole batch (unbiased variance)."""
-    number = mask.sum()
+    number = mask.sum().clamp(min=1)
     mean = (values * mask).sum() / number
     variance = (((values - mean) ** 2) * mask).sum() / (number - 1).clamp(min=1)
     return (values - mean) * torch.rsqrt(variance + epsilon) * mask

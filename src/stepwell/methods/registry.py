@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,17 +44,7 @@ class Card:
 
     def recipe(self, **options: Any) -> Recipe:
         """The composition with these options; an unknown one is an error that names the nearest."""
-        known = self.options
-        for name, value in options.items():
-            if name not in known:
-                raise UnknownName(f"option of {self.id}", name, known)
-            default = known[name]
-            number = isinstance(default, int | float) and not isinstance(default, bool)
-            if (isinstance(default, bool) and not isinstance(value, bool)) or (
-                number and (isinstance(value, bool) or not isinstance(value, int | float))
-            ):
-                kind = "true or false" if isinstance(default, bool) else "a number"
-                raise InputError(f"Option '{name}' of {self.id} is {kind}, not '{value}'.")
+        check_options(self.id, options, self.options)
         return self.build(**options)
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,6 +52,20 @@ class Card:
         fields = ("id", "title", "paper", "arxiv", "year", "room", "differs", "catalogue", "source")
         answer = {name: getattr(self, name) for name in fields}
         return answer | {"proof": list(self.proof), "options": self.options, "parts": self.recipe().parts()}
+
+
+def check_options(owner: str, options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise for an option that is not known, or is not of the kind of its default in `known`."""
+    for name, value in options.items():
+        if name not in known:
+            raise UnknownName(f"option of {owner}", name, known)
+        default = known[name]
+        number = isinstance(default, int | float) and not isinstance(default, bool)
+        if (isinstance(default, bool) and not isinstance(value, bool)) or (
+            number and (isinstance(value, bool) or not isinstance(value, int | float))
+        ):
+            kind = "true or false" if isinstance(default, bool) else "a number"
+            raise InputError(f"Option '{name}' of {owner} is {kind}, not '{value}'.")
 
 
 _CARDS: dict[str, Card] = {}

@@ -86,6 +86,7 @@ class Pairing(Part):
     """
 
     kind: Literal["extremes", "mean", "all"] = "extremes"
+    compares = True
 
     def __call__(self, batch: Batch) -> Tensor:
         reward = batch.reward

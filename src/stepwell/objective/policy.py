@@ -55,10 +55,10 @@ class Policy(Term):
         value = value_of(self.coefficient, batch) * total(self.surrogate(log_ratio, advantage, batch), weight)
         with torch.no_grad():
             share = batch.mask / batch.counts.steps
-            difference = (batch.old - batch.log_prob) * batch.mask
+            difference = (batch.old - batch.log_prob) * batch.mask  # its mean under the old policy is KL(old || pi)
             metrics = {
                 "policy_loss": value.detach(),
                 "clip_fraction": (self.surrogate.clipped(log_ratio, advantage) * share).sum(),
-                "old_kl": ((difference.exp() - 1 - difference) * share).sum(),
+                "old_kl": ((torch.exp(-difference) - 1 + difference) * share).sum(),
             }
         return Loss(value, metrics)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
+from stepwell.errors import InputError
 from stepwell.parts import Batch, Part
 
 LARGEST = 80.0
@@ -47,6 +48,12 @@ class Clip(Surrogate):
     high: float = 0.2
     dual: float | None = None
     delta: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("low", self.low), ("high", self.high)):
+            if not value >= 0:
+                raise InputError(f"A ratio cannot be clipped at a distance of {value} ('{name}'); 0 or more is right.")
 
     def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
         ratio = ratio_of(log_ratio)

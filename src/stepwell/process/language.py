@@ -331,8 +331,8 @@ def language(
     Raises `InputError` for anything that is not as it has to be.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk), ("tokens_at_once", tokens_at_once)):
-        if value is not None and (value != int(value) or value < 1):
-            raise InputError(f"{name}={value} is not a whole number from 1 upwards.")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise InputError(f"{name}={value!r} is not a whole number from 1 upwards.")
     truncation = Truncation(temperature, top_k, top_p, min_p)
     network: Any = loading.load_model(model, loading.dtype_named(dtype))
     words = loading.load_tokenizer(tokenizer, model)
@@ -344,6 +344,8 @@ def language(
     if device is None and isinstance(model, (str, os.PathLike)):
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if accelerator is None else accelerator
+    if device is not None:
+        device = loading.device_named(device)
     if lora is not None:
         network = loading.with_adapter(network, lora)
     process = Language(

@@ -29,6 +29,18 @@ def dtype_named(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[name]
 
 
+def device_named(device: str | torch.device | int) -> torch.device:
+    """A device by its name, that is there."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        there = "cpu" if accelerator is None else f"cpu and {accelerator}"
+        raise InputError(f"There is no device '{device}' here; there is {there}.") from error
+    return found
+
+
 def load_model(model: Any, dtype: torch.dtype) -> nn.Module:
     """A causal language model of `transformers`, its weights from safetensors, never with code of its own.
 
@@ -80,6 +92,10 @@ def load_tokenizer(tokenizer: Any, model: Any) -> Any:
 def _check_folder(model: str | os.PathLike[str]) -> None:
     """A folder must hold a configuration and safetensors; a name that looks like a folder must be one."""
     folder = Path(model)
+    if folder.is_file():
+        raise InputError(f"The model '{model}' is a file; name the folder that it lies in.")
+    if not str(model).strip():
+        raise InputError("The model has an empty name; give a folder or a hub id.")
     if not folder.is_dir():
         # an id of the hub is 'name' or 'owner/name'; everything else can only have meant a folder
         if folder.is_absolute() or str(model).startswith((".", "~")) or len(folder.parts) > 2:

@@ -32,8 +32,8 @@ class Truncation:
     def __post_init__(self) -> None:
         if not 0.0 < self.temperature < float("inf"):
             raise InputError(f"temperature={self.temperature} is not a finite number above 0.")
-        if self.top_k != int(self.top_k) or self.top_k < 0:
-            raise InputError(f"top_k={self.top_k} is not a whole number from 0 (off) upwards.")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise InputError(f"top_k={self.top_k!r} is not a whole number from 0 (off) upwards.")
         if not 0.0 < self.top_p <= 1.0:
             raise InputError(f"top_p={self.top_p} is not above 0 and at most 1 (off).")
         if not 0.0 <= self.min_p <= 1.0:

@@ -71,6 +71,8 @@ class Rewards:
     """
 
     def __init__(self, functions: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None = None):
+        if isinstance(functions, str) or not (callable(functions) or isinstance(functions, Iterable)):
+            raise InputError(f"A reward has to be a function, or several in a list, not {functions!r}.")
         self.functions = (functions,) if callable(functions) else tuple(functions)
         if not self.functions:
             raise InputError("Rewards needs at least one reward function; none was given.")
@@ -117,7 +119,7 @@ class Rewards:
                     returned.append(function(**arguments))
                 except StepwellError:
                     raise  # it already says what to mend, such as a column that a verifier misses
-                except Exception as error:
+                except (Exception, SystemExit) as error:  # a reward may not end the run without a word
                     raise _failure(function, name, error, drawn) from error
         except BaseException:
             for value in returned:

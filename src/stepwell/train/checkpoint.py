@@ -6,6 +6,7 @@ with the hash of every file comes last, so that a damaged checkpoint is recognis
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -40,9 +41,12 @@ def write(folder: Path, state: Any, tensors: Mapping[str, Mapping[str, Tensor]])
             write_whole(temporary / name, content)
             manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         write_whole(temporary / MANIFEST, json.dumps(manifest))
-        if folder.exists():
-            shutil.rmtree(folder)
+        before = _replaced(folder)
+        shutil.rmtree(before, ignore_errors=True)
+        if folder.exists():  # a folder cannot be replaced at one stroke; `newest` puts it back after a kill in between
+            os.replace(folder, before)
         os.replace(temporary, folder)
+        shutil.rmtree(before, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(f"The checkpoint '{folder}' could not be written: {error.strerror}.") from error
@@ -73,17 +77,29 @@ def read(folder: Path) -> tuple[Any, dict[str, dict[str, Tensor]]]:
 
 
 def newest(parent: Path) -> Path | None:
-    """The newest complete checkpoint in a folder of them."""
+    """The newest complete checkpoint in a folder of them.
+
+    Where a run was killed while it wrote a checkpoint anew, the one it was to take the place of is put back.
+    """
+    for before in parent.glob(".update-*.replaced"):
+        with contextlib.suppress(OSError):  # the new one is there, or another process was faster
+            os.rename(before, parent / before.name.removeprefix(".").removesuffix(".replaced"))
     found = sorted(path for path in parent.glob("update-*") if path.is_dir())
     return found[-1] if found else None
+
+
+def _replaced(folder: Path) -> Path:
+    """Where a checkpoint is while another takes its place."""
+    return folder.with_name(f".{folder.name}.replaced")
 
 
 def prune(parent: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and what killed runs left half-written."""
     for path in sorted(parent.glob("update-*"))[:-keep]:
         shutil.rmtree(path)
-    for path in parent.glob(".update-*.tmp*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for pattern in (".update-*.tmp*", ".update-*.replaced"):
+        for path in parent.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
