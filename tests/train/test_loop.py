@@ -230,3 +230,10 @@ def test_several_rewards_are_weighted_and_logged_one_by_one():
     step = run.history[0]
     assert {"reward/long", "reward/twos"} <= set(step)
     assert step["reward/twos"] == 1.0, "the mean is over the rows a reward applies to"
+
+
+def test_a_second_run_of_one_process_has_a_budget_of_its_own():
+    process = model()
+    first, second = (train(process=process, budget="1k-tokens", steps=None) for _ in range(2))
+    assert second.steps >= 1
+    assert second.cost.forward < 2 * first.cost.forward

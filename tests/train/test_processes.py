@@ -108,7 +108,8 @@ def test_two_processes_train_in_step_and_leave_one_record(method, tmp_path):
 
 FAILS = TRAIN.replace(
     "    return [float(len(text)) for text in completions]",
-    "    if World.join().rank == 1:\n        raise ValueError('the judge is out')\n    return [float(len(t)) for t in completions]",
+    "    if World.join().rank == 1:\n        raise ValueError('the judge is out')\n"
+    "    return [float(len(text)) for text in completions]",
 )
 
 

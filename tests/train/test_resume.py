@@ -298,3 +298,41 @@ def test_metrics_hold_nothing_that_the_seed_does_not_decide(tmp_path):
     assert (tmp_path / "first" / "metrics.jsonl").read_bytes() == (tmp_path / "second" / "metrics.jsonl").read_bytes()
     line = json.loads((tmp_path / "first" / "metrics.jsonl").read_text().splitlines()[0])
     assert not [name for name in line if "time" in name or "second" in name]
+
+
+def test_a_failure_while_a_step_is_finished_resumes_alike(tmp_path):
+    def go(out, resume=False, fails=False, method="ppo"):
+        def judged(completions, **columns):
+            if fails and len(completions) == 2:  # the evaluation's rows
+                raise ValueError("the judge is out")
+            return uneven(completions)
+
+        judged.__name__ = "uneven"
+        held_out = {"evaluation": [{"prompt": 0}], "evaluate_every": 2, "evaluation_samples": 2}
+        return tabular(method, out, resume=resume, reward=judged, **held_out)
+
+    run = go(tmp_path / "whole")
+    with pytest.raises(RewardError, match="the judge is out"):
+        go(tmp_path / "cut", fails=True)
+    again = go(tmp_path / "cut", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(run), weights(again), strict=True))
+    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_a_budget_in_tokens_resumes_alike_in_the_middle_of_a_batch(tmp_path):
+    given = {"steps": None, "budget": "2k-tokens", "schedule": "linear"}
+    run = tabular("ppo", tmp_path / "whole", **given)
+    names = sorted(path.name for path in (tmp_path / "whole" / "checkpoints").iterdir())
+    for name in names[:-1]:
+        cut_back(tmp_path / "whole", tmp_path / name, name)
+        again = tabular("ppo", tmp_path / name, resume=True, **given)
+        assert all(torch.equal(a, b) for a, b in zip(weights(run), weights(again), strict=True)), name
+        assert (tmp_path / name / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_other_prompts_are_refused(tmp_path):
+    tabular("grpo", tmp_path / "run")
+    model = sw.exact.markov(symbols=3, length=4, prompts=5, seed=3)
+    given = {"steps": 4, "learning_rate": 0.1, "prompts_per_step": 4, "group_size": 3, "seed": 1, "schedule": "linear"}
+    with pytest.raises(CheckpointError, match="is of another data"):
+        sw.train(model, [{"prompt": 0}] * 5, uneven, out=tmp_path / "run", resume=True, weight_decay=0.01, **given)

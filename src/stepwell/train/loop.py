@@ -58,7 +58,8 @@ class Position:
 
     step: int = 0
     update: int = 0
-    part: int = 0  # updates already made on the present rollout
+    part: int = 0  # minibatches of the present rollout that are behind us
+    made: int = 0  # updates made on it; fewer, where a minibatch was empty
     states: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # summed over the updates on the present rollout
     drawn: Drawn | None = None
@@ -111,7 +112,8 @@ class Trainer:
 
     def run(self, log: RunLog, title: str = "training") -> None:
         """Steps until the settings say stop; a checkpoint between any two updates is enough to go on from."""
-        self.done = self.share_done()
+        if self.at.drawn is None:  # a rollout that was half used up goes on at the share it began with
+            self.done = self.share_done()
         progress = make_progress(self.settings.progress and self.world.is_main)
         progress.start(self.settings, title)
         try:
@@ -121,7 +123,8 @@ class Trainer:
                     if self.at.drawn is None:
                         self.collect()
                     while self.at.drawn is not None and not stopped:
-                        self.update()
+                        if self.at.part < self.recipe.epochs * self.recipe.minibatches:
+                            self.update()
                         if self.at.part == self.recipe.epochs * self.recipe.minibatches:
                             self.finish_step(log, progress)
                         if self.settings.checkpoint_every and self.at.update % self.settings.checkpoint_every == 0:
@@ -129,7 +132,7 @@ class Trainer:
                         stopped = any(self.world.gather(bool(stop)))  # together, or the others would wait for ever
         except Exception as error:
             if self.at.update or not isinstance(error, InputError):  # a mistake in the request leaves nothing behind
-                self.save()
+                self.save(together=False)
             raise
         finally:
             progress.close()
@@ -160,7 +163,7 @@ class Trainer:
             rows = fill(self.process, drawn.trajectories, self.reads, tokens=tokens, world=self.world)
         at.drawn, at.names = Drawn(rows, drawn.samples, drawn.prompts), rewarded.names
         at.targets = self.objective.credit(Batch(rows, self.counts(rows), None, at.states))
-        at.part, at.metrics = 0, {}
+        at.part, at.made, at.metrics = 0, 0, {}
         self.clock |= rewarded.seconds | {"score": time.monotonic() - begin}
 
     def update(self) -> None:
@@ -189,7 +192,7 @@ class Trainer:
         metrics = self.world.sum_metrics(metrics)
         metrics["gradient_norm"] = self.step_optimiser()
         at.metrics = {name: at.metrics.get(name, 0.0) + value for name, value in metrics.items()}
-        at.update, at.part = at.update + 1, at.part + 1
+        at.update, at.part, at.made = at.update + 1, at.part + 1, at.made + 1
         known = {**row_metrics(at.drawn.trajectories, at.names), **metrics}
         at.states = {n: state.update(at.states[n], known) for n, state in self.objective.states.items()}
 
@@ -210,18 +213,14 @@ class Trainer:
         return norm
 
     def finish_step(self, log: RunLog, progress: Any) -> None:
-        """Learn, evaluate, log; the rollout is used up."""
+        """Evaluate, log, learn; the rollout is used up. What may fail comes before anything that cannot be redone."""
         at, settings, process = self.at, self.settings, self.process
         assert at.drawn is not None
-        updates = self.recipe.epochs * self.recipe.minibatches
         metrics: dict[str, Any] = {"step": at.step + 1, "updates": at.update}
         metrics |= row_metrics(at.drawn.trajectories, at.names)
-        metrics |= {name: value / updates for name, value in at.metrics.items()}
+        metrics |= {name: value / max(at.made, 1) for name, value in at.metrics.items()}
         metrics |= {f"state/{name}": value for name, value in at.states.items()}
         metrics["learning_rate"] = self.optimiser.param_groups[0]["lr"]
-        self.planner.learn(at.drawn.trajectories, metrics)
-        if self.recipe.reference == "synced" and (at.step + 1) % self.recipe.sync_every == 0:
-            process.reference = process.frozen()  # type: ignore[attr-defined]
         if self.evaluation and settings.evaluate_every and (at.step + 1) % settings.evaluate_every == 0:
             stream = self.rng.split("evaluation", at.step)
             samples, rows = settings.evaluation_samples, settings.rows_at_once
@@ -230,16 +229,22 @@ class Trainer:
         cost = sum(self.world.gather(process.meter.spent), start=Cost())
         metrics |= {f"cost/{unit}": amount for unit, amount in asdict(cost).items() if unit != "wall_time"}
         wall = process.meter.read().wall_time
-        self.done = self.share_done(at.step + 1)
-        clock = self.clock | {"step": time.monotonic() - self.clock.pop("begin"), "wall_time": wall}
+        done = self.share_done(at.step + 1)
+        clock = {name: value for name, value in self.clock.items() if name != "begin"}
+        clock |= {"step": time.monotonic() - self.clock["begin"], "wall_time": wall}
         shown = completions(at.drawn, at.names, at.step + 1, settings.completions_logged)
-        at.history.append(metrics)
         if self.world.is_main:
             log.step(metrics, {"step": metrics["step"], "seconds": clock}, shown)
+        self.planner.learn(at.drawn.trajectories, metrics)
+        if self.recipe.reference == "synced" and (at.step + 1) % self.recipe.sync_every == 0:
+            process.reference = process.frozen()  # type: ignore[attr-defined]
+        at.history.append(metrics)
+        self.done = done
+        at.step, at.drawn, at.targets, at.part = at.step + 1, None, None, 0
+        if self.world.is_main:
             progress.step(metrics, clock, shown, self.done)
         if self.on_step is not None:
             self.on_step(metrics | {"wall_time": wall})
-        at.step, at.drawn, at.targets, at.part = at.step + 1, None, None, 0
 
     # what the steps above are made of
 
@@ -281,10 +286,12 @@ class Trainer:
         groups = rows.prompt.unique()
         return torch.isin(rows.prompt, groups[self.world.rank :: self.world.size]).nonzero()[:, 0]
 
-    def save(self) -> None:
-        """A checkpoint of this moment, where there is a folder for it."""
+    def save(self, together: bool = True) -> None:
+        """A checkpoint of this moment, where there is a folder for it; `together` with the other processes."""
+        own = asdict(self.process.meter.read())
+        meters = self.world.gather(own) if together else [own]
         if self.out is not None and self.world.is_main:
-            saved.save(self)
+            saved.save(self, meters)
 
 
 def train(
@@ -306,6 +313,7 @@ def train(
     checkpoint, bit for bit as if the run had never stopped. `config` is what the log keeps about the run.
     """
     folder = saved.prepare(out, resume)
+    process.meter.load_state_dict(asdict(Cost()))  # what was spent before is not this run's
     trainer = Trainer(process, recipe, prompts, rewards, settings, folder, evaluation, on_step)
     log = RunLog(
         folder if trainer.world.is_main else None, settings.trackers, config=saved.description(trainer, config)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,11 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from stepwell.errors import CheckpointError, InputError
+from stepwell.meter import Cost
 from stepwell.process.base import Samples
 from stepwell.rollout import Drawn
 from stepwell.train import checkpoint
+from stepwell.train.distribute import World
 from stepwell.train.log import RunLog
 from stepwell.trajectories import from_tensors, to_tensors
 from stepwell.writing import writable_folder
@@ -56,27 +59,33 @@ def fingerprint(trainer: Trainer) -> dict[str, str]:
     shapes = [f"{name}:{tuple(p.shape)}:{p.dtype}" for name, p in _trainable(trainer).items()]
     kept = ("seed", "learning_rate", "schedule", "warmup", "weight_decay", "max_gradient_norm", "precision", "shuffle")
     settings = [f"{name}={getattr(trainer.settings, name)}" for name in kept]
+    process, prompts = trainer.process, [(prompt.id, prompt.value) for prompt in trainer.stream.prompts]
     return {
         "model": hashlib.sha256("\n".join(shapes).encode()).hexdigest(),
+        "data": hashlib.sha256(repr(prompts).encode()).hexdigest(),
+        "sampling law": f"{getattr(process, 'truncation', '')}, at most {trainer.horizon} steps",
         "method": "\n".join(trainer.recipe.parts()),
         "settings": ", ".join(settings),
     }
 
 
-def save(trainer: Trainer) -> None:
-    """Write a checkpoint of this moment and drop the oldest beyond `keep`."""
+def save(trainer: Trainer, meters: list[dict[str, Any]]) -> None:
+    """Write a checkpoint of this moment, with the meter of every process, and drop the oldest beyond `keep`."""
     at, parent = trainer.at, trainer.out / "checkpoints"  # type: ignore[operator]
     state: dict[str, Any] = {
         "fingerprint": fingerprint(trainer),
         "step": at.step,
         "update": at.update,
         "part": at.part,
+        "made": at.made,
+        "done": trainer.done,
+        "learning_rate": trainer.optimiser.param_groups[0]["lr"],
         "states": at.states,
         "metrics": at.metrics,
         "names": list(at.names),
         "stream": trainer.stream.state_dict(),
         "planner": trainer.planner.state_dict(),
-        "meter": trainer.process.meter.state_dict(),
+        "meters": meters,
     }
     groups: dict[str, dict[str, Tensor]] = {
         "parameters": {name: p.detach() for name, p in _trainable(trainer).items()},
@@ -100,6 +109,8 @@ def restore(trainer: Trainer, log: RunLog) -> None:
     ours = fingerprint(trainer)
     for what, mend in (
         ("model", "the model it was started with"),
+        ("data", "the prompts it was started with"),
+        ("sampling law", "the temperature, truncation and length it was started with"),
         ("method", "the method and options it was started with"),
         ("settings", "the settings it was started with"),
     ):
@@ -114,16 +125,19 @@ def restore(trainer: Trainer, log: RunLog) -> None:
     checkpoint.load_optimiser(trainer.optimiser, groups.get("optimiser", {}))
     trainer.stream.load_state_dict(state["stream"])
     trainer.planner.load_state_dict(state["planner"])
-    trainer.process.meter.load_state_dict(state["meter"])
+    trainer.process.meter.load_state_dict(_own_meter(state["meters"], trainer.world))
     at = trainer.at
-    at.step, at.update, at.part = state["step"], state["update"], state["part"]
+    at.step, at.update, at.part, at.made = (state[name] for name in ("step", "update", "part", "made"))
+    trainer.done = state["done"]
+    for group in trainer.optimiser.param_groups:
+        group["lr"] = state["learning_rate"]
     at.states, at.metrics, at.names = state["states"], state["metrics"], tuple(state["names"])
     if "rows" in groups:
         by_id = {prompt.id: prompt for prompt in trainer.stream.prompts}
         prompts = [by_id[prompt] for prompt in state["prompts"]]
         at.drawn = Drawn(from_tensors(groups["rows"]), Samples(**state["samples"]), prompts)
         at.targets = _nested(groups.get("targets", {}), len(prompts), len(trainer.objective.terms))
-    trainer.clock = {"begin": 0.0}
+    trainer.clock = {"begin": time.monotonic()}
     if trainer.world.is_main:
         log.keep_until(at.step)
         lines = (trainer.out / "metrics.jsonl").read_text().splitlines()  # type: ignore[operator]
@@ -135,6 +149,14 @@ def export(trainer: Trainer) -> None:
     export_model = getattr(trainer.process, "save", None)
     if export_model is not None:
         export_model(trainer.out)
+
+
+def _own_meter(meters: list[dict[str, Any]], world: World) -> dict[str, Any]:
+    """What this process had spent; where there were more or fewer processes, the first takes all."""
+    if len(meters) == world.size:
+        return meters[world.rank]
+    total = sum((Cost(**meter) for meter in meters), start=Cost())
+    return asdict(replace(total if world.is_main else Cost(), wall_time=meters[0]["wall_time"]))
 
 
 def _trainable(trainer: Trainer) -> dict[str, torch.nn.Parameter]:

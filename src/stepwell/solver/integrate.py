@@ -1,0 +1,188 @@
+"""Steps and trajectories: the law of the next state, given what the model has said so far.
+
+The coefficients come from `exponential.coefficients`; here they meet the model, the corrector and the history.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepwell.distributions import Gaussian, Point
+from stepwell.errors import InputError
+from stepwell.rng import Rng
+from stepwell.solver.exponential import coefficients
+from stepwell.solver.grid import check_order
+from stepwell.solver.path import Path
+from stepwell.solver.table import Table
+
+Predict = Callable[[Tensor, float], Tensor]
+"""The model: (x (N, *D), t) -> its prediction (N, *D)."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What a solver remembers: earlier predictions, the newest first, and the step that led here, for its corrector.
+
+    `history[index]` forks along with the rows of a state.
+    """
+
+    times: tuple[float, ...] = ()
+    predictions: tuple[Tensor, ...] = ()  # (N, *D) each, of the table's kind
+    origin: Tensor | None = None  # (N, *D) where the last step began
+    used: int = 0  # predictions that the last step used
+
+    def __getitem__(self, index: Any) -> History:
+        origin = None if self.origin is None else self.origin[index]
+        return History(self.times, tuple(prediction[index] for prediction in self.predictions), origin, self.used)
+
+
+def propose(
+    predict: Predict,
+    x: Tensor,
+    step: int,
+    times: Sequence[float],
+    path: Path,
+    table: Table,
+    history: History | None = None,
+    *,
+    output: str = "velocity",
+) -> tuple[Gaussian | Point, History]:
+    """The law of the state at times[step + 1], given x (N, *D) at times[step], and the history to go on with.
+
+    `output` is what `predict` returns (`path.PREDICTIONS`). A deterministic step is a `Point`; a stochastic one is
+    exactly Gaussian given x and the history. The model is called `table.evaluations` times, or once where the step
+    has only one order to use. Raises `InputError` for a prediction of another shape than x or with NaNs.
+    """
+    history = history or History()
+    time, target = float(times[step]), float(times[step + 1])
+    raw = _checked(predict(x, time), x, time)
+    kind = table.predicts
+    finite = math.isfinite(path.log_snr(time)) if kind != "velocity" else True
+    if not finite and kind == "noise":  # of no use for interpolation; order one takes the data
+        current = raw
+    else:
+        current = path.convert(raw, x, time, output, kind)
+    if table.corrector and history.origin is not None and history.used:
+        nodes = (*history.times[: history.used], time)
+        corrected = coefficients(path, table, nodes, time)
+        x = corrected.mean(history.origin, (*history.predictions[: history.used], current))
+    known, predictions = (time, *history.times), (current, *history.predictions)
+    order = _order(path, table, target, step, len(times) - 1, known)
+    if table.inner is not None and order == 2:
+        mean = _singlestep(predict, x, current, time, target, path, table, output)
+        return Point(mean), History()
+    numbers = coefficients(path, table, known[:order], target)
+    newest = current if numbers.predicts == kind else path.convert(raw, x, time, output, numbers.predicts)
+    mean = numbers.mean(x, (newest, *predictions[1:order]))
+    law = Gaussian(mean, mean.new_tensor(numbers.noise)) if numbers.noise > 0.0 else Point(mean)
+    if not finite:
+        return law, History()
+    return law, History(known[: table.order], predictions[: table.order], x if table.corrector else None, order)
+
+
+def _checked(prediction: Tensor, x: Tensor, time: float) -> Tensor:
+    if prediction.shape != x.shape:
+        raise InputError(
+            f"The model returned a prediction of shape {tuple(prediction.shape)} for states of {tuple(x.shape)}."
+        )
+    if not bool(torch.isfinite(prediction).all()):
+        raise InputError(f"The model's prediction at t = {time:.6g} has values that are NaN or infinite.")
+    return prediction
+
+
+def _order(path: Path, table: Table, target: float, step: int, steps: int, known: Sequence[float]) -> int:
+    """How many predictions the step can use: order one where lambda is infinite at either end."""
+    wanted = table.order
+    if table.lower_final and table.inner is None:
+        wanted = min(wanted, steps - step)
+    if target == 0.0 and (table.predicts != "velocity" or table.inner is not None):
+        return 1
+    if table.predicts != "velocity" and not math.isfinite(path.log_snr(known[0])):
+        return 1
+    return wanted if table.inner is not None else min(wanted, len(known))
+
+
+def _singlestep(
+    predict: Predict, x: Tensor, current: Tensor, time: float, target: float, path: Path, table: Table, output: str
+) -> Tensor:
+    """A step with a second prediction inside, at the table's fraction of it in lambda, or in t for velocity."""
+    assert table.inner is not None
+    if table.inner == 1.0:
+        inner = target
+    elif table.predicts == "velocity":
+        inner = time + table.inner * (target - time)
+    else:
+        start, end = path.log_snr(time), path.log_snr(target)
+        inner = path.time(start + table.inner * (end - start))
+    numbers = coefficients(path, table, (time,), inner)
+    newest = current if numbers.predicts == table.predicts else path.convert(current, x, time, table.predicts, "data")
+    between = numbers.mean(x, (newest,))
+    second = path.convert(_checked(predict(between, inner), x, inner), between, inner, output, table.predicts)
+    return coefficients(path, table, (time, inner), target).mean(x, (current, second))
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What `sample` drew: n + 1 states (N, *D), log_prob (N, n), random (n,) bool, evaluations of the model."""
+
+    states: tuple[Tensor, ...]
+    log_prob: Tensor
+    random: Tensor
+    evaluations: int
+
+    @property
+    def final(self) -> Tensor:
+        return self.states[-1]
+
+
+def sample(
+    predict: Predict,
+    x: Tensor,
+    path: Path,
+    times: Sequence[float],
+    table: Table,
+    rng: Rng,
+    *,
+    output: str = "velocity",
+    history: History | None = None,
+    partial: bool = False,
+) -> Sampled:
+    """All steps of a grid, from x (N, *D) at times[0]; a step's log-density is the sum over its dimensions.
+
+    `partial=True` allows grids that do not end at t = 0. At t = 1, x is noise of standard deviation sigma(1).
+
+    Example:
+        >>> from stepwell.solver import grid
+        >>> from stepwell.solver.path import Linear
+        >>> from stepwell.solver.table import table
+        >>> one, noise = torch.ones(2, 1), torch.zeros(2, 1)
+        >>> times = grid.uniform(4, Linear())
+        >>> drawn = sample(lambda x, t: one, noise, Linear(), times, table("heun"), Rng(0), output="data")
+        >>> drawn.final[:, 0].tolist(), drawn.evaluations
+        ([1.0, 1.0], 7)
+    """
+    check_order(times)
+    if times[-1] != 0.0 and not partial:
+        raise InputError(
+            f"The grid ends at t = {times[-1]:.6g}, where noise is left; end it at 0, or say partial=True."
+        )
+    calls = 0
+
+    def counted(state: Tensor, time: float) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return predict(state, time)
+
+    states, log_probs, random = [x], [], []
+    for step in range(len(times) - 1):
+        law, history = propose(counted, states[-1], step, times, path, table, history, output=output)
+        states.append(law.sample(rng))
+        log_probs.append(law.log_prob(states[-1]))
+        random.append(isinstance(law, Gaussian))
+    return Sampled(tuple(states), torch.stack(log_probs, 1), torch.tensor(random), calls)

@@ -1,0 +1,180 @@
+"""A solver as a table: a frozen row of choices that a user can print, edit and save, over one exponential integrator.
+
+Every solver here moves x by numbers that depend on times alone,
+
+    x' = (coefficient) x + sum_j (weight_j) m_j + (noise) z,        m_j the newest predictions, z ~ N(0, 1),
+
+so a row says how those numbers come about (`exponential.coefficients`), and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from dataclasses import replace as _replace
+from pathlib import Path as FilePath
+from typing import Any
+
+from stepwell.errors import InputError, UnknownName
+
+PREDICTS = ("data", "noise", "velocity")
+WEIGHTS = ("exact", "half", "half-linear", "short-second")
+NOISES = ("none", "eta", "tau", "cps", "flow", "dance")
+FIRSTS = ("corrected", "published")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One solver.
+
+    name         what it is called.
+    predicts     what is interpolated between times: `data` and `noise` in lambda, under the exponential kernel;
+                 `velocity` in t, under a flat kernel (Runge-Kutta and Adams in their textbook form).
+    order        how many predictions a step uses; multistep solvers begin with fewer.
+    inner        singlestep solvers: where in the step, in (0, 1] of it, the second prediction is made; else None.
+    weights      the moments M_i of the kernel (`exponential.moments`): `exact`; or, with two predictions, M_1 replaced
+                 by M_0 / 2 (`half`: DPM-Solver++ midpoint, UniPC bh2) or by h / 2 (`half-linear`: UniPC bh1); or
+                 `half` and, with three, M_2 halved (`short-second`: DPM-Solver++ 3M as libraries have it, order 2).
+    corrector    use each new prediction to correct the step that led to it, at no further evaluation (UniC).
+    lower_final  use no more predictions than there are steps left, this one included.
+    noise, level how much fresh noise a step draws: `none`; `eta`, DDIM's, 1 for ancestral; `tau`, the SDE whose noise
+                 is tau^2 times the reverse SDE's; `cps`; `flow` and `dance`, stochastic Euler with
+                 g = a sqrt(t / (1 - t)) and g = a.
+    window       noise is drawn only in steps that start at a time in [window[0], window[1]]; ODE steps elsewhere.
+    first        the first step of `flow`, at t = 1 where g is infinite: `published` takes t / (1 - t) with 1 - t of the
+                 next time, which leaves a variance of 1 + a^4 / 4 however many steps; `corrected` takes the exact
+                 Gaussian step, DDIM's with eta = a. The steps after it still converge slowly, as g^2 |dt| is a^2 / k
+                 in step k of a uniform grid; `sde-flow` is the same SDE with its linear part solved exactly.
+    source       where the formula is from.
+
+    Example:
+        >>> table("unipc-2").replace(weights="half-linear").weights
+        'half-linear'
+        >>> Table(name="mine", order=2, weight="exact")
+        Traceback (most recent call last):
+        ...
+        TypeError: Table.__init__() got an unexpected keyword argument 'weight'
+    """
+
+    name: str
+    predicts: str = "data"
+    order: int = 1
+    inner: float | None = None
+    weights: str = "exact"
+    corrector: bool = False
+    lower_final: bool = True
+    noise: str = "none"
+    level: float = 0.0
+    window: tuple[float, float] = (0.0, 1.0)
+    first: str = "corrected"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "window", tuple(self.window))
+        known = {"predicts": PREDICTS, "weights": WEIGHTS, "noise": NOISES, "first": FIRSTS}
+        for setting, names in known.items():
+            if getattr(self, setting) not in names:
+                raise UnknownName(f"'{setting}' of a solver", getattr(self, setting), names)
+        wrong = self._wrong()
+        if wrong:
+            raise InputError(f"Solver '{self.name}': {wrong}")
+
+    def _wrong(self) -> str | None:
+        """What contradicts itself, in a sentence, or None."""
+        if not 1 <= self.order <= 4:
+            return f"order is between 1 and 4, not {self.order}."
+        if self.inner is not None and not (0.0 < self.inner <= 1.0 and self.order == 2):
+            return "a singlestep solver has order 2 and its inner time in (0, 1] of the step."
+        if self.corrector and (self.inner is not None or self.noise != "none" or self.predicts != "data"):
+            return "a corrector goes with multistep, deterministic steps that predict data."
+        if self.weights.startswith("half") and self.predicts != "data":
+            return f"weights '{self.weights}' are those of solvers that predict data."
+        if self.noise != "none" and self.inner is not None:
+            return "a singlestep solver draws no noise."
+        if self.noise in ("flow", "dance") and (self.predicts != "velocity" or self.order != 1):
+            return f"noise '{self.noise}' is stochastic Euler's: order 1, velocity."
+        if self.noise in ("eta", "tau", "cps") and self.predicts != "data":
+            return f"noise '{self.noise}' goes with predicting data."
+        if (self.noise == "none") != (self.level == 0.0) or self.level < 0.0:
+            return f"noise '{self.noise}' with level {self.level}: a level above 0 goes with noise, 0 with none."
+        if self.noise in ("eta", "cps") and self.level > 1.0:
+            return f"the level of noise '{self.noise}' is at most 1, not {self.level}."
+        return None if self.window[0] <= self.window[1] else "its window ends before it begins."
+
+    @property
+    def stochastic(self) -> bool:
+        return self.noise != "none"
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the model in a step."""
+        return 1 if self.inner is None else 2
+
+    def replace(self, **changes: Any) -> Table:
+        """This table with other entries."""
+        return _replace(self, **changes)
+
+    def __str__(self) -> str:
+        width = max(len(field.name) for field in fields(self))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in asdict(self).items())
+
+    def save(self, file: str | FilePath) -> None:
+        """Write the table as JSON."""
+        FilePath(file).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def load(file: str | FilePath) -> Table:
+    """A table that was saved. Raises `InputError` where the file is no such table."""
+    try:
+        entries = json.loads(FilePath(file).read_text())
+        return Table(**entries)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{file} is not a saved solver: {error}") from None
+
+
+_DPM = "Lu et al. 2022, DPM-Solver++, arXiv 2211.01095"
+_UNIPC = "Zhao et al. 2023, UniPC, arXiv 2302.04867"
+_DEIS = "Zhang and Chen 2022, DEIS, arXiv 2204.13902 (in log rho)"
+_DDIM = "Song et al. 2020, DDIM, arXiv 2010.02502, eq. 12 and 16"
+_FLOW = "Liu et al. 2025, Flow-GRPO, arXiv 2505.05470"
+
+TABLES: dict[str, Table] = {
+    row.name: row
+    for row in (
+        Table("euler", predicts="velocity", source="Euler's method in t"),
+        Table("heun", predicts="velocity", order=2, inner=1.0, source="Karras et al. 2022, arXiv 2206.00364, alg. 1"),
+        Table("ddim", source=_DDIM),
+        Table("ddim-eta", noise="eta", level=0.5, source=_DDIM),
+        Table("ddpm", noise="eta", level=1.0, source="Ho et al. 2020, arXiv 2006.11239; k-diffusion's ancestral step"),
+        Table("dpmpp-1", source=_DPM),
+        Table("dpmpp-2m", order=2, weights="half", source=_DPM),
+        Table("dpmpp-2m-heun", order=2, source=_DPM),
+        Table("dpmpp-2s", order=2, inner=0.5, weights="half", source=_DPM),
+        Table("dpmpp-3m", order=3, source=_DPM + ", with the second difference in full"),
+        Table("dpmpp-3m-published", order=3, weights="short-second", source=_DPM + ", as diffusers and k-diffusion"),
+        Table("sde-dpmpp-2m", order=2, weights="half", noise="tau", level=1.0, source=_DPM),
+        Table("unipc-2", order=2, weights="half", corrector=True, source=_UNIPC + ", bh2"),
+        Table("unipc-2-bh1", order=2, weights="half-linear", corrector=True, source=_UNIPC + ", bh1"),
+        Table("unipc-3", order=3, weights="half", corrector=True, source=_UNIPC + ", bh2"),
+        Table("unipc-3-bh1", order=3, weights="half-linear", corrector=True, source=_UNIPC + ", bh1"),
+        Table("deis-2", predicts="noise", order=2, source=_DEIS),
+        Table("deis-3", predicts="noise", order=3, source=_DEIS),
+        Table("sde-euler", predicts="velocity", noise="flow", level=0.7, source=_FLOW),
+        Table("sde-euler-published", predicts="velocity", noise="flow", level=0.7, first="published", source=_FLOW),
+        Table("sde-flow", noise="tau", level=0.7 * 0.5**0.5, source=_FLOW + ": its SDE has tau^2 = a^2 / 2, a = 0.7"),
+        Table("sde-dance", predicts="velocity", noise="dance", level=0.3, source="DanceGRPO, arXiv 2505.07818"),
+        Table("cps", noise="cps", level=0.7, source="Flow-GRPO's coefficients-preserving sampling (sde_type 'cps')"),
+    )
+}
+
+
+def table(name: str) -> Table:
+    """A solver of the list by name.
+
+    Example:
+        >>> print(str(table("dpmpp-2m")).splitlines()[2])
+        order        2
+    """
+    if name not in TABLES:
+        raise UnknownName("solver", name, TABLES)
+    return TABLES[name]
