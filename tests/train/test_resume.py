@@ -228,7 +228,7 @@ def test_a_damaged_checkpoint_is_one_clear_sentence(tmp_path):
     ("change", "said"),
     [
         ({"method": "dapo"}, "is of another method"),
-        ({"seed": 2}, "is of another settings"),
+        ({"seed": 2}, "is of a run with seed=1, not 2"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(change, said, tmp_path):

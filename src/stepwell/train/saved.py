@@ -54,18 +54,18 @@ def description(trainer: Trainer, config: dict[str, Any] | None) -> dict[str, An
     }
 
 
-def fingerprint(trainer: Trainer) -> dict[str, str]:
+def fingerprint(trainer: Trainer) -> dict[str, Any]:
     """What has to be the same for a checkpoint to fit: the parameters' names and shapes, and the method's parts."""
     shapes = [f"{name}:{tuple(p.shape)}:{p.dtype}" for name, p in _trainable(trainer).items()]
     kept = ("seed", "learning_rate", "schedule", "warmup", "weight_decay", "max_gradient_norm", "precision", "shuffle")
-    settings = [f"{name}={getattr(trainer.settings, name)}" for name in kept]
     process, prompts = trainer.process, [(prompt.id, prompt.value) for prompt in trainer.stream.prompts]
     return {
         "model": hashlib.sha256("\n".join(shapes).encode()).hexdigest(),
         "data": hashlib.sha256(repr(prompts).encode()).hexdigest(),
         "sampling law": f"{getattr(process, 'truncation', '')}, at most {trainer.horizon} steps",
         "method": "\n".join(trainer.recipe.parts()),
-        "settings": ", ".join(settings),
+        "reward": repr((trainer.rewards.names, trainer.rewards.weights)),
+        "settings": {name: getattr(trainer.settings, name) for name in kept},
     }
 
 
@@ -106,16 +106,7 @@ def restore(trainer: Trainer, log: RunLog) -> None:
     folder = checkpoint.newest(trainer.out / "checkpoints")  # type: ignore[operator]
     assert folder is not None
     state, groups = checkpoint.read(folder)
-    ours = fingerprint(trainer)
-    for what, mend in (
-        ("model", "the model it was started with"),
-        ("data", "the prompts it was started with"),
-        ("sampling law", "the temperature, truncation and length it was started with"),
-        ("method", "the method and options it was started with"),
-        ("settings", "the settings it was started with"),
-    ):
-        if state["fingerprint"][what] != ours[what]:
-            raise CheckpointError(f"The checkpoint '{folder}' is of another {what}; resume with {mend}.")
+    _refuse_another_run(folder, state["fingerprint"], fingerprint(trainer))
     with torch.no_grad():
         for name, parameter in _trainable(trainer).items():
             parameter.copy_(groups["parameters"][name])
@@ -142,6 +133,27 @@ def restore(trainer: Trainer, log: RunLog) -> None:
         log.keep_until(at.step)
         lines = (trainer.out / "metrics.jsonl").read_text().splitlines()  # type: ignore[operator]
         at.history = [json.loads(line) for line in lines]
+
+
+def _refuse_another_run(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """A checkpoint goes on only with what it was made with; CheckpointError says what differs."""
+    for what, started_with in (
+        ("model", "the model"),
+        ("data", "the prompts"),
+        ("sampling law", "the temperature, truncation and length"),
+        ("reward", "the rewards and weights"),
+        ("method", "the method and options"),
+    ):
+        if theirs.get(what) != ours[what]:
+            raise CheckpointError(
+                f"The checkpoint '{folder}' is of another {what}; resume with {started_with} it was started with."
+            )
+    for name, value in theirs["settings"].items():
+        if ours["settings"].get(name) != value:
+            raise CheckpointError(
+                f"The checkpoint '{folder}' is of a run with {name}={value}, not {ours['settings'].get(name)}; "
+                "resume with the settings it was started with."
+            )
 
 
 def export(trainer: Trainer) -> None:
