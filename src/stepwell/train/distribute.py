@@ -6,6 +6,7 @@ everywhere, and runs the network only on its own rows. Losses are divided by glo
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,12 @@ from torch import Tensor, nn
 from stepwell.errors import InputError
 
 T = TypeVar("T")
+
+
+def _leave() -> None:
+    """End the connections in order; left to the interpreter's end, their threads may bring the process down."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class World:
         from accelerate import PartialState
 
         state = PartialState(cpu=not torch.cuda.is_available())
+        atexit.unregister(_leave)
+        atexit.register(_leave)
         return cls(state.process_index, state.num_processes)
 
     @property

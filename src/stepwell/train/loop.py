@@ -326,6 +326,7 @@ def train(
         log.close()
     if folder is not None and trainer.world.is_main:
         saved.export(trainer)
+    trainer.world.gather(None)  # nobody leaves while another still writes
     cost = process.meter.read()
     return Run(process, trainer.recipe, settings, trainer.at.history, cost, trainer.at.step, folder)
 
