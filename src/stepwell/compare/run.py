@@ -127,10 +127,8 @@ class _Runner:
 
     def judge(self, process: Process, seed: int, *when: object, samples: int | None = None) -> tuple[Tensor, Drawn]:
         """The mean reward on each held-out prompt (P,), and what was drawn; nothing of it is on the meter."""
-        before = process.meter.state_dict()
         rng = Rng(seed).split("comparison", *when)
         found = evaluate(process, self.task.evaluation, self.task.rewards, rng, samples or self.samples)
-        process.meter.load_state_dict(before)
         return found.each, found.drawn
 
     def run(self, entry: Entry, spec: MethodSpec, seed: int, before: tuple[Tensor, Drawn], view: Progress) -> Entry:
@@ -158,7 +156,6 @@ class _Runner:
             view.share(share, f"{self.task.unit} {curve[-1]['score']:.3f}")
 
         where = None if self.folder is None else self.folder / "runs" / _file_name(spec.label) / f"seed-{seed}"
-        process.meter.load_state_dict(asdict(Cost()))
         run = train(
             process,
             spec.recipe(),

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self, runtime_checkable
 
-import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -150,9 +149,3 @@ def check_needs(process: object, needs: Collection[str], offered: Collection[str
             raise MissingAbility(
                 f"A method needs '{need}' of each step; {type(process).__name__} offers {', '.join(sorted(offered))}."
             )
-
-
-@torch.no_grad()
-def score_without_gradient(process: Process, rows: Trajectories, needs: Collection[str] = ()) -> Scores:
-    """The scores as numbers only."""
-    return process.score(rows, needs).detach()
