@@ -1,7 +1,8 @@
 """The law of the next action, one a row: what a process proposes and a sampler draws from.
 
-A log-density is the **sum** over an action's dimensions. A deterministic step is a `Point`: it has no density,
-`random` is False there, and the step is masked out of everything that trains.
+A log-density is the **sum** over an action's dimensions, in float64 for vectors: of an image's many thousand terms
+single precision would lose the ratio. A deterministic step is a `Point`: it has no density, `random` is False there,
+and the step is masked out of everything that trains. So is a draw that no parameter has a part in (`trained=False`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Distribution(Protocol):
     """N independent laws, one a row."""
 
     @property
-    def random(self) -> Tensor: ...  # (N,) bool: the row's law has a density
+    def random(self) -> Tensor: ...  # (N,) bool: the row's law has a density, and parameters that may move it
     def sample(self, rng: Rng) -> Tensor: ...  # (N, *action)
     def log_prob(self, action: Tensor) -> Tensor: ...  # (N,)
     def entropy(self) -> Tensor: ...  # (N,)
@@ -71,26 +72,30 @@ def _expectation(probabilities: Tensor, values: Tensor) -> Tensor:
 
 
 def _row_sums(values: Tensor) -> Tensor:
-    """(N,) sums over all further dimensions, of which there may be none."""
-    return values.flatten(1).sum(1) if values.dim() > 1 else values
+    """(N,) sums over all further dimensions, of which there may be none, in double precision."""
+    return values.flatten(1).sum(1, dtype=torch.float64) if values.dim() > 1 else values
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Diagonal Gaussians: mean (N, *D), standard deviation broadcastable to it, above zero."""
+    """Diagonal Gaussians: mean (N, *D), standard deviation broadcastable to it, above zero.
+
+    `trained=False`: a draw whose law no parameter moves, such as the noise that a flow starts from.
+    """
 
     mean: Tensor
     standard_deviation: Tensor
+    trained: bool = True
 
     def __len__(self) -> int:
         return len(self.mean)
 
     def __getitem__(self, index: Any) -> Gaussian:
-        return Gaussian(self.mean[index], self.standard_deviation.expand_as(self.mean)[index])
+        return Gaussian(self.mean[index], self.standard_deviation.expand_as(self.mean)[index], self.trained)
 
     @property
     def random(self) -> Tensor:
-        return torch.ones(len(self.mean), dtype=torch.bool, device=self.mean.device)
+        return torch.full((len(self.mean),), self.trained, device=self.mean.device)
 
     def sample(self, rng: Rng) -> Tensor:
         noise = rng.normal(*self.mean.shape, dtype=self.mean.dtype).to(self.mean.device)

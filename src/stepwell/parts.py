@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +23,14 @@ class Batch:
 
     A batch may be a whole rollout, an optimiser's minibatch or a micro-batch of it; `counts` are always those of
     the minibatch, so that no number depends on how it was cut. `scores` is None while nothing is scored yet.
+    `judge` maps samples (M, ...) and their prompts' ids (M,) to rewards (M,), differentiably where they are.
     """
 
     rows: Trajectories
     counts: Counts
     scores: Scores | None = None
     states: Mapping[str, float] = field(default_factory=dict)
+    judge: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,11 +74,17 @@ class Batch:
     def field(self, name: str) -> Tensor:
         """A field of the rows, or an entry of their `info`, that a part relies on."""
         value = getattr(self.rows, name, None)
-        if value is None and self.rows.info is not None:
-            value = self.rows.info.get(name, None)
+        for table in (self.rows.info, self.rows.points):
+            if value is None and table is not None:
+                value = table.get(name, None)
         if value is None:
             raise InputError(f"A part reads '{name}' of the rows, which was not filled in; declare it in `reads`.")
         return value
+
+    @property
+    def dimensions(self) -> int:
+        """D, the numbers that an action is made of: 1 for a token, pixels times channels for an image."""
+        return math.prod(self.rows.action.shape[2:])
 
     @property
     def steps(self) -> Tensor:

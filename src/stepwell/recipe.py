@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +22,8 @@ class Recipe:
     objective: a term or a sum of terms. planner: where a step's rollouts go. epochs: passes over a rollout;
     minibatches: updates a pass. old: whether log pi_old is the sampler's (`rollout`) or scored anew before the first
     update (`recomputed`). reference: `start`, the policy as training began; `synced`, replaced by the policy every
-    `sync_every` steps. transforms: what acts on the gradients before the optimiser.
+    `sync_every` steps. transforms: what acts on the gradients before the optimiser. law: settings of the process
+    while it trains (a stochastic solver, fewer steps); it is evaluated as it was given.
     """
 
     objective: Term | Objective
@@ -32,6 +34,7 @@ class Recipe:
     reference: Literal["start", "synced"] = "start"
     sync_every: int = 1
     transforms: tuple[GradientTransform, ...] = ()
+    law: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.minibatches < 1 or self.sync_every < 1:
@@ -65,6 +68,8 @@ class Recipe:
         words += [describe(transform) for transform in self.transforms]
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
-            if entry.name not in ("objective", "planner", "transforms") and value != entry.default:
+            if entry.name == "law":
+                words += [f"{name}={describe(setting)}" for name, setting in value.items()]
+            elif entry.name not in ("objective", "planner", "transforms") and value != entry.default:
                 words.append(f"{entry.name}={value}")
         return words

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepwell.distributions import Distribution
 from stepwell.errors import InputError
-from stepwell.process.base import Process, Samples, State
+from stepwell.process.base import Process, Samples, State, ability
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories, concatenate, make
 
@@ -42,6 +42,11 @@ class Request:
     unless told otherwise. `start` is None for the root, `(row, step)` of the trajectories drawn so far to branch
     after that row's first `step` steps, or a `Snapshot`. `horizon` bounds the steps of a row, those before its start
     included. `proposal` maps the process's law to the one drawn from; the row's log weight keeps the account.
+
+    `window` (begin, end): only steps begin..end-1 are drawn at random and trained. Before its start a row keeps what
+    it was drawn with, and elsewhere it takes the process's `deterministic` step: the likeliest token, the ODE's step.
+    `law` names settings of the process for these rows alone (`process.with_law`): those of steps outside the window,
+    since trained steps are scored under the law that all rows share.
     """
 
     prompt: Prompt
@@ -51,12 +56,19 @@ class Request:
     horizon: int | None = None
     proposal: Callable[[Distribution, State], Distribution] | None = None
     source: int = 0
+    window: tuple[int, int] | None = None
+    law: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise InputError(f"A request asks for {self.count} samples of prompt {self.prompt.id}; 1 is the least.")
         if self.horizon is not None and self.horizon < 1:
             raise InputError(f"A request for prompt {self.prompt.id} has a horizon of {self.horizon}; 1 is the least.")
+        if self.window is not None and not 0 <= self.window[0] <= self.window[1]:
+            raise InputError(
+                f"A request for prompt {self.prompt.id} has the window {self.window}; (begin, end) with "
+                "0 <= begin <= end is right."
+            )
 
 
 @dataclass(frozen=True)
@@ -121,12 +133,13 @@ def rollout(
 
 
 def _batches(requests: Sequence[Request], rows: int) -> list[list[int]]:
-    """Requests that can be drawn side by side: the same kind of start, the same proposal, at most `rows` rows."""
+    """Requests that can be drawn side by side: the same start, proposal, window and law, at most `rows` rows."""
     batches: dict[object, list[list[int]]] = {}
     for i, request in enumerate(requests):
         start = request.start
         kind = start if start is None else id(start) if isinstance(start, Snapshot) else ("step", start[1])
-        open_batches = batches.setdefault((kind, id(request.proposal)), [[]])
+        law = None if request.law is None else repr(sorted(request.law.items()))
+        open_batches = batches.setdefault((kind, id(request.proposal), request.window, law), [[]])
         size = sum(requests[j].count for j in open_batches[-1])
         if size and size + request.count > rows:
             open_batches.append([])
@@ -170,7 +183,10 @@ def _draw(
     version: int,
     first_node: int,
 ) -> Drawn:
-    """Rows for requests that share their kind of start and their proposal."""
+    """Rows for requests that share their kind of start, proposal, window and law."""
+    if requests[0].law is not None:
+        process = ability(process, "with_law", "A request with a law of its own")(**requests[0].law)
+    window = requests[0].window
     owner = torch.tensor([i for i, request in enumerate(requests) for _ in range(request.count)])
     total = len(owner)
     horizon = torch.tensor([requests[i].horizon or 2**62 for i in owner.tolist()])
@@ -190,7 +206,11 @@ def _draw(
             if len(keep) == 0:
                 break
             state, rows = state[keep], rows[keep]
-        law = process.propose(state)
+        step = int(record.position[rows[0]])  # rows that start together stay in step until they are done
+        if window is None or window[0] <= step < window[1]:
+            law = process.propose(state)
+        else:
+            law = ability(process, "deterministic", "A window of random steps")(state)
         drawn_from = law if proposal is None else proposal(law, state)
         action = drawn_from.sample(rng)
         log_prob = drawn_from.log_prob(action)
@@ -211,6 +231,7 @@ def _draw(
         length=record.position,
         prompt=torch.tensor([requests[i].prompt.id for i in owner.tolist()]),
         node=node,
+        parent=shared[:, -1].cpu() if shared.shape[1] else torch.full((total,), -1),
         truncated=truncated | cut_by_process,
         weight=record.log_weight.to(log_prob.dtype),
         source=torch.tensor([requests[i].source for i in owner.tolist()]),
@@ -257,8 +278,9 @@ def _begin(
         raise InputError("Rows with importance weights cannot be branched at a step; continue a Snapshot instead.")
     record.log_weight += prefix.weight.double().cpu()
     for step in range(steps):
-        columns = prefix.action[:, step], prefix.log_prob[:, step], prefix.mask[:, step].cpu()
-        record.add(torch.arange(len(owner)), *columns)
+        window = requests[0].window
+        trained = prefix.mask[:, step].cpu() & (window is None or window[0] <= step < window[1])
+        record.add(torch.arange(len(owner)), prefix.action[:, step], prefix.log_prob[:, step], trained)
     return state, prefix.node[:, :steps]
 
 

@@ -22,10 +22,11 @@ class Trajectories(TensorClass):
 
     action (N, T, ...)       what was drawn
     log_prob (N, T)          log-probability of each action under the law it was really drawn from
-    mask (N, T) bool         the step happened and was random: only such steps have a density and are trained
+    mask (N, T) bool         the step happened and was the policy's own random choice: only such steps are trained
     length (N,)              steps that happened, random or not
     prompt (N,)              which prompt, and so which group; groups may be ragged
     node (N, T)              rows that share a step share its node; -1 where no step happened
+    parent (N,)              the node of the step that the row branched off after; -1 for rows drawn from the root
     truncated (N,) bool      the row was cut at the horizon
     outcome (N,) bool        the row has an end that a reward may judge
     weight (N,)              log importance weight of the law asked for against the law drawn from
@@ -34,6 +35,7 @@ class Trajectories(TensorClass):
     segment (N, T)           token -> sentence, step, turn
     reward (N,), rewards (N, K), step_reward (N, T)
     old_log_prob, reference_log_prob, value, entropy (N, T)   scored before the update, where a method needs it
+    points                   what a term drew at random for each row, and what was scored there before the update
     info                     (N,) or (N, T, ...) entries that a method declared
     """
 
@@ -43,6 +45,7 @@ class Trajectories(TensorClass):
     length: Tensor
     prompt: Tensor
     node: Tensor
+    parent: Tensor
     truncated: Tensor
     outcome: Tensor
     weight: Tensor
@@ -57,6 +60,7 @@ class Trajectories(TensorClass):
     reference_log_prob: Tensor | None = None
     value: Tensor | None = None
     entropy: Tensor | None = None
+    points: TensorDict | None = None
     info: TensorDict | None = None
 
 
@@ -78,6 +82,7 @@ def make(action: Tensor, log_prob: Tensor, mask: Tensor, **fields: Any) -> Traje
         "length": length,
         "prompt": torch.arange(count, device=device),
         "node": torch.arange(count * steps, device=device).reshape(count, steps).masked_fill(~inside, -1),
+        "parent": torch.full_like(zeros, -1),
         "truncated": zeros.bool(),
         "outcome": torch.ones(count, dtype=torch.bool, device=device),
         "weight": torch.zeros(count, dtype=log_prob.dtype, device=device),
@@ -134,7 +139,9 @@ def concatenate(parts: Sequence[Trajectories], *, renumber: bool = False) -> Tra
     aligned, offset = [], 0
     for part in parts:
         part = pad_steps(part, steps)
-        node = torch.where(part.node >= 0, part.node + offset, part.node) if renumber else part.node
+        if renumber:
+            renumbered = {name: _moved(getattr(part, name), offset) for name in ("node", "parent")}
+            part = part.replace(**renumbered)
         condition = part.condition
         if condition is not None:
             entries = {
@@ -144,10 +151,14 @@ def concatenate(parts: Sequence[Trajectories], *, renumber: bool = False) -> Tra
                 for key, value in _tensors(condition)
             }
             condition = TensorDict(entries, batch_size=[len(part)])
-        aligned.append(part.replace(node=node, condition=condition))
-        offset = max(offset, int(node.max()) + 1 if node.numel() else 0)
+        aligned.append(part.replace(condition=condition))
+        offset = max(offset, int(part.node.max()) + 1 if part.node.numel() else 0)
     joined: Any = torch.cat(aligned)  # type: ignore[arg-type]
     return joined
+
+
+def _moved(node: Tensor, offset: int) -> Tensor:
+    return torch.where(node >= 0, node + offset, node)
 
 
 def _same_fields(parts: Sequence[Trajectories]) -> None:
@@ -155,7 +166,7 @@ def _same_fields(parts: Sequence[Trajectories]) -> None:
     present = []
     for part in parts:
         names = {str(name) for name in part.keys() if getattr(part, str(name)) is not None}  # noqa: SIM118
-        for table in ("condition", "info"):
+        for table in ("condition", "points", "info"):
             names |= {f"{table}['{key}']" for key, _ in _tensors(getattr(part, table))}
         present.append(names)
     for names in present[1:]:

@@ -181,11 +181,11 @@ def _units(cost: Cost) -> tuple[int, int, int]:
     return cost.model_evaluations, cost.forward, cost.backward
 
 
-def _different_beginnings(rows: Trajectories) -> int:
-    """How many laws a rollout cannot do without: rows that share their whole past may share its cost."""
+def _different_beginnings(rows: Trajectories, wanted: Tensor) -> int:
+    """How many laws the wanted steps (N, T) cannot do without: rows that share their whole past may share its cost."""
     beginnings = set()
-    for prompt, row, length in zip(rows.prompt.tolist(), rows.action.tolist(), rows.length.tolist(), strict=True):
-        beginnings |= {(prompt, hashable(row[:step])) for step in range(length)}
+    for prompt, row, steps in zip(rows.prompt.tolist(), rows.action.tolist(), wanted.tolist(), strict=True):
+        beginnings |= {(prompt, hashable(row[:step])) for step, here in enumerate(steps) if here}
     return len(beginnings)
 
 
@@ -193,7 +193,10 @@ def meter(bench: Bench, rows: Trajectories, evaluations_per_step: int | None) ->
     process, counting = bench.process, _Counting(bench.process)
     once = _spent(process, lambda: bench.draw(counting))  # type: ignore[arg-type]
     twice = _spent(process, lambda: [bench.draw(), bench.draw()])
-    steps = _different_beginnings(bench.draw().trajectories)
+    drawn = bench.draw().trajectories
+    place = torch.arange(drawn.mask.shape[1])
+    proposed = (place >= getattr(process, "free_steps", 0)) & (place < drawn.length.cpu()[:, None])
+    steps = _different_beginnings(drawn, proposed)
     if _units(twice) != _units(once + once):
         broken("meter", f"a rollout counts {_units(once)}, the same two times over {_units(twice)}.")
     if once.forward < steps or once.model_evaluations < 1 or once.backward:
@@ -210,13 +213,14 @@ def meter(bench: Bench, rows: Trajectories, evaluations_per_step: int | None) ->
     padded = _spent(process, lambda: bench.score(pad_steps(rows, rows.mask.shape[1] + 3)))
     if _units(padded) != _units(cost):
         broken("meter", f"padding is counted: the same rows cost {_units(cost)}, and padded {_units(padded)}.")
-    distinct = len(rows.node[rows.mask].unique())
+    distinct = _different_beginnings(rows, rows.mask)
     if cost.forward < distinct or cost.backward:
         broken(
             "meter",
             f"scoring {distinct} steps without gradient counts {_units(cost)} (evaluations, forward, backward).",
         )
-    if trainable(process.module) and not _spent(process, lambda: process.score(rows)).backward:
+    learns = bool(rows.mask.any()) and trainable(process.module)
+    if learns and not _spent(process, lambda: process.score(rows)).backward:
         broken("meter", "scoring with a gradient counts nothing backward.")
     return 0.0
 
@@ -285,7 +289,7 @@ def frozen(bench: Bench, rows: Trajectories) -> float:
         broken("frozen", "the scores of the frozen twin carry a gradient.")
     if twin.module is not process.module and trainable(twin.module):
         broken("frozen", "a parameter of the frozen twin requires a gradient.")
-    if not _spent(process, lambda: twin.score(rows)).forward:
+    if bool(rows.mask.any()) and not _spent(process, lambda: twin.score(rows)).forward:
         broken("frozen", "what the frozen twin spends is not on the original's meter.")
     parameters = trainable(process.module)
     with _moved(parameters, [0.1 * along for along in _direction(bench, parameters)]):

@@ -88,10 +88,12 @@ def process(
     measured["rows"] = max(rows_apart, laws.rows(bench, rows))
     measured["padding"] = laws.padding(bench, drawn.trajectories)
     measured["meter"] = laws.meter(bench, rows, evaluations_per_step)
-    if trainable(process.module):
-        measured["gradient"] = laws.gradient(bench, rows)
-    else:
+    if not trainable(process.module):
         skipped["gradient"] = "no parameter of the module requires a gradient"
+    elif not bool(rows.mask.any()):
+        skipped["gradient"] = "no step is random, so none is trained"
+    else:
+        measured["gradient"] = laws.gradient(bench, rows)
     measured["frozen"] = laws.frozen(bench, rows)
     if determined:
         try:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from stepwell.objective.state import State
 from stepwell.parts import Batch, Checked, declared, parts_of
+from stepwell.process.base import Process
+from stepwell.rng import Rng
+from stepwell.trajectories import Trajectories
 
 Coupling = Literal["rows", "groups", "batch"]
 
@@ -38,6 +41,7 @@ class Loss:
 class Term(Checked):
     """One summand of an objective, a frozen dataclass with a `coefficient`.
 
+    `draw(rows, process, rng)` draws what a loss needs beyond the rollout, once for it: entries of `rows.points`.
     `credit(batch)` and `plan(batch, targets)` see the whole batch without a gradient and give (N,) or (N, T)
     targets; `loss(batch, targets)` sees any part of it. `coupling` says which rows a loss must see together:
     none (`rows`), those of a prompt (`groups`), or all (`batch`).
@@ -45,6 +49,10 @@ class Term(Checked):
 
     coefficient: float | State
     coupling: Coupling = "rows"
+
+    def draw(self, rows: Trajectories, process: Process, rng: Rng) -> dict[str, Tensor]:
+        """What is drawn at random for each row, (N, ...): noised points, depths of backpropagation."""
+        return {}
 
     def credit(self, batch: Batch) -> dict[str, Tensor]:
         """What is decided once for the rollout: advantages, pairs, residual targets."""
@@ -86,6 +94,13 @@ class Objective:
         return Objective(tuple(term * factor for term in self.terms))
 
     __rmul__ = __mul__
+
+    def draw(self, rows: Trajectories, process: Process, rng: Rng) -> Trajectories:
+        """The rows with the points that the terms draw for them; of one name, the first term's."""
+        points: dict[str, Tensor] = {}
+        for key, term in self._named():
+            points = {**term.draw(rows, process, rng.split("draw", key)), **points}
+        return rows.replace(points=TensorDict(points, batch_size=[len(rows)])) if points else rows
 
     @property
     def needs(self) -> frozenset[str]:

@@ -79,7 +79,17 @@ NEEDS = {
     "kl": "(N, T) exact KL divergence of each step's law from the reference's",
     "logits": "(N, T, K) normalised log-probabilities of every action",
     "hidden": "(N, T, D) the last hidden state before each step",
+    "mean": "(N, T, *D) the mean of each step's Gaussian law",
+    "deviation": "(N, T) the standard deviation of each step's Gaussian law, without a gradient",
+    "step_size": "(N, T) the time that each step of a flow takes",
+    "forward": "(N, K, *D) the velocity predicted at points drawn around each row's final state (rows.points)",
+    "denoised": "(N, K, ...) the decoded data predicted at those points",
+    "sample": "(N, ...) the decoded final sample, differentiable through the last rows.points['depth'] steps",
 }
+
+
+AT_POINTS = frozenset({"forward", "denoised", "sample"})
+"""Needs that are not one number or vector a step; they belong to points that a term draws for each row."""
 
 
 @runtime_checkable
@@ -90,6 +100,9 @@ class Process(Protocol):
     drawing equals `log_prob` afterwards; a fork has the original's law, and neither the order nor the number of
     rows nor padding changes anything; the same seed gives the same trajectories; the meter counts what was spent.
     A state that is given is one that this process made: it may be of the process's own type.
+
+    Optional, asked for by name: `deterministic(state)`, the step that windows take outside; `with_law(**settings)`,
+    the same model drawn from otherwise; `free_steps`, how many steps of a row's beginning ask no model.
     """
 
     module: nn.Module

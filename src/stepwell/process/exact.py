@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from stepwell.distributions import Categorical
+from stepwell.distributions import Categorical, Point
 from stepwell.errors import MissingAbility
 from stepwell.meter import Meter
 from stepwell.process.base import Process, Samples, Scores, check_needs
@@ -93,6 +93,10 @@ class TabularLanguage:
         self.meter.add(model_evaluations=len(state), forward=len(state))
         context = self._contexts(state.text[:, : state.position + 1])[:, state.position]
         return Categorical(self.logits[state.prompt, context])
+
+    def deterministic(self, state: StringState) -> Point:
+        """The likeliest symbol of each row."""
+        return Point(self.propose(state).logits.argmax(-1))
 
     def advance(self, state: StringState, action: Tensor, rng: Rng) -> StringState:
         text = state.text.clone()

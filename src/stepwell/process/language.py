@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from stepwell.distributions import Categorical
+from stepwell.distributions import Categorical, Point
 from stepwell.errors import InputError, MissingAbility, StepwellError
 from stepwell.meter import Meter
 from stepwell.process import loading
@@ -131,6 +131,10 @@ class Language:
             certain = torch.full_like(law[:1], -torch.inf).index_fill(1, torch.tensor([self.pad], device=law.device), 0)
             rows = torch.where(state.done[:, None], certain, rows)
         return Categorical(rows)
+
+    def deterministic(self, state: LanguageState) -> Point:
+        """The likeliest token of each row."""
+        return Point(self.propose(state).logits.argmax(-1))
 
     def advance(self, state: LanguageState, action: Tensor, rng: Rng) -> LanguageState:
         """One token more in every row that is not done; the network reads it when `propose` asks for the next law."""

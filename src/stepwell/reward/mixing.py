@@ -20,7 +20,7 @@ from torch import Tensor
 from stepwell.errors import InputError, RewardError, StepwellError
 from stepwell.meter import Meter
 from stepwell.reward.verifiers import text_of
-from stepwell.rollout import Drawn
+from stepwell.rollout import Drawn, Prompt
 
 RewardFunction = Callable[..., Any]
 
@@ -96,7 +96,7 @@ class Rewards:
             return Scored(nothing.sum(1), nothing, self.names)
         columns = _columns(drawn)
         # Every function is asked for before the first is called: a missing column costs no reward call.
-        keywords = [_keywords(*pair, columns) for pair in zip(self.functions, self.names, strict=True)]
+        keywords = self.keywords(columns)
         returned = self._call(keywords, drawn, meter)
         numbers = [_numbers(*pair, drawn) for pair in zip(self.names, returned, strict=True)]
         each = torch.tensor(numbers, dtype=torch.float64).T.contiguous()
@@ -108,6 +108,10 @@ class Rewards:
             )
         total = (each.nan_to_num(nan=0.0) * torch.tensor(self.weights, dtype=torch.float64)).sum(1)
         return Scored(total, each, self.names)
+
+    def keywords(self, columns: dict[str, list[Any]]) -> list[dict[str, list[Any]]]:
+        """What each function is called with, out of all the columns there are."""
+        return [_keywords(*pair, columns) for pair in zip(self.functions, self.names, strict=True)]
 
     def _call(self, keywords: Sequence[dict[str, list[Any]]], drawn: Drawn, meter: Meter) -> list[Any]:
         """What each function returned; awaitables are awaited together, after the plain functions have run."""
@@ -163,15 +167,19 @@ def _columns(drawn: Drawn) -> dict[str, list[Any]]:
     if rows.action.dim() == 2 and not rows.action.is_floating_point():
         pairs = zip(rows.action.tolist(), rows.length.tolist(), strict=True)
         columns["completion_ids"] = [tokens[:length] for tokens, length in pairs]
-    columns |= drawn.samples.columns  # a process knows its own completion_ids best
-    data = dict.fromkeys(name for prompt in drawn.prompts for name in prompt.columns)
-    for name in data:
+    return with_data(columns | drawn.samples.columns, drawn.prompts)  # a process knows its own completion_ids best
+
+
+def with_data(columns: dict[str, list[Any]], prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """These columns and those of the data, one entry a row; raises `InputError` where both have one of a name."""
+    columns = dict(columns)
+    for name in dict.fromkeys(name for prompt in prompts for name in prompt.columns):
         if name in columns:
             raise InputError(
                 f"The data has a column '{name}', which is what reward functions are given under that name anyway; "
                 "rename the column."
             )
-        columns[name] = [prompt.columns.get(name) for prompt in drawn.prompts]
+        columns[name] = [prompt.columns.get(name) for prompt in prompts]
     return columns
 
 

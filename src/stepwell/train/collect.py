@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
 from stepwell.errors import RewardError, StepwellError
 from stepwell.plan.base import Planner
 from stepwell.plan.prompts import PromptStream
-from stepwell.process.base import Process, Scores
+from stepwell.process.base import AT_POINTS, Process, Scores
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
 from stepwell.rollout import Drawn, Prompt, Request, rollout
@@ -94,24 +96,39 @@ def collect(
 def fill(
     process: Process, rows: Trajectories, reads: Collection[str], *, tokens: int | None, world: World | None = None
 ) -> Trajectories:
-    """The rows with the fields that credit reads: `old_log_prob`, `value`, `entropy`, `reference_log_prob`."""
-    own = sorted(set(reads) & {"value", "entropy"})
-    wanted = [name for name in ("old_log_prob", "reference_log_prob", *own) if name in reads]
-    if not wanted:
+    """The rows with what credit and losses read of the parameters before the update, and of the reference.
+
+    `value`, `entropy` and `old_x` are scores under the present parameters, `reference_x` under the reference, for any
+    need x (`process.base.NEEDS`). Fields of the rows are filled; of anything else `rows.info` takes what there is of
+    each step, and `rows.points` what was scored at points that a term drew.
+    """
+    if not reads:
         return rows
+    now = {name: name.removeprefix("old_") for name in sorted(reads) if not name.startswith("reference_")}
+    then = {name: name.removeprefix("reference_") for name in sorted(reads) if name.startswith("reference_")}
 
     def scored(index: Tensor) -> dict[str, Tensor]:
         answer: dict[str, Tensor] = {}
-        if own or "old_log_prob" in reads:
-            scores = score_in_pieces(process, rows[index], own, tokens)
-            answer |= {"old_log_prob": scores.log_prob, **{name: scores[name] for name in own}}
-        if "reference_log_prob" in reads:
-            reference = process.reference  # type: ignore[attr-defined]
-            answer["reference_log_prob"] = score_in_pieces(reference, rows[index], (), tokens).log_prob
+        for scorer, wanted in ((process, now), (getattr(process, "reference", None), then)):
+            if wanted:
+                assert scorer is not None
+                needs = sorted(set(wanted.values()) - {"log_prob"})
+                scores = score_in_pieces(scorer, rows[index], needs, tokens)
+                answer |= {name: scores[need] for name, need in wanted.items()}
         return answer
 
     found = (world or World()).map_rows(len(rows), scored)
-    return rows.replace(**{name: found[name] for name in wanted})
+    fields: dict[str, Any] = {name: value for name, value in found.items() if name in Trajectories.__annotations__}
+    tables: dict[str, dict[str, Tensor]] = {"info": {}, "points": {}}
+    for name in found.keys() - fields.keys():
+        need = {**now, **then}[name]
+        tables["points" if need in AT_POINTS else "info"][name] = found[name]
+    for table, entries in tables.items():
+        if entries:
+            known = getattr(rows, table)
+            kept = {} if known is None else dict(known.items())
+            fields[table] = TensorDict({**kept, **entries}, batch_size=[len(rows)])
+    return rows.replace(**fields)
 
 
 def score_everywhere(

@@ -22,6 +22,7 @@ from stepwell.parts import Batch
 from stepwell.plan.prompts import PromptStream
 from stepwell.process.base import Process, ability
 from stepwell.recipe import Recipe
+from stepwell.reward.differentiable import Judge
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
 from stepwell.rollout import Drawn, Prompt
@@ -82,8 +83,12 @@ class Trainer:
         evaluation: Sequence[Prompt] | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
     ):
-        self.process, self.settings, self.out, self.rewards = process, settings, out, rewards
+        self.given, self.settings, self.out, self.rewards = process, settings, out, rewards
         self.recipe = with_settings(recipe, settings)
+        if self.recipe.law:  # evaluated as it was given, trained under the method's own law
+            process = ability(process, "with_law", "The method")(**self.recipe.law)
+        self.process = process
+        self.judge = Judge(rewards, prompts, process.meter)
         self.objective = self.recipe.whole
         self.world = World.join()
         self.world.refuse_coupled(self.objective.coupling)
@@ -96,7 +101,7 @@ class Trainer:
             self.reads.add("old_log_prob")
         if "value" in self.objective.needs | self.reads:
             ability(process, "add_value_head", "A critic")()
-        if "kl" in self.objective.needs or "reference_log_prob" in self.reads:
+        if "kl" in self.objective.needs or any(name.startswith("reference_") for name in self.reads):
             process.reference = process.frozen()  # type: ignore[attr-defined]
             if self.recipe.reference == "synced" and process.reference.module is process.module:  # type: ignore[attr-defined]
                 raise InputError(
@@ -160,7 +165,8 @@ class Trainer:
             begin = time.monotonic()
             drawn = rewarded.drawn
             tokens = settings.tokens_per_microbatch
-            rows = fill(self.process, drawn.trajectories, self.reads, tokens=tokens, world=self.world)
+            rows = self.objective.draw(drawn.trajectories, self.process, self.rng.split("points", at.step))
+            rows = fill(self.process, rows, self.reads, tokens=tokens, world=self.world)
         at.drawn, at.names = Drawn(rows, drawn.samples, drawn.prompts), rewarded.names
         at.targets = self.objective.credit(Batch(rows, self.counts(rows), None, at.states))
         at.part, at.made, at.metrics = 0, 0, {}
@@ -187,7 +193,7 @@ class Trainer:
             metrics: dict[str, float] = {}
             if len(mine):
                 part = rows[mine], targets[mine]
-                metrics = accumulate(self.process, self.objective, *part, counts, at.states, tokens)
+                metrics = accumulate(self.process, self.objective, *part, counts, at.states, tokens, self.judge)
         self.world.sum_gradients(self.parameters)
         metrics = self.world.sum_metrics(metrics)
         metrics["gradient_norm"] = self.step_optimiser()
@@ -224,7 +230,7 @@ class Trainer:
         if self.evaluation and settings.evaluate_every and (at.step + 1) % settings.evaluate_every == 0:
             stream = self.rng.split("evaluation", at.step)
             samples, rows = settings.evaluation_samples, settings.rows_at_once
-            found = evaluate(process, self.evaluation, self.rewards, stream, samples, rows)
+            found = evaluate(self.given, self.evaluation, self.rewards, stream, samples, rows)
             metrics["evaluation/reward"] = found.reward
         cost = sum(self.world.gather(process.meter.spent), start=Cost())
         metrics |= {f"cost/{unit}": amount for unit, amount in asdict(cost).items() if unit != "wall_time"}

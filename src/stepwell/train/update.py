@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from tensordict import TensorDict
@@ -65,6 +65,7 @@ def accumulate(
     counts: Counts,
     states: Mapping[str, float],
     tokens: int | None = None,
+    judge: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dict[str, float]:
     """Add the gradient of the objective on these rows to the parameters', and return the metrics.
 
@@ -74,11 +75,11 @@ def accumulate(
     """
     pieces = cut(rows, objective.coupling, tokens)
     if pieces is None:
-        return _through_scores(process, objective, rows, targets, counts, states, tokens)
+        return _through_scores(process, objective, rows, targets, counts, states, tokens, judge)
     metrics: dict[str, float] = {}
     for piece in pieces:
         part = rows[piece]
-        batch = Batch(part, counts, process.score(part, objective.needs), states)
+        batch = Batch(part, counts, process.score(part, objective.needs), states, judge)
         loss = objective.loss(batch, targets[piece])
         loss.value.backward()
         for name, value in loss.metrics.items():
@@ -94,12 +95,13 @@ def _through_scores(
     counts: Counts,
     states: Mapping[str, float],
     tokens: int | None,
+    judge: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> dict[str, float]:
     numbers = score_in_pieces(process, rows, objective.needs, tokens)
     leaves = Scores(
         numbers.log_prob.requires_grad_(), {name: value.requires_grad_() for name, value in numbers.extra.items()}
     )
-    loss = objective.loss(Batch(rows, counts, leaves, states), targets)
+    loss = objective.loss(Batch(rows, counts, leaves, states, judge), targets)
     inputs = {"log_prob": leaves.log_prob, **leaves.extra}
     slopes = torch.autograd.grad(loss.value, list(inputs.values()), allow_unused=True)
     for piece in token_batches(row_sizes(rows), tokens or len(rows)):

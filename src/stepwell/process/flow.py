@@ -1,0 +1,342 @@
+"""Flows and diffusions as a process: noise first, then one denoising step after another, by any solver's table."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from stepwell.distributions import Gaussian, Point
+from stepwell.errors import InputError, MissingAbility
+from stepwell.meter import Meter
+from stepwell.process.base import Samples, Scores, check_needs
+from stepwell.process.flow_law import Law, law_with
+from stepwell.process.flow_score import scores
+from stepwell.rng import Rng
+from stepwell.solver import integrate
+from stepwell.solver.integrate import History
+from stepwell.solver.path import PREDICTIONS, Path
+from stepwell.solver.path import path as path_named
+from stepwell.solver.table import Table
+from stepwell.trajectories import Trajectories
+
+Encode = Callable[[Sequence[Any]], Mapping[str, Tensor]]
+Decode = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FlowState:
+    """Partial samples: x (N, *D) after `step` steps of the trajectory, 0 before the noise was drawn."""
+
+    x: Tensor
+    step: int
+    last: int
+    condition: TensorDict | None
+    history: History | None = None
+    following: list[History] = field(default_factory=list, compare=False)  # what `propose` has found out, once
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: Tensor) -> FlowState:
+        condition = None if self.condition is None else self.condition[index]
+        history = None if self.history is None else self.history[index]
+        return replace(
+            self,
+            x=self.x[index],
+            condition=condition,
+            history=history,
+            following=[found[index] for found in self.following],
+        )
+
+    @property
+    def done(self) -> Tensor:
+        return torch.full((len(self.x),), self.step > self.last, device=self.x.device)
+
+
+class Flow:
+    """A generator that denoises: a velocity, noise or data prediction, drawn from by a table over a grid of times.
+
+    A trajectory has 1 + n steps. Action 0 is the noise that the row starts from, which no parameter has a part in;
+    action k is the state at `law.times[k]`. Stochastic steps are exactly Gaussian, deterministic ones are points and
+    are never trained. Built by `flow`, which see for the arguments.
+    """
+
+    offers = frozenset({"entropy", "kl", "mean", "deviation", "step_size", "forward", "denoised", "sample"})
+    free_steps = 1  # the noise
+
+    def __init__(
+        self,
+        network: nn.Module,
+        shape: Sequence[int],
+        path: Path,
+        predicts: str,
+        law: Law,
+        *,
+        encode: Encode | None = None,
+        unconditional: Mapping[str, Tensor] | None = None,
+        decode: Decode | None = None,
+        states_at_once: int | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        self.module, self.shape, self.path, self.predicts, self.law = network, tuple(shape), path, predicts, law
+        self.encode, self.unconditional, self.decode = encode, unconditional, decode
+        self.states_at_once = states_at_once
+        first = next(network.parameters(), None)
+        self.dtype = dtype or (torch.get_default_dtype() if first is None else first.dtype)
+        self.device = torch.device("cpu") if first is None else first.device
+        self.meter = Meter()
+        self.reference: Flow | None = None
+        if law.guidance != 1.0 and unconditional is None:
+            raise InputError("Guidance compares with the unconditional prediction; give `unconditional` to the flow.")
+
+    @property
+    def horizon(self) -> int:
+        """The steps of a row, its noise included."""
+        return len(self.law.times)
+
+    # drawing
+
+    def start(self, prompts: Sequence[Any], rng: Rng) -> FlowState:
+        """One row a prompt, before its noise is drawn."""
+        x = torch.zeros(len(prompts), *self.shape, dtype=self.dtype, device=self.device)
+        condition = self.condition(prompts)
+        return FlowState(x, 0, self.horizon - 1, None if condition is None else condition.to(self.device))
+
+    def propose(self, state: FlowState) -> Gaussian | Point:
+        """The law of each row's next state: the starting noise, then what the law's table says."""
+        return self._propose(state, lambda table: table)
+
+    def deterministic(self, state: FlowState) -> Gaussian | Point:
+        """The step without its noise; the noise that a row starts from is drawn all the same."""
+        return self._propose(state, lambda table: table.deterministic)
+
+    def advance(self, state: FlowState, action: Tensor, rng: Rng) -> FlowState:
+        """Every row at its next state; solvers that remember are told what the network said of the last one."""
+        history = None
+        if state.step and self.law.tables[state.step - 1].remembers:
+            if not state.following:
+                self.propose(state)
+            history = state.following[0]
+        return replace(state, x=action.to(self.device, self.dtype), step=state.step + 1, history=history, following=[])
+
+    @torch.no_grad()
+    def finish(self, state: FlowState) -> Samples:
+        """The decoded samples, one tensor a row; of a row that was cut short, what the network makes of it."""
+        x = state.x
+        if 0 < state.step <= state.last:
+            time = self.law.times[state.step - 1]
+            raw = self.predict(x, x.new_full((len(x),), time), state.condition, self.law.guidance)
+            x = self.path.convert(raw, x, time, self.predicts, "data")
+        return Samples(list(self.decoded(x).cpu().unbind(0)))
+
+    def _propose(self, state: FlowState, kind: Callable[[Table], Table]) -> Gaussian | Point:
+        times, x = self.law.times, state.x
+        if state.step == 0:
+            scale = math.hypot(self.path.alpha(times[0]), self.path.sigma(times[0]))  # for data of variance one
+            return Gaussian(x, x.new_tensor(scale), trained=False)
+        table = kind(self.law.tables[state.step - 1])
+
+        def predict(x: Tensor, time: float) -> Tensor:
+            return self.predict(x, x.new_full((len(x),), time), state.condition, self.law.guidance)
+
+        with torch.no_grad():
+            law, history = integrate.propose(
+                predict, x, state.step - 1, times, self.path, table, state.history, output=self.predicts
+            )
+        state.following[:] = [history]
+        return law
+
+    # scoring
+
+    def condition(self, prompts: Sequence[Any]) -> TensorDict | None:
+        """What the network is told of each prompt, one row each; None where it is told nothing."""
+        if self.encode is None:
+            return None
+        entries = dict(self.encode(prompts))
+        for name, value in entries.items():
+            if not isinstance(value, Tensor) or len(value) != len(prompts):
+                raise InputError(
+                    f"encode gave '{name}' {'of shape ' + str(tuple(value.shape)) if isinstance(value, Tensor) else ''}"
+                    f" for {len(prompts)} prompts; a tensor with one row a prompt is right."
+                )
+        return TensorDict(entries, batch_size=[len(prompts)])
+
+    def score(
+        self, trajectories: Trajectories, needs: Collection[str] = (), context: TensorDict | None = None
+    ) -> Scores:
+        """Log-densities (N, 1 + n) of the trained steps, float64 sums over dimensions, and what else is needed.
+
+        A step is scored once for all rows that share the state before it. Raises `MissingAbility` for a need that is
+        not offered, a KL without a `reference`, and for `forward`, `denoised` or `sample` without the points that a
+        term draws for them.
+        """
+        check_needs(self, needs, self.offers)
+        if "kl" in needs and self.reference is None:
+            raise MissingAbility("A method needs 'kl' of each step; set the flow's `reference`, say to frozen().")
+        return scores(self, trajectories, needs, context)
+
+    def predict(self, x: Tensor, time: Tensor, condition: TensorDict | None, guidance: float = 1.0) -> Tensor:
+        """What the network predicts at x (N, *D) and time (N,); with guidance w, u + w (c - u) of the conditional
+        prediction c and the unconditional u, which run as one batch (Ho and Salimans 2022, arXiv 2207.12598)."""
+        entries: dict[str, Any] = {} if condition is None else dict(condition.items())
+        branches = 1
+        if guidance != 1.0:
+            assert self.unconditional is not None
+            branches = 2
+            bare = {n: v.to(x.device).expand(len(x), *v.shape[1:]) for n, v in self.unconditional.items()}
+            entries = {name: torch.cat([value, bare[name]]) for name, value in entries.items()}
+            x, time = torch.cat([x, x]), torch.cat([time, time])
+        self.meter.add(model_evaluations=len(x), forward=len(x))
+        if torch.is_grad_enabled():
+            self.meter.add(backward=len(x))
+        prediction = self.module(x, time, **entries)
+        if not isinstance(prediction, Tensor) or prediction.shape != x.shape:
+            found = tuple(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
+            raise InputError(f"The network returned {found} for states of {tuple(x.shape)}; the same shape is right.")
+        if branches == 2:
+            with_prompt, without = prediction.chunk(2)
+            return without + guidance * (with_prompt - without)
+        return prediction
+
+    def decoded(self, x: Tensor) -> Tensor:
+        """What the user sees of final states (N, *D): images, or the states themselves."""
+        return x if self.decode is None else self.decode(x)
+
+    # other processes made from this one
+
+    def with_law(self, **settings: Any) -> Flow:
+        """The same network drawn from otherwise: solver, level, steps, times, shift, guidance, tail (`flow_law`)."""
+        twin = copy.copy(self)
+        twin.law = law_with(self.law, self.path, settings)
+        if twin.law.guidance != 1.0 and self.unconditional is None:
+            raise InputError("Guidance compares with the unconditional prediction; give `unconditional` to the flow.")
+        return twin
+
+    def frozen(self) -> Flow:
+        """A twin that cannot learn, on the same meter: a copy, or what the network itself says (adapters off)."""
+        twin = copy.copy(self)
+        own = getattr(self.module, "frozen", None)
+        twin.module = own() if own is not None else copy.deepcopy(self.module).requires_grad_(False)
+        twin.reference = None
+        return twin
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """The network's weights as safetensors, or the folder that the network itself writes."""
+        own = getattr(self.module, "save", None)
+        if own is not None:
+            own(folder)
+            return
+        from safetensors.torch import save
+
+        from stepwell.writing import write_whole
+
+        state = {name: value.contiguous() for name, value in self.module.state_dict().items()}
+        write_whole(os.path.join(folder, "model.safetensors"), save(state))
+
+
+class Function(nn.Module):
+    """A user's function of (x, t, **condition) as a network: t broadcasts against x, and nothing can learn."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, time: Tensor, **condition: Tensor) -> Tensor:
+        return self.function(x, time.reshape(-1, *[1] * (x.dim() - 1)), **condition)
+
+
+def flow(
+    model: Callable[..., Tensor] | nn.Module,
+    shape: Sequence[int],
+    *,
+    path: str | Path = "linear",
+    predicts: str = "velocity",
+    solver: str | Table = "euler",
+    steps: int = 20,
+    times: Sequence[float] | None = None,
+    shift: float = 1.0,
+    guidance: float = 1.0,
+    encode: Encode | str | None = None,
+    unconditional: Mapping[str, Tensor] | None = None,
+    decode: Decode | None = None,
+    states_at_once: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Flow:
+    """A flow or diffusion model as a process.
+
+    `model` is called as model(x, t, **condition) with states x (N, *shape): a `torch.nn.Module` gets t (N,), a plain
+    function t of shape (N, 1, ...), which broadcasts. t is 1 at noise and 0 at data on every `path`
+    (`stepwell.solver.path`). `predicts` says what it returns: velocity, noise, data or score. Samples are drawn by
+    `solver`, a name or a `Table`, in `steps` steps, equal in time after the time `shift`, or at the `times` given.
+    `encode` maps prompts to the condition, a dictionary of tensors with one row a prompt; a name alone hands whole
+    numbers over under that name. `guidance` other than 1 is classifier-free, against the condition `unconditional`
+    (one row). `decode` maps final states (N, *shape) to what users and rewards see. `states_at_once` bounds how many
+    states are scored at a time where no gradient is asked for.
+
+    Raises `InputError` for what is not as it has to be.
+
+    Example:
+        >>> target = flow(lambda x, t: x / t, shape=(2,), steps=4)  # all data is at the origin
+        >>> from stepwell.rollout import Prompt, Request, rollout
+        >>> drawn = rollout(target, [Request(Prompt(0, None), 3)], Rng(0))
+        >>> drawn.trajectories.mask.shape, bool(drawn.trajectories.action[:, -1].abs().max() < 1e-6)
+        (torch.Size([3, 5]), True)
+    """
+    if predicts not in PREDICTIONS:
+        raise InputError(f"A flow predicts {', '.join(PREDICTIONS)}, not '{predicts}'.")
+    if isinstance(path, str):
+        path = path_named(path)
+    if not callable(model):
+        raise InputError(f"A flow's model is a function or a torch.nn.Module, not {type(model).__name__}.")
+    network = model if isinstance(model, nn.Module) else Function(model)
+    if isinstance(encode, str):
+        encode = _numbers(encode)
+    if isinstance(network, Function) and encode is None:
+        _check_arguments(network.function)
+    settings: dict[str, Any] = {"solver": solver, "guidance": guidance}
+    settings |= {"times": times} if times is not None else {"steps": steps, "shift": shift}
+    law = law_with(None, path, settings)
+    return Flow(
+        network,
+        shape,
+        path,
+        predicts,
+        law,
+        encode=encode,
+        unconditional=unconditional,
+        decode=decode,
+        states_at_once=states_at_once,
+        dtype=dtype,
+    )
+
+
+def _numbers(name: str) -> Encode:
+    """Prompts that are whole numbers, handed to the network under a name."""
+
+    def encode(prompts: Sequence[Any]) -> dict[str, Tensor]:
+        for prompt in prompts:
+            if not isinstance(prompt, int) or isinstance(prompt, bool):
+                raise InputError(f"The prompt {prompt!r} is no whole number, which this flow takes as its '{name}'.")
+        return {name: torch.tensor(prompts, dtype=torch.long)}
+
+    return encode
+
+
+def _check_arguments(function: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise InputError(f"A flow's function is called as f(x, t, **condition); this one takes {signature}.") from None

@@ -1,0 +1,99 @@
+"""How a flow is drawn: a table for each step of a grid of times, and guidance; all of it can be set anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stepwell.errors import InputError, UnknownName
+from stepwell.solver import grid
+from stepwell.solver.path import Path, shift_time
+from stepwell.solver.table import Table
+from stepwell.solver.table import table as table_named
+
+SETTINGS = {
+    "solver": "a solver's name or Table",
+    "level": "the noise level of the solver",
+    "steps": "the number of steps, equal in time after the shift",
+    "times": "the grid itself, from noise to 0",
+    "shift": "the factor of the time shift",
+    "guidance": "the scale of classifier-free guidance",
+    "tail": "(step, solver, steps): another solver, in that many steps, for what is left after a step",
+    "stride": "(step, stride): after a step, only every so many-th time of the grid, the last one always",
+}
+
+
+@dataclass(frozen=True)
+class Law:
+    """A table for each step between the times, which fall from noise to 0; `solver` and `shift` made them.
+
+    tables (n,), times (n + 1,).
+    """
+
+    solver: Table
+    times: tuple[float, ...]
+    tables: tuple[Table, ...]
+    shift: float | None = 1.0
+    guidance: float = 1.0
+
+
+def law_with(law: Law | None, path: Path, settings: Mapping[str, Any]) -> Law:
+    """The law with other settings (`SETTINGS`); raises `InputError` for what contradicts itself."""
+    for name in settings:
+        if name not in SETTINGS:
+            raise UnknownName("setting of a flow's law", name, SETTINGS)
+    solver = settings.get("solver", None if law is None else law.solver)
+    solver = table_named(solver) if isinstance(solver, str) else solver
+    if not isinstance(solver, Table):
+        raise InputError(f"A flow's solver is a name or a Table, not {type(solver).__name__}.")
+    if "level" in settings:
+        solver = solver.replace(level=float(settings["level"]))
+    shift = settings.get("shift", None if law is None else law.shift)
+    times = _times(law, path, settings, shift)
+    if "times" in settings:
+        shift = None
+    guidance = float(settings.get("guidance", 1.0 if law is None else law.guidance))
+    if not guidance >= 0.0:
+        raise InputError(f"The guidance scale is {guidance}; 0 or more is right.")
+    answer = Law(solver, times, (solver,) * (len(times) - 1), shift, guidance)
+    if "stride" in settings:
+        answer = _strided(answer, *settings["stride"])
+    if "tail" in settings:
+        answer = _with_tail(answer, path, *settings["tail"])
+    return answer
+
+
+def _times(law: Law | None, path: Path, settings: Mapping[str, Any], shift: float | None) -> tuple[float, ...]:
+    if "times" in settings:
+        if "steps" in settings or "shift" in settings:
+            raise InputError("A flow takes the times of its grid, or the steps and shift to make one, not both.")
+        return grid.check_grid([float(time) for time in settings["times"]], path)
+    if law is not None and "steps" not in settings and "shift" not in settings:
+        return law.times
+    steps = settings.get("steps", None if law is None else len(law.times) - 1)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise InputError(f"A flow takes 1 step or more, not {steps!r}.")
+    return grid.shifted(steps, path, 1.0 if shift is None else float(shift))
+
+
+def _strided(law: Law, step: int, stride: int) -> Law:
+    """After `step` steps only every `stride`-th time, and 0 at the end whatever the stride leaves over."""
+    last = len(law.times) - 1
+    if stride < 1 or not 0 <= step <= last:
+        raise InputError(f"A stride is 1 or more, after one of {last} steps, not {stride} after {step}.")
+    places = [*range(step), *range(step, last, stride), last]
+    return replace(law, times=tuple(law.times[i] for i in places), tables=(law.solver,) * (len(places) - 1))
+
+
+def _with_tail(law: Law, path: Path, step: int, solver: str | Table, steps: int) -> Law:
+    """After `step` steps another solver, in `steps` steps that are equal in the time before the shift."""
+    last = len(law.times) - 1
+    if steps < 1 or not 0 <= step < last:
+        raise InputError(f"A tail has 1 step or more after fewer than {last} steps, not {steps} after {step}.")
+    solver = table_named(solver) if isinstance(solver, str) else solver
+    factor = law.shift or 1.0
+    begin = shift_time(law.times[step], 1.0 / factor)
+    rest = [shift_time(begin * (1.0 - i / steps), factor) for i in range(1, steps)]
+    times: Sequence[float] = (*law.times[: step + 1], *rest, 0.0)
+    return replace(law, times=grid.check_grid(times, path), tables=(*law.tables[:step], *(solver,) * steps))

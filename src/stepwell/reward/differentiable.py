@@ -1,0 +1,56 @@
+"""Rewards as functions that gradients pass through: what methods that backpropagate into the sample learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stepwell.errors import RewardError
+from stepwell.meter import Meter
+from stepwell.reward.mixing import Rewards, with_data
+from stepwell.rollout import Prompt
+
+
+class Judge:
+    """The same reward functions, called on samples that carry a gradient; they have to return a tensor that does too.
+
+    A function gets `completions` as a list of tensors, one a row; `torch.stack(list(completions))` is their batch.
+    """
+
+    def __init__(self, rewards: Rewards, prompts: Sequence[Prompt], meter: Meter):
+        self.rewards, self.meter = rewards, meter
+        self.prompts = {prompt.id: prompt for prompt in prompts}
+
+    def __call__(self, samples: Tensor, prompts: Tensor) -> Tensor:
+        """(N,) the weighted sum of the rewards of samples (N, ...) for the prompts with these ids (N,).
+
+        Raises `RewardError` for a reward that gradients do not pass through, or that is not one number a row.
+        """
+        asked = [self.prompts[number] for number in prompts.tolist()]
+        total = samples.new_zeros(len(samples))
+        columns = {
+            "prompts": [prompt.value for prompt in asked],
+            "completions": list(samples.unbind(0)),
+            "truncated": [False] * len(samples),
+        }
+        keywords = self.rewards.keywords(with_data(columns, asked))
+        functions = zip(self.rewards.names, self.rewards.functions, self.rewards.weights, keywords, strict=True)
+        for name, function, weight, arguments in functions:
+            returned = function(**arguments)
+            if isinstance(returned, list | tuple) and all(isinstance(value, Tensor) for value in returned):
+                returned = torch.stack([value.reshape(()) for value in returned])
+            self.meter.add(reward_calls=len(samples))
+            if not isinstance(returned, Tensor) or not returned.requires_grad:
+                raise RewardError(
+                    f"The reward '{name}' is not differentiable: it returned {type(returned).__name__} without a "
+                    "gradient, where this method needs a tensor computed from the samples by torch."
+                )
+            if returned.shape != (len(samples),):
+                raise RewardError(
+                    f"The reward '{name}' returned a tensor of shape {tuple(returned.shape)} for {len(samples)} "
+                    "samples; one number a row is right."
+                )
+            total = total + weight * returned.to(total.dtype)
+        return total
