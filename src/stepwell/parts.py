@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stepwell.errors import InputError, UnknownName
@@ -72,14 +73,21 @@ class Batch:
         return self.field("reward").to(self.rows.log_prob.dtype)
 
     def field(self, name: str) -> Tensor:
-        """A field of the rows, or an entry of their `info`, that a part relies on."""
-        value = getattr(self.rows, name, None)
+        """A field of the rows, their `origin`, or an entry of their `info` or `points`, that a part relies on."""
+        value = self.origin if name == "origin" else getattr(self.rows, name, None)
         for table in (self.rows.info, self.rows.points):
             if value is None and table is not None:
                 value = table.get(name, None)
         if value is None:
             raise InputError(f"A part reads '{name}' of the rows, which was not filled in; declare it in `reads`.")
         return value
+
+    @property
+    def origin(self) -> Tensor:
+        """(N,) the node before each row's first trained step, -1 at the root: rows that branched there share it."""
+        first = self.rows.mask.int().argmax(1)
+        before = self.rows.node.gather(1, (first - 1).clamp(min=0)[:, None])[:, 0]
+        return torch.where(first > 0, before, -1)
 
     @property
     def dimensions(self) -> int:

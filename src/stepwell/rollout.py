@@ -231,7 +231,6 @@ def _draw(
         length=record.position,
         prompt=torch.tensor([requests[i].prompt.id for i in owner.tolist()]),
         node=node,
-        parent=shared[:, -1].cpu() if shared.shape[1] else torch.full((total,), -1),
         truncated=truncated | cut_by_process,
         weight=record.log_weight.to(log_prob.dtype),
         source=torch.tensor([requests[i].source for i in owner.tolist()]),

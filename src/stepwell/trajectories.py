@@ -26,7 +26,6 @@ class Trajectories(TensorClass):
     length (N,)              steps that happened, random or not
     prompt (N,)              which prompt, and so which group; groups may be ragged
     node (N, T)              rows that share a step share its node; -1 where no step happened
-    parent (N,)              the node of the step that the row branched off after; -1 for rows drawn from the root
     truncated (N,) bool      the row was cut at the horizon
     outcome (N,) bool        the row has an end that a reward may judge
     weight (N,)              log importance weight of the law asked for against the law drawn from
@@ -45,7 +44,6 @@ class Trajectories(TensorClass):
     length: Tensor
     prompt: Tensor
     node: Tensor
-    parent: Tensor
     truncated: Tensor
     outcome: Tensor
     weight: Tensor
@@ -82,7 +80,6 @@ def make(action: Tensor, log_prob: Tensor, mask: Tensor, **fields: Any) -> Traje
         "length": length,
         "prompt": torch.arange(count, device=device),
         "node": torch.arange(count * steps, device=device).reshape(count, steps).masked_fill(~inside, -1),
-        "parent": torch.full_like(zeros, -1),
         "truncated": zeros.bool(),
         "outcome": torch.ones(count, dtype=torch.bool, device=device),
         "weight": torch.zeros(count, dtype=log_prob.dtype, device=device),
@@ -140,8 +137,7 @@ def concatenate(parts: Sequence[Trajectories], *, renumber: bool = False) -> Tra
     for part in parts:
         part = pad_steps(part, steps)
         if renumber:
-            renumbered = {name: _moved(getattr(part, name), offset) for name in ("node", "parent")}
-            part = part.replace(**renumbered)
+            part = part.replace(node=torch.where(part.node >= 0, part.node + offset, part.node))
         condition = part.condition
         if condition is not None:
             entries = {
@@ -155,10 +151,6 @@ def concatenate(parts: Sequence[Trajectories], *, renumber: bool = False) -> Tra
         offset = max(offset, int(part.node.max()) + 1 if part.node.numel() else 0)
     joined: Any = torch.cat(aligned)  # type: ignore[arg-type]
     return joined
-
-
-def _moved(node: Tensor, offset: int) -> Tensor:
-    return torch.where(node >= 0, node + offset, node)
 
 
 def _same_fields(parts: Sequence[Trajectories]) -> None:

@@ -139,7 +139,7 @@ def test_impossible_symbols_make_no_number_undefined():
     assert float(model.string_probabilities().detach().sum()) == pytest.approx(1.0)
     model.reference = forbidding()
     rows = pad_steps(model.trajectories()[torch.tensor([3, 10])], 5)
-    scores = model.score(rows, NEEDS.keys() - {"hidden"})
+    scores = model.score(rows, TabularLanguage.offers)
     for need in ("log_prob", "entropy", "value", "sum_of_squares", "kl"):
         assert not scores[need].isnan().any(), need
         assert not scores[need][:, 3:].any(), need

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -52,3 +52,14 @@ class Overlong(Part):
     def __call__(self, batch: Batch) -> Tensor:
         maximum = self.maximum or batch.counts.length
         return overlong_penalty(batch.rows.length, maximum, self.buffer * maximum).to(batch.rows.log_prob.dtype)
+
+
+@dataclass(frozen=True)
+class Bounded(Part):
+    """A part's values clipped to +-bound: how flow repositories keep one lucky sample from ruling a batch."""
+
+    part: Part = field(default_factory=Outcome)
+    bound: float = 5.0
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.part(batch).clamp(-self.bound, self.bound)

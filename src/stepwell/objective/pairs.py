@@ -83,14 +83,20 @@ class Pairing(Part):
 
     `extremes`: the best against the worst; `mean`: every row above its group's mean against every row below it;
     `all`: every two rows. A pair needs a strictly larger reward on the chosen side, so a group of equals has none.
+    Rows are compared within a group of equal `keys`: the prompt, and where they branch their `origin` too.
     """
 
     kind: Literal["extremes", "mean", "all"] = "extremes"
+    keys: tuple[str, ...] = ("prompt",)
     compares = True
+
+    def group(self, batch: Batch) -> tuple[Tensor, int]:
+        """Dense numbers (N,) of the rows' groups, and how many there are."""
+        return group_index(torch.stack([batch.field(key) for key in self.keys], 1))
 
     def __call__(self, batch: Batch) -> Tensor:
         reward = batch.reward
-        group, groups = group_index(batch.rows.prompt)
+        group, groups = self.group(batch)
         if self.kind == "all":
             return torch.ones_like(reward, dtype=torch.bool)[:, None].expand(-1, 2).contiguous()
         if self.kind == "mean":
@@ -104,9 +110,9 @@ class Pairing(Part):
         raise InputError(f"Pairing has no kind '{self.kind}'; extremes, mean or all is right.")
 
 
-def pairs_of(reward: Tensor, prompt: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
-    """(P,), (P,) rows of the chosen and the rejected: same prompt, right sides, strictly larger reward."""
-    match = (prompt[:, None] == prompt) & sides[:, 0, None] & sides[:, 1] & (reward[:, None] > reward)
+def pairs_of(reward: Tensor, group: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+    """(P,), (P,) rows of the chosen and the rejected: same group, right sides, strictly larger reward."""
+    match = (group[:, None] == group) & sides[:, 0, None] & sides[:, 1] & (reward[:, None] > reward)
     chosen, rejected = match.nonzero(as_tuple=True)
     return chosen, rejected
 
@@ -125,12 +131,12 @@ class Pairs(Term):
         return {"sides": self.pairing(batch)}
 
     def plan(self, batch: Batch, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        chosen, _ = pairs_of(batch.reward, batch.rows.prompt, targets["sides"])
+        chosen, _ = pairs_of(batch.reward, self.pairing.group(batch)[0], targets["sides"])
         return {"share": torch.full_like(batch.reward, 1.0 / max(len(chosen), 1))}
 
     def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:
         score, share = self.score(batch), targets["share"]
-        chosen, rejected = pairs_of(batch.reward, batch.rows.prompt, targets["sides"])
+        chosen, rejected = pairs_of(batch.reward, self.pairing.group(batch)[0], targets["sides"])
         losses = self.link(score[chosen], score[rejected]) * share[chosen]
         value = value_of(self.coefficient, batch) * losses.sum()
         right = (score[chosen] > score[rejected]).to(score.dtype) * share[chosen]

@@ -12,7 +12,7 @@ from stepwell.credit.group import group_index, group_sum
 from stepwell.errors import InputError
 from stepwell.parts import Batch, Part
 
-Mode = Literal["token", "row", "row-sum", "group", "fixed", "sum"]
+Mode = Literal["token", "row", "row-sum", "group", "fixed", "sum", "edge"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Reduction(Part):
 
     `token`: 1 / all trained steps (DAPO). `row`: the mean over rows of each row's mean (GRPO). `row-sum`: the mean
     over rows of each row's sum. `group`: the mean over groups of each group's token mean. `fixed`: the sum over
-    rows * length, a constant (Dr. GRPO); `length` defaults to the horizon of the run. `sum`: no division.
+    rows * length, a constant (Dr. GRPO); `length` defaults to the horizon of the run. `sum`: no division. `edge`: the
+    mean over trained steps, one that rows share counted once.
     """
 
     mode: Mode = "token"
@@ -39,6 +40,11 @@ class Reduction(Part):
             return mask / (counts.rows * (self.length or counts.length))
         if self.mode == "sum":
             return mask
+        if self.mode == "edge":
+            _, place, shared = batch.rows.node[batch.rows.mask].unique(return_inverse=True, return_counts=True)
+            weight = torch.zeros_like(mask)
+            weight[batch.rows.mask] = 1 / shared[place].to(mask.dtype)
+            return weight / max(len(shared), 1)
         if self.mode == "group":
             group, groups = group_index(batch.rows.prompt)
             steps = group_sum(mask.sum(1), group, groups).clamp(min=1)

@@ -38,11 +38,14 @@ def draw_rewarded(
     rewards: Rewards,
     rng: Rng,
     rows_at_once: int | None = None,
-    **origin: int,
+    so_far: Trajectories | None = None,
+    version: int = 0,
+    first_node: int = 0,
 ) -> Rewarded:
     """Draw the requests and judge every row: `reward` (N,) and `rewards` (N, K) of the trajectories are filled."""
     begin = time.monotonic()
-    drawn = rollout(process, requests, rng, rows_at_once=rows_at_once, **origin)  # type: ignore[arg-type]
+    origin = {"version": version, "first_node": first_node}
+    drawn = rollout(process, requests, rng, so_far=so_far, rows_at_once=rows_at_once, **origin)
     drawing = time.monotonic()
     scored = rewards(drawn, process.meter)
     kind = drawn.trajectories.log_prob.dtype
@@ -72,14 +75,15 @@ def collect(
         requests = planner.plan(step, None if total is None else total.trajectories, stream)
         if not requests:
             break
-        first = world.rank * 2**40 + (0 if total is None else int(total.trajectories.node.max()) + 1)
+        known = None if total is None else total.trajectories
+        first = world.rank * 2**40
         mine = world.share(requests)
         found: Rewarded | None = None
         failure: StepwellError | None = None
         if mine:
             own = rng.split("rollout", step, part, world.rank)
             try:
-                found = draw_rewarded(process, mine, rewards, own, rows_at_once, version=version, first_node=first)
+                found = draw_rewarded(process, mine, rewards, own, rows_at_once, known, version, first)
             except StepwellError as error:  # every process has to hear of it, or the others would wait for ever
                 failure = error
         for other, said in world.gather((found, None if failure is None else str(failure))):

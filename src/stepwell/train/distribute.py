@@ -62,8 +62,9 @@ class World:
         return self.gather(value)[0]
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This process's part of a list."""
-        return list(items[self.rank :: self.size])
+        """This process's part of a list; all parts, one after another, are the list in its order."""
+        bounds = [len(items) * rank // self.size for rank in (self.rank, self.rank + 1)]
+        return list(items[bounds[0] : bounds[1]])
 
     def map_rows(self, count: int, function: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
         """`function(rows)` of all rows 0..count-1, each computed by one process and known to all."""
