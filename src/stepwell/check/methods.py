@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepwell.check.oracles import Provable, oracle
 from stepwell.errors import LawBroken, StepwellError
+from stepwell.meter import Meter
 from stepwell.parts import Batch
-from stepwell.process.exact import TabularLanguage, markov
+from stepwell.plan.prompts import PromptStream
+from stepwell.process.exact import markov
+from stepwell.process.flow import Flow, flow
 from stepwell.recipe import Recipe
+from stepwell.reward.differentiable import Judge
+from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
 from stepwell.rollout import Prompt, Request, rollout
-from stepwell.train.collect import fill
+from stepwell.train.collect import collect, fill
+from stepwell.train.settings import Settings, with_settings
 from stepwell.train.update import accumulate, score_in_pieces
 from stepwell.trajectories import Counts, Trajectories, count, pad_steps
 
@@ -24,8 +31,14 @@ TOLERANCE = 1e-9
 """The largest deviation allowed, in float64: sums of a few hundred terms of order one, in another order."""
 
 
-def bench(recipe: Recipe) -> tuple[TabularLanguage, Trajectories]:
-    """A tabular model, and rows that an earlier version of it drew: ragged groups, real rewards, all fields filled."""
+def bench(recipe: Recipe, room: str = "language") -> tuple[Any, Trajectories]:
+    """A small process, and rows that an earlier version of it drew: real rewards, all fields filled.
+
+    For flows a two-dimensional one that the recipe's own planner draws from under its own law; else a tabular model
+    with ragged groups.
+    """
+    if room == "flow":
+        return _flow_bench(recipe)
     process = markov(symbols=4, length=6, prompts=4, seed=7)
     process.add_value_head()
     process.module.get_parameter("value").data.copy_(Rng(8).normal(4, process.contexts, dtype=torch.float64))
@@ -47,8 +60,52 @@ def bench(recipe: Recipe) -> tuple[TabularLanguage, Trajectories]:
     return process, rows
 
 
+class _Velocity(nn.Module):
+    """A velocity of two numbers, their time and a prompt's number, with weights from an Rng."""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, width, dtype=torch.float64), nn.Linear(width, 2, dtype=torch.float64)
+        for place, parameter in enumerate(self.parameters()):
+            parameter.data.copy_(0.4 * Rng(7).split(place).normal(*parameter.shape, dtype=torch.float64))
+
+    def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:
+        inputs = torch.cat([x, time[:, None], label[:, None].to(x)], 1)
+        return x * time[:, None] + self.outer(torch.tanh(self.inner(inputs)))
+
+
+def nearness(completions: Sequence[Tensor]) -> Tensor:
+    """The reward of the bench for flows: minus the squared distance to (1, -1/2)."""
+    points = torch.stack(list(completions))
+    return -(points - points.new_tensor([1.0, -0.5])).square().sum(1)
+
+
+FLOW_PROMPTS = [Prompt(number, number) for number in range(3)]
+
+
+def _flow_bench(recipe: Recipe) -> tuple[Flow, Trajectories]:
+    process = flow(_Velocity(), (2,), encode="label").with_law(**recipe.law)
+    process.reference = process.frozen()
+    _move(process, 0.1)
+    stream = PromptStream(FLOW_PROMPTS, Rng(9).split("prompts"), shuffle=False)
+    planner = with_settings(recipe, Settings(prompts_per_step=3)).planner
+    drawn = collect(process, planner, stream, Rewards(nearness), Rng(9), 0).drawn
+    rows = recipe.whole.draw(drawn.trajectories, process, Rng(9).split("points"))
+    rows = fill(process, rows, {"old_log_prob", *recipe.whole.reads}, tokens=None)
+    noise = Rng(10).normal(*rows.mask.shape, dtype=torch.float64) * rows.mask
+    _move(process, 0.05)
+    return process, rows.replace(log_prob=rows.log_prob + 0.05 * noise)
+
+
+def _move(process: Any, width: float) -> None:
+    """Every trained parameter by normal noise."""
+    for place, parameter in enumerate(p for p in process.module.parameters() if p.requires_grad):
+        noise = Rng(11).split(place).normal(*parameter.shape, dtype=torch.float64)
+        parameter.data.add_(width * noise)
+
+
 def gradient(
-    process: TabularLanguage,
+    process: Any,
     recipe: Recipe,
     rows: Trajectories,
     pieces: list[Tensor] | None = None,
@@ -57,6 +114,7 @@ def gradient(
     """The flat gradient of one update on these rows, computed piece by piece with global counts and one plan."""
     objective, counts = recipe.whole, _counts(process, rows)
     states = {name: state.initial for name, state in objective.states.items()}
+    judge = Judge(Rewards(nearness), FLOW_PROMPTS, Meter())
     scores = None
     if objective.plans_on_scores:
         scores = score_in_pieces(process, rows, sorted(objective.present - {"log_prob"}), None)
@@ -66,12 +124,12 @@ def gradient(
     for parameter in parameters:
         parameter.grad = None
     for piece in pieces or [torch.arange(len(rows))]:
-        accumulate(process, objective, rows[piece], targets[piece], counts, states, tokens)
+        accumulate(process, objective, rows[piece], targets[piece], counts, states, tokens, judge)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def _counts(process: TabularLanguage, rows: Trajectories) -> Counts:
+def _counts(process: Any, rows: Trajectories) -> Counts:
     return count(rows, process.horizon)
 
 
@@ -83,7 +141,7 @@ def check_method(card: Provable, tolerance: float = TOLERANCE) -> MappingProxyTy
     that the card names as its proof holds. Raises LawBroken, naming the first that does not.
     """
     recipe = card.recipe()
-    process, rows = bench(recipe)
+    process, rows = bench(recipe, card.room)
     whole = gradient(process, recipe, rows)
     size = float(whole.norm())
     if not size > 0 or not bool(whole.isfinite().all()):

@@ -33,6 +33,7 @@ class Provable(Protocol):
     """A card as far as oracles see it."""
 
     id: str
+    room: str
     proof: tuple[str, ...]
 
     def recipe(self, **options: Any) -> Recipe: ...
