@@ -94,15 +94,20 @@ def _decay(path: Path, time: float, target: float) -> float:
     return path.alpha(time) * path.sigma(target) / (path.sigma(time) * path.alpha(target))
 
 
-def coefficients(path: Path, table: Table, times: Sequence[float], target: float) -> Coefficients:
-    """The numbers of the step from times[0] to `target`, with predictions at `times`, the newest first.
+def coefficients(
+    path: Path, table: Table, times: Sequence[float], target: float, start: float | None = None
+) -> Coefficients:
+    """The numbers of the step from `start` to `target`, with predictions at `times`, the newest first.
 
-    `times` has as many entries as the step shall use predictions. A singlestep solver has its first prediction at
-    times[0] and its inner one at times[1]; a corrector has one at the target too.
+    `times` has as many entries as the step shall use predictions; the step starts at times[0] unless `start` says
+    otherwise. A singlestep solver has its first prediction at times[0] and its inner one at times[1]; a corrector has
+    one at the target too, and at the target alone when it uses but one.
     """
-    time, scale = times[0], path.sigma(target)
+    time, scale = times[0] if start is None else start, path.sigma(target)
     if table.predicts == "velocity":
-        return _in_time(path, table, times, target)
+        return _in_time(path, table, times, target, time)
+    if table.conjugate != 0.0 and math.isfinite(path.log_snr(time)):
+        return conjugated(path, table.conjugate, time, target)
     retained = retention(path, table, time, target)
     state, noise = scale / path.sigma(time) * retained, scale * math.sqrt(1.0 - retained**2)
     if len(times) == 1:  # order one is the same for data and noise, and data exists at both ends
@@ -119,9 +124,30 @@ def coefficients(path: Path, table: Table, times: Sequence[float], target: float
     return Coefficients(state, tuple(path.alpha(target) * weight for weight in weights), noise, "data")
 
 
-def _in_time(path: Path, table: Table, times: Sequence[float], target: float) -> Coefficients:
+NODES = tuple(values.tolist() for values in np.polynomial.legendre.leggauss(24))
+
+
+def conjugated(path: Path, rate: float, time: float, target: float) -> Coefficients:
+    """Lambda-DDIM: Euler's step in exp(rate t) x / alpha, of which DDIM is the case of rate 0.
+
+    Conjugate integrators with B = rate times the identity (Pandey et al. 2024, arXiv 2310.07894). The noise prediction
+    is weighted by the integral of exp(rate t) over the noise ratio sigma / alpha: by Gauss-Legendre in log(1 + ratio),
+    in which t is smooth up to pure noise.
+    """
+    start, end = (math.log1p(path.sigma(place) / path.alpha(place)) for place in (time, target))
+    integral = 0.0
+    for node, weight in zip(*NODES, strict=True):
+        place = 0.5 * (start + end) + 0.5 * (end - start) * node
+        growth = math.exp(rate * (path.time(-math.log(math.expm1(place))) - target))
+        integral += 0.5 * (end - start) * weight * growth * math.exp(place)
+    step = target - time
+    state = path.alpha(target) / path.alpha(time) * math.exp(-rate * step) * (1.0 + rate * step)
+    return Coefficients(state, (path.alpha(target) * integral,), 0.0, "noise")
+
+
+def _in_time(path: Path, table: Table, times: Sequence[float], target: float, time: float) -> Coefficients:
     """Steps in t with the velocity: Adams and Heun, or stochastic Euler, dx = [v + g^2 / (2 sigma) E] dt + g dW."""
-    time, step = times[0], target - times[0]
+    step = target - time
     if not table.stochastic or not _in_window(table, time):
         nodes = [(node - time) / step for node in times]
         weights = interpolation_weights(nodes, [1.0 / (i + 1) for i in range(len(times))])

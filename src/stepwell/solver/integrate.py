@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from stepwell.distributions import Gaussian, Point
 from stepwell.errors import InputError
 from stepwell.rng import Rng
-from stepwell.solver.exponential import coefficients
+from stepwell.solver.exponential import Coefficients, coefficients, interpolation_weights
 from stepwell.solver.grid import check_order
 from stepwell.solver.path import Path
 from stepwell.solver.table import Table
@@ -29,17 +29,30 @@ Predict = Callable[[Tensor, float], Tensor]
 class History:
     """What a solver remembers: earlier predictions, the newest first, and the step that led here, for its corrector.
 
-    `history[index]` forks along with the rows of a state.
+    That step is corrected by its own `correction`, so that a table may change from one step to the next. Where it drew
+    noise, `mean` is kept too: the corrected state has the same noise around the corrected mean, hence is a function of
+    the state and the history, and the law of the next state is Gaussian still. `history[index]` forks along with the
+    rows of a state.
     """
 
     times: tuple[float, ...] = ()
     predictions: tuple[Tensor, ...] = ()  # (N, *D) each, of the table's kind
     origin: Tensor | None = None  # (N, *D) where the last step began
-    used: int = 0  # predictions that the last step used
+    used: int = 0  # predictions that its correction uses besides the new one
+    mean: Tensor | None = None  # (N, *D) what the last step drew its noise around
+    correction: Coefficients | None = None
 
     def __getitem__(self, index: Any) -> History:
-        origin = None if self.origin is None else self.origin[index]
-        return History(self.times, tuple(prediction[index] for prediction in self.predictions), origin, self.used)
+        predictions = tuple(prediction[index] for prediction in self.predictions)
+        origin, mean = (None if tensor is None else tensor[index] for tensor in (self.origin, self.mean))
+        return History(self.times, predictions, origin, self.used, mean, self.correction)
+
+    def corrected(self, x: Tensor, newest: Tensor) -> Tensor:
+        """The state x (N, *D) that the last step led to, given the prediction there; x itself without a corrector."""
+        if self.correction is None or self.origin is None:
+            return x
+        mean = self.correction.mean(self.origin, (newest, *self.predictions[: self.used]))
+        return mean if self.mean is None else x + (mean - self.mean)
 
 
 def propose(
@@ -68,11 +81,13 @@ def propose(
         current = raw
     else:
         current = path.convert(raw, x, time, output, kind)
-    if table.corrector and history.origin is not None and history.used:
-        nodes = (*history.times[: history.used], time)
-        corrected = coefficients(path, table, nodes, time)
-        x = corrected.mean(history.origin, (*history.predictions[: history.used], current))
+    if history.correction is not None:
+        wanted = history.correction.predicts
+        x = history.corrected(x, current if wanted == kind else path.convert(raw, x, time, output, wanted))
     known, predictions = (time, *history.times), (current, *history.predictions)
+    if table.compensation:
+        current = _compensated(table, step, len(times) - 1, known, predictions)
+        predictions = (current, *history.predictions)
     order = _order(path, table, target, step, len(times) - 1, known)
     if table.inner is not None and order == 2:
         mean = _singlestep(predict, x, current, time, target, path, table, output)
@@ -83,7 +98,12 @@ def propose(
     law = Gaussian(mean, mean.new_tensor(numbers.noise)) if numbers.noise > 0.0 else Point(mean)
     if not finite:
         return law, History()
-    return law, History(known[: table.order], predictions[: table.order], x if table.corrector else None, order)
+    kept = History(known[: table.memory], predictions[: table.memory])
+    if not table.corrector or target == 0.0:  # there is no prediction at t = 0 to correct with
+        return law, kept
+    used = _corrector_order(table, order, step, len(times) - 1, known) - 1
+    correction = coefficients(path, table, (target, *known[:used]), target, time)
+    return law, replace(kept, origin=x, used=used, mean=mean if numbers.noise > 0.0 else None, correction=correction)
 
 
 def _checked(prediction: Tensor, x: Tensor, time: float) -> Tensor:
@@ -96,6 +116,31 @@ def _checked(prediction: Tensor, x: Tensor, time: float) -> Tensor:
     return prediction
 
 
+COMPENSATED = 3
+"""How many predictions DC-Solver interpolates through: its dc_order of 2, and one."""
+
+
+def _compensated(table: Table, step: int, steps: int, known: Sequence[float], predictions: Sequence[Tensor]) -> Tensor:
+    """The newest prediction, moved along the polynomial in t through the last three, to r t + (1 - r) t_previous.
+
+    DC-Solver's dynamic compensation (arXiv 2409.03755, as in its published code). Ratio 1, and steps with a shorter
+    history, leave it as it is.
+    """
+    if len(table.compensation) != steps:
+        raise InputError(
+            f"Solver '{table.name}' has compensation for {len(table.compensation)} steps, but the grid has {steps}."
+        )
+    ratio = table.compensation[step]
+    if ratio == 1.0 or len(known) < COMPENSATED:
+        return predictions[0]
+    nodes = [(node - known[0]) / (known[1] - known[0]) for node in known[:COMPENSATED]]
+    weights = interpolation_weights(nodes, [(1.0 - ratio) ** power for power in range(COMPENSATED)])
+    moved = weights[0] * predictions[0]
+    for weight, prediction in zip(weights[1:], predictions[1:COMPENSATED], strict=True):
+        moved = moved + weight * prediction
+    return moved
+
+
 def _order(path: Path, table: Table, target: float, step: int, steps: int, known: Sequence[float]) -> int:
     """How many predictions the step can use: order one where lambda is infinite at either end."""
     wanted = table.order
@@ -106,6 +151,16 @@ def _order(path: Path, table: Table, target: float, step: int, steps: int, known
     if table.predicts != "velocity" and not math.isfinite(path.log_snr(known[0])):
         return 1
     return wanted if table.inner is not None else min(wanted, len(known))
+
+
+def _corrector_order(table: Table, order: int, step: int, steps: int, known: Sequence[float]) -> int:
+    """How many predictions the corrector of this step will use, the coming one included."""
+    if table.corrector_order is None:
+        return order + 1
+    wanted = table.corrector_order
+    if table.lower_final:
+        wanted = min(wanted, steps - step + 1)
+    return min(wanted, len(known) + 1)
 
 
 def _singlestep(

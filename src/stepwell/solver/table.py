@@ -33,9 +33,13 @@ class Table:
     order        how many predictions a step uses; multistep solvers begin with fewer.
     inner        singlestep solvers: where in the step, in (0, 1] of it, the second prediction is made; else None.
     weights      the moments M_i of the kernel (`exponential.moments`): `exact`; or, with two predictions, M_1 replaced
-                 by M_0 / 2 (`half`: DPM-Solver++ midpoint, UniPC bh2) or by h / 2 (`half-linear`: UniPC bh1); or
+                 by M_0 / 2 (`half`: DPM-Solver-2 and ++ midpoint, UniPC bh2) or by h / 2 (`half-linear`: bh1, SA); or
                  `half` and, with three, M_2 halved (`short-second`: DPM-Solver++ 3M as libraries have it, order 2).
-    corrector    use each new prediction to correct the step that led to it, at no further evaluation (UniC).
+    corrector    use each new prediction to correct the step that led to it, at no further evaluation (UniC). A step
+                 that drew noise is corrected in its mean, around the same noise (SA-Solver).
+    corrector_order  how many predictions that correction uses, the new one included; None: one more than its step did.
+    compensation DC-Solver's ratio for each step of the grid, 1 for no change (`compensation.fit`); () for none at all.
+    conjugate    the rate of lambda-DDIM (`exponential.conjugated`), which predicts noise; 0 is DDIM itself.
     lower_final  use no more predictions than there are steps left, this one included.
     noise, level how much fresh noise a step draws: `none`; `eta`, DDIM's, 1 for ancestral; `tau`, the SDE whose noise
                  is tau^2 times the reverse SDE's; `cps`; `flow` and `dance`, stochastic Euler with
@@ -62,6 +66,9 @@ class Table:
     inner: float | None = None
     weights: str = "exact"
     corrector: bool = False
+    corrector_order: int | None = None
+    compensation: tuple[float, ...] = ()
+    conjugate: float = 0.0
     lower_final: bool = True
     noise: str = "none"
     level: float = 0.0
@@ -71,6 +78,7 @@ class Table:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "window", tuple(self.window))
+        object.__setattr__(self, "compensation", tuple(self.compensation))
         known = {"predicts": PREDICTS, "weights": WEIGHTS, "noise": NOISES, "first": FIRSTS}
         for setting, names in known.items():
             if getattr(self, setting) not in names:
@@ -85,9 +93,17 @@ class Table:
             return f"order is between 1 and 4, not {self.order}."
         if self.inner is not None and not (0.0 < self.inner <= 1.0 and self.order == 2):
             return "a singlestep solver has order 2 and its inner time in (0, 1] of the step."
-        if self.corrector and (self.inner is not None or self.noise != "none" or self.predicts != "data"):
-            return "a corrector goes with multistep, deterministic steps that predict data."
-        if self.weights.startswith("half") and self.predicts != "data":
+        if self.corrector and (self.inner is not None or self.predicts == "noise"):
+            return "a corrector goes with multistep solvers that predict data or velocity."
+        if self.corrector and self.noise in ("flow", "dance"):
+            return "stochastic Euler has no corrector."
+        if self.corrector_order is not None and not (self.corrector and 1 <= self.corrector_order <= 5):
+            return "corrector_order is between 1 and 5, and goes with corrector=True."
+        if self.compensation and (self.inner is not None or self.predicts != "data"):
+            return "compensation goes with multistep solvers that predict data."
+        if self.conjugate != 0.0 and (self.predicts != "noise" or self.order != 1):
+            return "a conjugate rate goes with order 1 and predicting noise."
+        if self.weights.startswith("half") and not (self.predicts == "data" or self._midpoint):
             return f"weights '{self.weights}' are those of solvers that predict data."
         if self.noise != "none" and self.inner is not None:
             return "a singlestep solver draws no noise."
@@ -102,8 +118,37 @@ class Table:
         return None if self.window[0] <= self.window[1] else "its window ends before it begins."
 
     @property
+    def _midpoint(self) -> bool:
+        """Whether this is DPM-Solver's own second-order step, which predicts noise inside the step."""
+        return self.predicts == "noise" and self.inner is not None and self.weights == "half"
+
+    @property
     def stochastic(self) -> bool:
         return self.noise != "none"
+
+    @property
+    def deterministic(self) -> Table:
+        """The table of the same family without noise: for the ODE's steps outside a window. Itself if it draws none.
+
+        Example:
+            >>> table("sde-euler").deterministic == table("euler"), table("ddpm").deterministic.stochastic
+            (True, False)
+        """
+        if not self.stochastic:
+            return self
+        if self.predicts == "velocity":
+            return TABLES["euler"]
+        return self.replace(name=f"{self.name} without noise", noise="none", level=0.0)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a step depends on earlier ones, through the `History`: multistep solvers and correctors do."""
+        return self.corrector or bool(self.compensation) or (self.order > 1 and self.inner is None)
+
+    @property
+    def memory(self) -> int:
+        """How many predictions the `History` keeps for the steps to come."""
+        return max(self.order, (self.corrector_order or 1) - 1, 2 if self.compensation else 0)
 
     @property
     def evaluations(self) -> int:
@@ -134,9 +179,28 @@ def load(file: str | FilePath) -> Table:
 
 _DPM = "Lu et al. 2022, DPM-Solver++, arXiv 2211.01095"
 _UNIPC = "Zhao et al. 2023, UniPC, arXiv 2302.04867"
+_SA = "Xue et al. 2023, SA-Solver, arXiv 2309.05019; orders, weights and window as in diffusers"
 _DEIS = "Zhang and Chen 2022, DEIS, arXiv 2204.13902 (in log rho)"
 _DDIM = "Song et al. 2020, DDIM, arXiv 2010.02502, eq. 12 and 16"
+_DPM_NOISE = "Lu et al. 2022, DPM-Solver, arXiv 2206.00927"
+_TURBO = "Zhao et al. 2024, FlowTurbo, arXiv 2409.18128: Heun, with the predictor point's velocity used again"
 _FLOW = "Liu et al. 2025, Flow-GRPO, arXiv 2505.05470"
+
+
+def _stochastic_adams(name: str, order: int, corrector_order: int) -> Table:
+    """SA-Solver at tau = 1 for times in [0.2, 0.8]; with two predictions its weights are UniPC's bh1 with tau's z."""
+    return Table(
+        name,
+        order=order,
+        weights="half-linear",
+        corrector=True,
+        corrector_order=corrector_order,
+        noise="tau",
+        level=1.0,
+        window=(0.2, 0.8),
+        source=_SA,
+    )
+
 
 TABLES: dict[str, Table] = {
     row.name: row
@@ -157,6 +221,10 @@ TABLES: dict[str, Table] = {
         Table("unipc-2-bh1", order=2, weights="half-linear", corrector=True, source=_UNIPC + ", bh1"),
         Table("unipc-3", order=3, weights="half", corrector=True, source=_UNIPC + ", bh2"),
         Table("unipc-3-bh1", order=3, weights="half-linear", corrector=True, source=_UNIPC + ", bh1"),
+        Table("dpm-2s", predicts="noise", order=2, inner=0.5, weights="half", source=_DPM_NOISE + ", DPM-Solver-2"),
+        Table("pseudo-corrector", predicts="velocity", corrector=True, corrector_order=2, source=_TURBO),
+        _stochastic_adams("sa-solver-2", order=2, corrector_order=2),
+        _stochastic_adams("sa-solver-3", order=3, corrector_order=3),
         Table("deis-2", predicts="noise", order=2, source=_DEIS),
         Table("deis-3", predicts="noise", order=3, source=_DEIS),
         Table("sde-euler", predicts="velocity", noise="flow", level=0.7, source=_FLOW),
@@ -173,7 +241,7 @@ def table(name: str) -> Table:
 
     Example:
         >>> print(str(table("dpmpp-2m")).splitlines()[2])
-        order        2
+        order            2
     """
     if name not in TABLES:
         raise UnknownName("solver", name, TABLES)
