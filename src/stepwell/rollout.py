@@ -41,7 +41,8 @@ class Request:
     `context` takes the prompt's place while drawing (a hint, a prefix); the rows are scored under the prompt
     unless told otherwise. `start` is None for the root, `(row, step)` of the trajectories drawn so far to branch
     after that row's first `step` steps, or a `Snapshot`. `horizon` bounds the steps of a row, those before its start
-    included. `proposal` maps the process's law to the one drawn from; the row's log weight keeps the account.
+    included. `proposal` maps the process's law, the state and each row's prompt to the law drawn from; the row's log
+    weight keeps the account. Rows that are not `judged` have no outcome: they are there to branch from.
 
     `window` (begin, end): only steps begin..end-1 are drawn at random and trained. Before its start a row keeps what
     it was drawn with, and elsewhere it takes the process's `deterministic` step: the likeliest token, the ODE's step.
@@ -54,10 +55,11 @@ class Request:
     context: Any = None
     start: tuple[int, int] | Snapshot | None = None
     horizon: int | None = None
-    proposal: Callable[[Distribution, State], Distribution] | None = None
+    proposal: Callable[[Distribution, State, list[Prompt]], Distribution] | None = None
     source: int = 0
     window: tuple[int, int] | None = None
     law: Mapping[str, Any] | None = None
+    judged: bool = True
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -133,13 +135,13 @@ def rollout(
 
 
 def _batches(requests: Sequence[Request], rows: int) -> list[list[int]]:
-    """Requests that can be drawn side by side: the same start, proposal, window and law, at most `rows` rows."""
+    """Requests that can be drawn side by side: alike in all but prompt and count, at most `rows` rows."""
     batches: dict[object, list[list[int]]] = {}
     for i, request in enumerate(requests):
         start = request.start
         kind = start if start is None else id(start) if isinstance(start, Snapshot) else ("step", start[1])
         law = None if request.law is None else repr(sorted(request.law.items()))
-        open_batches = batches.setdefault((kind, id(request.proposal), request.window, law), [[]])
+        open_batches = batches.setdefault((kind, id(request.proposal), request.window, law, request.judged), [[]])
         size = sum(requests[j].count for j in open_batches[-1])
         if size and size + request.count > rows:
             open_batches.append([])
@@ -183,7 +185,7 @@ def _draw(
     version: int,
     first_node: int,
 ) -> Drawn:
-    """Rows for requests that share their kind of start, proposal, window and law."""
+    """Rows for requests that are alike in all but prompt and count."""
     if requests[0].law is not None:
         process = ability(process, "with_law", "A request with a law of its own")(**requests[0].law)
     window = requests[0].window
@@ -201,7 +203,8 @@ def _draw(
         truncated[rows[cut]] = True
         over = done | cut
         if over.any():
-            finished.append((rows[over], process.finish(state[over.nonzero()[:, 0]])))
+            if requests[0].judged:
+                finished.append((rows[over], process.finish(state[over.nonzero()[:, 0]])))
             keep = (~over).nonzero()[:, 0]
             if len(keep) == 0:
                 break
@@ -211,7 +214,9 @@ def _draw(
             law = process.propose(state)
         else:
             law = ability(process, "deterministic", "A window of random steps")(state)
-        drawn_from = law if proposal is None else proposal(law, state)
+        drawn_from = law
+        if proposal is not None:
+            drawn_from = proposal(law, state, [requests[i].prompt for i in owner[rows].tolist()])
         action = drawn_from.sample(rng)
         log_prob = drawn_from.log_prob(action)
         if proposal is not None:
@@ -232,6 +237,7 @@ def _draw(
         prompt=torch.tensor([requests[i].prompt.id for i in owner.tolist()]),
         node=node,
         truncated=truncated | cut_by_process,
+        outcome=torch.full((total,), requests[0].judged),
         weight=record.log_weight.to(log_prob.dtype),
         source=torch.tensor([requests[i].source for i in owner.tolist()]),
         version=torch.full((total,), version),

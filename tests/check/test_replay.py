@@ -202,7 +202,7 @@ def plain(process, rng):
     return rollout(process, [Request(Prompt(0, 0), 2)], rng)
 
 
-def flat(law_, state):
+def flat(law_, state, prompts):
     return type(law_)(torch.zeros_like(law_.logits))
 
 

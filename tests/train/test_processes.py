@@ -17,28 +17,20 @@ SCRIPT = textwrap.dedent(
     import torch
     from stepwell import methods
     from stepwell.check.methods import bench, gradient
-    from stepwell.parts import Batch
     from stepwell.train.distribute import World
-    from stepwell.train.update import accumulate
-    from stepwell.trajectories import count
 
     torch.set_num_threads(1)
     world = World.join()
     worst = {}
     for name in methods.names():
-        recipe = methods.get(name).recipe()
-        process, rows = bench(recipe)
+        card = methods.get(name)
+        recipe = card.recipe()
+        process, rows = bench(recipe, card.room)
         whole = gradient(process, recipe, rows)
         parameters = [p for p in process.module.parameters() if p.requires_grad]
-        for parameter in parameters:
-            parameter.grad = None
-        counts = count(rows, process.horizon)
-        states = {n: s.initial for n, s in recipe.whole.states.items()}
-        targets = recipe.whole.plan(Batch(rows, counts, None, states))
         groups = rows.prompt.unique()
         mine = torch.isin(rows.prompt, groups[world.rank :: world.size]).nonzero()[:, 0]
-        accumulate(process, recipe.whole, rows[mine], targets[mine], counts, states)
-        alone = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in parameters])
+        alone = gradient(process, recipe, rows, [mine])
         world.sum_gradients(parameters)
         found = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in parameters])
         worst[name] = [float((found - whole).abs().max()), float((alone - whole).abs().max())]

@@ -75,7 +75,6 @@ class NoiseAware(Gate):
     Source: TempFlow-GRPO, arXiv 2508.04324, whose code has the constant that does this for one schedule.
     """
 
-    when = "minibatch"
     reads = frozenset({"old_deviation"})
 
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]

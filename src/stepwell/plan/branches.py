@@ -41,8 +41,8 @@ class Branches(Groups):
 
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
         if so_far is None:
-            nothing = (0, 0)
-            return [Request(prompt, self.trunks, window=nothing) for prompt in prompts.take(self.prompts)]
+            taken = prompts.take(self.prompts)
+            return [Request(prompt, self.trunks, window=(0, 0), judged=False) for prompt in taken]
         by_id = {prompt.id: prompt for prompt in prompts.prompts}
         trunks = self.prompts * self.trunks
         children = trunks * self.size * len(self.at)

@@ -140,7 +140,7 @@ class Backward(Groups):
 
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
         if so_far is None:
-            return [Request(prompt, self.trunks) for prompt in prompts.take(self.prompts)]
+            return [Request(prompt, self.trunks, judged=False) for prompt in prompts.take(self.prompts)]
         if len(so_far) > self.prompts * self.trunks:
             return []
         split = self.first + max(self.steps - self.least - step // self.hold, 0)

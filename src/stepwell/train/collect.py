@@ -42,14 +42,18 @@ def draw_rewarded(
     version: int = 0,
     first_node: int = 0,
 ) -> Rewarded:
-    """Draw the requests and judge every row: `reward` (N,) and `rewards` (N, K) of the trajectories are filled."""
+    """Draw the requests and judge the rows: `reward` (N,) and `rewards` (N, K) are filled, 0 where there is no outcome."""
     begin = time.monotonic()
     origin = {"version": version, "first_node": first_node}
     drawn = rollout(process, requests, rng, so_far=so_far, rows_at_once=rows_at_once, **origin)
     drawing = time.monotonic()
-    scored = rewards(drawn, process.meter)
+    judged = drawn.trajectories.outcome
+    scored = rewards(drawn[judged], process.meter)
     kind = drawn.trajectories.log_prob.dtype
-    rows = drawn.trajectories.replace(reward=scored.total.to(kind), rewards=scored.each.to(kind))
+    total = torch.zeros(len(drawn), dtype=kind, device=judged.device)
+    each = torch.zeros(len(drawn), len(scored.names), dtype=kind, device=judged.device)
+    total[judged], each[judged] = scored.total.to(total), scored.each.to(each)
+    rows = drawn.trajectories.replace(reward=total, rewards=each)
     seconds = {"rollout": drawing - begin, "reward": time.monotonic() - drawing}
     return Rewarded(Drawn(rows, drawn.samples, drawn.prompts), scored.names, seconds)
 
