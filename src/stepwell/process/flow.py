@@ -21,10 +21,9 @@ from stepwell.process.base import Samples, Scores, check_needs
 from stepwell.process.flow_law import Law, law_with
 from stepwell.process.flow_score import scores
 from stepwell.rng import Rng
-from stepwell.solver import integrate
-from stepwell.solver.integrate import History
 from stepwell.solver.path import PREDICTIONS, Path
 from stepwell.solver.path import path as path_named
+from stepwell.solver.schedule import Past, Schedule
 from stepwell.solver.table import Table
 from stepwell.trajectories import Trajectories
 
@@ -40,20 +39,20 @@ class FlowState:
     step: int
     last: int
     condition: TensorDict | None
-    history: History | None = None
-    following: list[History] = field(default_factory=list, compare=False)  # what `propose` has found out, once
+    past: Past | None = None
+    following: list[Past] = field(default_factory=list, compare=False)  # what `propose` has found out, once
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, index: Tensor) -> FlowState:
         condition = None if self.condition is None else self.condition[index]
-        history = None if self.history is None else self.history[index]
+        past = None if self.past is None else self.past[index]
         return replace(
             self,
             x=self.x[index],
             condition=condition,
-            history=history,
+            past=past,
             following=[found[index] for found in self.following],
         )
 
@@ -113,20 +112,20 @@ class Flow:
 
     def propose(self, state: FlowState) -> Gaussian | Point:
         """The law of each row's next state: the starting noise, then what the law's table says."""
-        return self._propose(state, lambda table: table)
+        return self._propose(state, self.law.schedule)
 
     def deterministic(self, state: FlowState) -> Gaussian | Point:
         """The step without its noise; the noise that a row starts from is drawn all the same."""
-        return self._propose(state, lambda table: table.deterministic)
+        return self._propose(state, self.law.deterministic)
 
     def advance(self, state: FlowState, action: Tensor, rng: Rng) -> FlowState:
         """Every row at its next state; solvers that remember are told what the network said of the last one."""
-        history = None
-        if state.step and self.law.tables[state.step - 1].remembers:
+        past = None
+        if state.step and self.law.remembers:
             if not state.following:
                 self.propose(state)
-            history = state.following[0]
-        return replace(state, x=action.to(self.device, self.dtype), step=state.step + 1, history=history, following=[])
+            past = state.following[0]
+        return replace(state, x=action.to(self.device, self.dtype), step=state.step + 1, past=past, following=[])
 
     @torch.no_grad()
     def finish(self, state: FlowState) -> Samples:
@@ -138,21 +137,18 @@ class Flow:
             x = self.path.convert(raw, x, time, self.predicts, "data")
         return Samples(list(self.decoded(x).cpu().unbind(0)))
 
-    def _propose(self, state: FlowState, kind: Callable[[Table], Table]) -> Gaussian | Point:
+    def _propose(self, state: FlowState, schedule: Schedule) -> Gaussian | Point:
         times, x = self.law.times, state.x
         if state.step == 0:
             scale = math.hypot(self.path.alpha(times[0]), self.path.sigma(times[0]))  # for data of variance one
             return Gaussian(x, x.new_tensor(scale), trained=False)
-        table = kind(self.law.tables[state.step - 1])
 
         def predict(x: Tensor, time: float) -> Tensor:
             return self.predict(x, x.new_full((len(x),), time), state.condition, self.law.guidance)
 
         with torch.no_grad():
-            law, history = integrate.propose(
-                predict, x, state.step - 1, times, self.path, table, state.history, output=self.predicts
-            )
-        state.following[:] = [history]
+            law, past = schedule.propose(predict, x, state.step - 1, self.path, state.past, output=self.predicts)
+        state.following[:] = [past] if self.law.remembers else []
         return law
 
     # scoring
@@ -260,7 +256,7 @@ def flow(
     *,
     path: str | Path = "linear",
     predicts: str = "velocity",
-    solver: str | Table = "euler",
+    solver: str | Table | Schedule = "euler",
     steps: int = 20,
     times: Sequence[float] | None = None,
     shift: float = 1.0,
@@ -276,7 +272,8 @@ def flow(
     `model` is called as model(x, t, **condition) with states x (N, *shape): a `torch.nn.Module` gets t (N,), a plain
     function t of shape (N, 1, ...), which broadcasts. t is 1 at noise and 0 at data on every `path`
     (`stepwell.solver.path`). `predicts` says what it returns: velocity, noise, data or score. Samples are drawn by
-    `solver`, a name or a `Table`, in `steps` steps, equal in time after the time `shift`, or at the `times` given.
+    `solver`, a name or a `Table`, in `steps` steps, equal in time after the time `shift`, or at the `times` given; or
+    by a `Schedule`, which has its own times.
     `encode` maps prompts to the condition, a dictionary of tensors with one row a prompt; a name alone hands whole
     numbers over under that name. `guidance` other than 1 is classifier-free, against the condition `unconditional`
     (one row). `decode` maps final states (N, *shape) to what users and rewards see. `states_at_once` bounds how many
@@ -303,7 +300,10 @@ def flow(
     if isinstance(network, Function) and encode is None:
         _check_arguments(network.function)
     settings: dict[str, Any] = {"solver": solver, "guidance": guidance}
-    settings |= {"times": times} if times is not None else {"steps": steps, "shift": shift}
+    if times is not None:
+        settings["times"] = times
+    elif not isinstance(solver, Schedule):
+        settings |= {"steps": steps, "shift": shift}
     law = law_with(None, path, settings)
     return Flow(
         network,

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from stepwell.errors import InputError, UnknownName
 from stepwell.solver import grid
 from stepwell.solver.path import Path, shift_time
+from stepwell.solver.schedule import Schedule
 from stepwell.solver.table import Table
 from stepwell.solver.table import table as table_named
 
 SETTINGS = {
-    "solver": "a solver's name or Table",
+    "solver": "a solver's name, a Table, or a Schedule, which brings its own times",
     "level": "the noise level of the solver",
     "steps": "the number of steps, equal in time after the shift",
     "times": "the grid itself, from noise to 0",
@@ -26,16 +28,32 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Law:
-    """A table for each step between the times, which fall from noise to 0; `solver` and `shift` made them.
+    """A schedule, and the scale of guidance. `solver` and `shift`, where there is one, made the schedule."""
 
-    tables (n,), times (n + 1,).
-    """
-
-    solver: Table
-    times: tuple[float, ...]
-    tables: tuple[Table, ...]
+    schedule: Schedule
+    solver: Table | Schedule
     shift: float | None = 1.0
     guidance: float = 1.0
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """(n + 1,) from noise to 0."""
+        return self.schedule.times
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """(n,) one a step."""
+        return self.schedule.tables
+
+    @cached_property
+    def deterministic(self) -> Schedule:
+        """The same schedule without any noise."""
+        return replace(self.schedule, tables=tuple(table.deterministic for table in self.tables))
+
+    @cached_property
+    def remembers(self) -> bool:
+        """Whether some step depends on what was predicted before it."""
+        return any(table.remembers for table in self.tables)
 
 
 def law_with(law: Law | None, path: Path, settings: Mapping[str, Any]) -> Law:
@@ -45,18 +63,24 @@ def law_with(law: Law | None, path: Path, settings: Mapping[str, Any]) -> Law:
             raise UnknownName("setting of a flow's law", name, SETTINGS)
     solver = settings.get("solver", None if law is None else law.solver)
     solver = table_named(solver) if isinstance(solver, str) else solver
-    if not isinstance(solver, Table):
-        raise InputError(f"A flow's solver is a name or a Table, not {type(solver).__name__}.")
+    if not isinstance(solver, Table | Schedule):
+        raise InputError(f"A flow's solver is a name, a Table or a Schedule, not {type(solver).__name__}.")
+    guidance = float(settings.get("guidance", 1.0 if law is None else law.guidance))
+    if not guidance >= 0.0:
+        raise InputError(f"The guidance scale is {guidance}; 0 or more is right.")
+    if isinstance(solver, Schedule):
+        for name in ("level", "steps", "times", "shift", "tail", "stride"):
+            if name in settings:
+                raise InputError(f"The schedule '{solver.name}' has its own steps; '{name}' cannot be set beside it.")
+        grid.check_grid(solver.times, path)
+        return Law(solver, solver, None, guidance)
     if "level" in settings:
         solver = solver.replace(level=float(settings["level"]))
     shift = settings.get("shift", None if law is None else law.shift)
     times = _times(law, path, settings, shift)
     if "times" in settings:
         shift = None
-    guidance = float(settings.get("guidance", 1.0 if law is None else law.guidance))
-    if not guidance >= 0.0:
-        raise InputError(f"The guidance scale is {guidance}; 0 or more is right.")
-    answer = Law(solver, times, (solver,) * (len(times) - 1), shift, guidance)
+    answer = Law(Schedule.of(times, solver), solver, shift, guidance)
     if "stride" in settings:
         answer = _strided(answer, *settings["stride"])
     if "tail" in settings:
@@ -83,7 +107,7 @@ def _strided(law: Law, step: int, stride: int) -> Law:
     if stride < 1 or not 0 <= step <= last:
         raise InputError(f"A stride is 1 or more, after one of {last} steps, not {stride} after {step}.")
     places = [*range(step), *range(step, last, stride), last]
-    return replace(law, times=tuple(law.times[i] for i in places), tables=(law.solver,) * (len(places) - 1))
+    return replace(law, schedule=Schedule.of([law.times[i] for i in places], law.tables[0]))
 
 
 def _with_tail(law: Law, path: Path, step: int, solver: str | Table, steps: int) -> Law:
@@ -96,4 +120,6 @@ def _with_tail(law: Law, path: Path, step: int, solver: str | Table, steps: int)
     begin = shift_time(law.times[step], 1.0 / factor)
     rest = [shift_time(begin * (1.0 - i / steps), factor) for i in range(1, steps)]
     times: Sequence[float] = (*law.times[: step + 1], *rest, 0.0)
-    return replace(law, times=grid.check_grid(times, path), tables=(*law.tables[:step], *(solver,) * steps))
+    tables = (*law.tables[:step], *(solver,) * steps)
+    name = f"{law.schedule.name}, then {solver.name}"
+    return replace(law, schedule=Schedule(name, grid.check_grid(times, path), tables))

@@ -13,7 +13,6 @@ from torch import Tensor
 from stepwell.distributions import Gaussian
 from stepwell.errors import InputError, MissingAbility
 from stepwell.process.base import Scores
-from stepwell.solver import integrate
 from stepwell.solver.exponential import coefficients
 from stepwell.trajectories import Trajectories
 
@@ -132,7 +131,7 @@ def _predicted(
 
 def _replayed(flow: Flow, rows: Trajectories, condition: TensorDict | None) -> Steps:
     """The laws of trained steps of a solver that remembers: every row is gone through from its noise on."""
-    history, parts = None, []
+    past, parts = None, []
     last = int(rows.mask.nonzero()[:, 1].max())
 
     def predict(x: Tensor, time: float) -> Tensor:
@@ -145,7 +144,7 @@ def _replayed(flow: Flow, rows: Trajectories, condition: TensorDict | None) -> S
             raise MissingAbility(
                 f"The solver '{table.name}' cannot score rows of which only some drew noise in a step."
             )
-        law, history = integrate.propose(predict, x, k, flow.law.times, flow.path, table, history, output=flow.predicts)
+        law, past = flow.law.schedule.propose(predict, x, k, flow.path, past, output=flow.predicts)
         here = trained.nonzero()[:, 0]
         if len(here):
             assert isinstance(law, Gaussian)
@@ -203,7 +202,7 @@ def _chain(flow: Flow, rows: Trajectories, condition: TensorDict | None, depth: 
         raise InputError("Only rows drawn to their end by the law they are scored under can be differentiated through.")
     if not 1 <= depth <= last:
         raise InputError(f"Gradients pass through 1 to {last} steps of this law, not {depth}.")
-    begin, history = last - depth, None
+    begin, past = last - depth, None
 
     def predict(x: Tensor, time: float) -> Tensor:
         return flow.predict(x, x.new_full((len(x),), time), condition, flow.law.guidance)
@@ -213,8 +212,8 @@ def _chain(flow: Flow, rows: Trajectories, condition: TensorDict | None, depth: 
         trained = rows.mask[:, k + 1]
         if bool((trained != trained[0]).any()):
             raise InputError("Rows that are differentiated through together draw noise in the same steps.")
-        table = flow.law.tables[k] if bool(trained[0]) else flow.law.tables[k].deterministic
-        law, history = integrate.propose(predict, x, k, flow.law.times, flow.path, table, history, output=flow.predicts)
+        schedule = flow.law.schedule if bool(trained[0]) else flow.law.deterministic
+        law, past = schedule.propose(predict, x, k, flow.path, past, output=flow.predicts)
         if isinstance(law, Gaussian):  # x' = mean + q z, with z as it was drawn
             drawn = rows.action[:, k + 1].to(flow.dtype)
             x = law.mean + (drawn - _settled(law.mean, rows, k + 1)).detach()
