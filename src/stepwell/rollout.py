@@ -40,7 +40,8 @@ class Request:
 
     `context` takes the prompt's place while drawing (a hint, a prefix); the rows are scored under the prompt
     unless told otherwise. `start` is None for the root, `(row, step)` of the trajectories drawn so far to branch
-    after that row's first `step` steps, or a `Snapshot`. `horizon` bounds the steps of a row, those before its start
+    after that row's first `step` steps, a `Snapshot`, or one row of an earlier rollout to go on with, for processes
+    that are determined by their actions. `horizon` bounds the steps of a row, those before its start
     included. `proposal` maps the process's law, the state and each row's prompt to the law drawn from; the row's log
     weight keeps the account. Rows that are not `judged` have no outcome: they are there to branch from.
 
@@ -53,7 +54,7 @@ class Request:
     prompt: Prompt
     count: int = 8
     context: Any = None
-    start: tuple[int, int] | Snapshot | None = None
+    start: tuple[int, int] | Snapshot | Trajectories | None = None
     horizon: int | None = None
     proposal: Callable[[Distribution, State, list[Prompt]], Distribution] | None = None
     source: int = 0
@@ -139,7 +140,10 @@ def _batches(requests: Sequence[Request], rows: int) -> list[list[int]]:
     batches: dict[object, list[list[int]]] = {}
     for i, request in enumerate(requests):
         start = request.start
-        kind = start if start is None else id(start) if isinstance(start, Snapshot) else ("step", start[1])
+        if isinstance(start, Trajectories):
+            kind: object = ("row", int(start.length[0]))
+        else:
+            kind = start if start is None else id(start) if isinstance(start, Snapshot) else ("step", start[1])
         law = None if request.law is None else repr(sorted(request.law.items()))
         open_batches = batches.setdefault((kind, id(request.proposal), request.window, law, request.judged), [[]])
         size = sum(requests[j].count for j in open_batches[-1])
@@ -265,6 +269,8 @@ def _begin(
         state = process.start([r.prompt.value if r.context is None else r.context for r in requests], rng)
         if start is None:
             return state[owner], torch.zeros(len(owner), 0, dtype=torch.long)
+        if isinstance(start, Trajectories):
+            return _continue(process, requests, owner, rng, state, record)
         sources, steps = torch.tensor([request.start[0] for request in requests]), start[1]  # type: ignore[index]
         outside = so_far is None or int(sources.min()) < 0 or int(sources.max()) >= len(so_far) or steps < 0
         if so_far is None or outside or bool((so_far.length[sources] < steps).any()):
@@ -287,6 +293,20 @@ def _begin(
         trained = prefix.mask[:, step].cpu() & (window is None or window[0] <= step < window[1])
         record.add(torch.arange(len(owner)), prefix.action[:, step], prefix.log_prob[:, step], trained)
     return state, prefix.node[:, :steps]
+
+
+def _continue(
+    process: Process, requests: Sequence[Request], owner: Tensor, rng: Rng, state: State, record: _Record
+) -> tuple[State, Tensor]:
+    """Rows of an earlier rollout, gone through again; their steps are nodes of this rollout's own."""
+    rows: Any = torch.cat([request.start for request in requests])  # type: ignore[misc,arg-type]
+    if bool((rows.weight != 0).any()):
+        raise InputError("Rows with importance weights cannot be gone on with; continue a Snapshot instead.")
+    steps = int(rows.length[0])
+    for step in range(steps):
+        state = process.advance(state, rows.action[:, step], rng)
+        record.add(torch.arange(len(owner)), *(getattr(rows, n)[owner, step] for n in ("action", "log_prob", "mask")))
+    return state[owner], torch.zeros(len(owner), 0, dtype=torch.long)
 
 
 def _in_order(finished: Sequence[tuple[Tensor, Samples]], total: int) -> tuple[Samples, Tensor]:

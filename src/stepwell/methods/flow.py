@@ -36,8 +36,10 @@ from stepwell.objective.term import Objective, Term
 from stepwell.parts import Part
 from stepwell.plan.branches import Branches, Candidates, Tree
 from stepwell.plan.groups import Groups
+from stepwell.plan.queue import Queue
 from stepwell.plan.windows import Backward, Tail, Windows
 from stepwell.recipe import Recipe
+from stepwell.reward.guide import RewardGuide
 
 VARIANTS = ("corrected", "published")
 
@@ -147,6 +149,29 @@ def dance_grpo(
     policy = clipped(variant, clip, Bounded(GroupCredit("mean", "std"), 5.0))
     planner = Windows(steps=steps - 1, width=steps - 1, same_noise=same_noise)
     return Recipe(policy, planner, law={"solver": "sde-dance", "level": level, "steps": steps})
+
+
+@method(
+    "euphonium",
+    title="Euphonium",
+    paper="Euphonium: Steering Video Flow Matching via Process Reward Gradient Guided Stochastic Dynamics",
+    arxiv="2602.04928",
+    year=2026,
+    room="flow",
+    differs="dance-grpo on rollouts guided by the reward's gradient, which the policy absorbs; scored under its own "
+    "unguided law, as a guided centre would leave it in need of the reward.",
+    proof=("gaussian_gradient",),
+)
+def euphonium(
+    level: float = 0.3,
+    steps: int = 16,
+    beta: float = 0.1,
+    scale: float = 0.1,
+    clip: float | None = None,
+    variant: str = "corrected",
+) -> Recipe:
+    guide = RewardGuide(scale, normalise=True) if published(variant) else RewardGuide(beta=beta)
+    return dance_grpo(level, steps, clip, same_noise=False, variant=variant).replace(guide=guide)
 
 
 @method(
@@ -432,10 +457,24 @@ def awm(clip: float = 0.2, weight: str = "uniform", points: int = 4, steps: int 
     arxiv="2406.12120",
     year=2024,
     room="flow",
-    differs="REINFORCE on the reward less `kl` times the path's divergence: its optimum is the tilted law itself.",
+    differs="REINFORCE on the reward less `kl` times the path's divergence: as steps grow, its optimum is the tilted law.",
     proof=("gaussian_gradient", "path_divergence"),
 )
 def ctrl(kl: float = 0.1, level: float = 0.7, steps: int = 10) -> Recipe:
     credit = GroupCredit("leave-one-out", reward=Outcome() + DivergencePenalty(kl))
     policy = Policy(credit, surrogate=Score(), reduction=Reduction("row-sum"))
     return Recipe(policy, Groups(), law=flow_sde(level, steps, "corrected"))
+
+
+@method(
+    "implicit-diffusion",
+    title="Implicit Diffusion",
+    paper="Implicit Diffusion: Efficient Optimization through Stochastic Sampling",
+    arxiv="2402.05468",
+    year=2024,
+    room="flow",
+    differs="draft-k in one loop: every update takes one step of all samples under way, and learns from those that end.",
+    proof=("adjoint_gradient",),
+)
+def implicit_diffusion(steps: int = 10, solver: str = "ddim") -> Recipe:
+    return Recipe(DirectReward(pinned=True), Queue(steps=steps), law={"solver": solver, "steps": steps})

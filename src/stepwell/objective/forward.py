@@ -174,17 +174,19 @@ class DirectReward(Term):
 
     `up_to` draws each row's depth uniformly from depth..up_to (AlignProp's random truncation, Prabhudesai et al. 2023,
     arXiv 2310.03739). `renoised` > 0 instead denoises that many noisings of x_0 at the law's last time, by one step
-    (DRaFT-LV). Source: DRaFT, Clark et al. 2023, arXiv 2309.17400, algorithm 1.
+    (DRaFT-LV). `pinned` differentiates along the trajectory as it was drawn, by however old parameters: the adjoint of
+    Implicit Diffusion (Marion et al. 2024, arXiv 2402.05468). Source: DRaFT, Clark et al. 2023, arXiv 2309.17400.
     """
 
     depth: int | None = None
     up_to: int | None = None
     renoised: int = 0
+    pinned: bool = False
     coefficient: float | State = 1.0
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"denoised" if self.renoised else "sample"})
+        return frozenset({"denoised" if self.renoised else "pinned" if self.pinned else "sample"})
 
     def draw(self, rows: Trajectories, process: Process, rng: Rng) -> dict[str, Tensor]:
         law: Any = ability(process, "law", "A reward that is differentiated")
@@ -206,6 +208,6 @@ class DirectReward(Term):
             ids = batch.rows.prompt.repeat_interleave(samples.shape[1])
             reward = batch.judge(samples.flatten(0, 1), ids).reshape(len(batch), -1).mean(1)
         else:
-            reward = batch.judge(batch.present("sample"), batch.rows.prompt)
+            reward = batch.judge(batch.present("pinned" if self.pinned else "sample"), batch.rows.prompt)
         value = -value_of(self.coefficient, batch) * reward.sum() / batch.counts.rows
         return Loss(value, {"reward_loss": value.detach()})

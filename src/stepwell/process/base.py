@@ -85,10 +85,11 @@ NEEDS = {
     "forward": "(N, K, *D) the velocity predicted at points drawn around each row's final state (rows.points)",
     "denoised": "(N, K, ...) the decoded data predicted at those points",
     "sample": "(N, ...) the decoded final sample, differentiable through the last rows.points['depth'] steps",
+    "pinned": "sample, with the states on the way at the values they were drawn with",
 }
 
 
-AT_POINTS = frozenset({"forward", "denoised", "sample"})
+AT_POINTS = frozenset({"forward", "denoised", "sample", "pinned"})
 """Needs that are not one number or vector a step; they belong to points that a term draws for each row."""
 
 

@@ -69,7 +69,7 @@ class Flow:
     are never trained. Built by `flow`, which see for the arguments.
     """
 
-    offers = frozenset({"entropy", "kl", "mean", "deviation", "step_size", "forward", "denoised", "sample"})
+    offers = frozenset({"entropy", "kl", "mean", "deviation", "step_size", "forward", "denoised", "sample", "pinned"})
     free_steps = 1  # the noise
 
     def __init__(
@@ -132,10 +132,21 @@ class Flow:
         """The decoded samples, one tensor a row; of a row that was cut short, what the network makes of it."""
         x = state.x
         if 0 < state.step <= state.last:
-            time = self.law.times[state.step - 1]
-            raw = self.predict(x, x.new_full((len(x),), time), state.condition, self.law.guidance)
-            x = self.path.convert(raw, x, time, self.predicts, "data")
+            x = self.data_prediction(state, x)
         return Samples(list(self.decoded(x).cpu().unbind(0)))
+
+    def data_prediction(self, state: FlowState, x: Tensor) -> Tensor:
+        """The data (N, *D) that the network expects at states x (N, *D) put in the state's place, differentiable in x.
+
+        Raises `InputError` for a state whose noise was not drawn yet.
+        """
+        if state.step == 0:
+            raise InputError("There is no data to predict before the noise that a row starts from is drawn.")
+        if state.step > state.last:
+            return x
+        time = self.law.times[state.step - 1]
+        raw = self.predict(x, x.new_full((len(x),), time), state.condition, self.law.guidance)
+        return self.path.convert(raw, x, time, self.predicts, "data")
 
     def _propose(self, state: FlowState, schedule: Schedule) -> Gaussian | Point:
         times, x = self.law.times, state.x

@@ -62,8 +62,8 @@ def scores(flow: Flow, rows: Trajectories, needs: Collection[str], context: Tens
         answer["kl"] = steps.table(steps.law.kl(law), here)
     if {"forward", "denoised"} & set(needs):
         answer |= _forward(flow, here, condition, needs)
-    if "sample" in needs:
-        answer["sample"] = _sample(flow, here, condition)
+    for need in {"sample", "pinned"} & set(needs):
+        answer[need] = _sample(flow, here, condition, pinned=need == "pinned")
     answer = {name: value.to(device) for name, value in answer.items()}
     return Scores(answer.pop("log_prob"), answer)
 
@@ -183,19 +183,22 @@ def _forward(flow: Flow, rows: Trajectories, condition: TensorDict | None, needs
     return answer
 
 
-def _sample(flow: Flow, rows: Trajectories, condition: TensorDict | None) -> Tensor:
-    """The final samples, differentiable through each row's last `depth` steps: noise is kept, states move."""
+def _sample(flow: Flow, rows: Trajectories, condition: TensorDict | None, pinned: bool) -> Tensor:
+    """The final samples, differentiable through each row's last `depth` steps: noise is kept, states move.
+
+    `pinned` states have the values they were drawn with, so that gradients are those of the trajectory as it is.
+    """
     (depth,) = _points(rows, ("depth",), "sample")
     ends: list[Tensor] = []
     order: list[Tensor] = []
     for steps in depth.unique().tolist():
         here = (depth == steps).nonzero()[:, 0]
-        ends.append(_chain(flow, rows[here], None if condition is None else condition[here], int(steps)))
+        ends.append(_chain(flow, rows[here], None if condition is None else condition[here], int(steps), pinned))
         order.append(here)
     return flow.decoded(torch.cat(ends)[torch.cat(order).argsort()])
 
 
-def _chain(flow: Flow, rows: Trajectories, condition: TensorDict | None, depth: int) -> Tensor:
+def _chain(flow: Flow, rows: Trajectories, condition: TensorDict | None, depth: int, pinned: bool) -> Tensor:
     """The last state of rows (N, *D) as a function of the parameters through its last `depth` steps."""
     last = len(flow.law.times) - 1
     if bool((rows.length != last + 1).any()):
@@ -214,8 +217,11 @@ def _chain(flow: Flow, rows: Trajectories, condition: TensorDict | None, depth: 
             raise InputError("Rows that are differentiated through together draw noise in the same steps.")
         schedule = flow.law.schedule if bool(trained[0]) else flow.law.deterministic
         law, past = schedule.propose(predict, x, k, flow.path, past, output=flow.predicts)
-        if isinstance(law, Gaussian):  # x' = mean + q z, with z as it was drawn
-            drawn = rows.action[:, k + 1].to(flow.dtype)
+        drawn = rows.action[:, k + 1].to(flow.dtype)
+        if pinned:
+            mean = law.mean if isinstance(law, Gaussian) else law.value
+            x = drawn + mean - mean.detach()
+        elif isinstance(law, Gaussian):  # x' = mean + q z, with z as it was drawn
             x = law.mean + (drawn - _settled(law.mean, rows, k + 1)).detach()
         else:
             x = law.value
