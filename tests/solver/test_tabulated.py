@@ -16,8 +16,9 @@ from stepwell.errors import InputError
 from stepwell.rng import Rng
 from stepwell.solver import grid
 from stepwell.solver.integrate import sample
-from stepwell.solver.path import PREDICTIONS, Tabulated
+from stepwell.solver.path import PREDICTIONS
 from stepwell.solver.table import table
+from stepwell.solver.tabulated import Tabulated
 
 
 def stable_diffusion(zero: bool = False) -> Tabulated:

@@ -16,7 +16,8 @@ from torch import nn
 
 from stepwell.errors import InputError
 from stepwell.process import loading
-from stepwell.solver.path import Linear, Path, Tabulated
+from stepwell.solver.path import Linear, Path
+from stepwell.solver.tabulated import Tabulated
 from stepwell.writing import writable_folder, write_whole, writing
 
 FAMILIES = {
