@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import re
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stepwell.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -168,3 +171,35 @@ def svg(figure: Any, title: str) -> str:
         inside = inside.replace(stand_in, f"var({variable})")
     label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return f'<svg viewBox="{box[1]}" role="img" aria-label="{label}">{inside}'
+
+
+DRAWS = frozenset(
+    """svg g defs use symbol title desc style path rect circle ellipse line polyline polygon text tspan clipPath mask
+    linearGradient radialGradient stop pattern marker image""".split()
+)
+"""The elements that a figure may have: they draw, and do nothing else."""
+
+
+def safe(figure: str) -> str:
+    """An `<svg>` that was drawn elsewhere, as it may be put into a page.
+
+    Raises `InputError` for anything that is no well-formed svg, or that a browser would run or load.
+    """
+    try:
+        if not isinstance(figure, str) or "<!" in figure or not figure.lstrip().startswith("<svg"):
+            raise InputError("A figure is the text of one <svg> element, as stepwell.compare.charts.svg gives it.")
+        elements = list(ElementTree.fromstring(figure).iter())
+    except ElementTree.ParseError as error:
+        raise InputError(f"A figure is well-formed XML; this one is not ({error}).") from error
+    for element in elements:
+        tag = element.tag.rpartition("}")[2]
+        texts = {name.rpartition("}")[2].casefold(): value for name, value in element.attrib.items()}
+        links = [value for name, value in texts.items() if name in ("href", "src")]
+        styles = [*texts.values(), element.text or ""] if tag == "style" else list(texts.values())
+        if tag not in DRAWS or any(name.startswith("on") for name in texts):
+            raise InputError(f"A figure only draws; its element '{tag}' may do more than that.")
+        if any(not link.startswith(("#", "data:image/png;base64,")) for link in links) or any(
+            re.search(r"@import|url\((?!#)|\\", style, re.IGNORECASE) for style in styles
+        ):
+            raise InputError(f"A figure holds all that it shows; its element '{tag}' refers to something outside.")
+    return figure

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from stepwell.compare.statistics import Interval, difference, interquartile_mean
 class Row:
     """One method's numbers: its final score, its gain over the start, the middle half's mean, and what it spent.
 
-    `cost` is the mean over seeds by unit, `steps` too.
+    `cost` is the mean over seeds by unit, `steps` too. `measures`: see `over_seeds`.
     """
 
     label: str
@@ -25,6 +26,7 @@ class Row:
     middle: Interval
     cost: dict[str, float]
     steps: float
+    measures: dict[str, Interval] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Findings:
     rows: list[Row]
     pairs: list[Pair]
     sentences: list[str]
+    start_measures: dict[str, Interval] = field(default_factory=dict)
 
 
 def find(comparison: Comparison, level: float = 0.95) -> Findings | None:
@@ -54,6 +57,8 @@ def find(comparison: Comparison, level: float = 0.95) -> Findings | None:
     scores = {entry.label: entry.scores("end", seeds) for entry in entries}
     starts = {entry.label: entry.scores("start", seeds) for entry in entries}
     ordered = sorted(entries, key=lambda entry: -float(scores[entry.label].mean()))
+    every = [trial for entry in entries for trial in entry.trials if trial.seed in seeds]
+    names = [name for name in every[0].measures if all(name in trial.measures for trial in every)]
     rows = []
     for entry in ordered:
         trials = [trial for trial in entry.trials if trial.seed in seeds]
@@ -66,6 +71,7 @@ def find(comparison: Comparison, level: float = 0.95) -> Findings | None:
                 middle=interval(scores[entry.label], interquartile_mean, level=level),
                 cost={unit: float(np.mean([trial.cost[unit] for trial in trials])) for unit in trials[0].cost},
                 steps=float(np.mean([trial.steps for trial in trials])),
+                measures={name: over_seeds([t.measures[name][1] for t in trials], level) for name in names},
             )
         )
     labels = [row.label for row in rows]
@@ -75,7 +81,26 @@ def find(comparison: Comparison, level: float = 0.95) -> Findings | None:
         for second in labels[place + 1 :]
     ]
     start = interval(starts[labels[0]], level=level)
-    return Findings(start, rows, pairs, _sentences(comparison, start, rows, pairs, len(seeds)))
+    begins = {trial.seed: trial.measures for trial in every}
+    before = {name: over_seeds([begins[seed][name][0] for seed in seeds], level) for name in names}
+    return Findings(start, rows, pairs, _sentences(comparison, start, rows, pairs, len(seeds)), before)
+
+
+def over_seeds(values: Sequence[float | None], level: float = 0.95) -> Interval:
+    """The mean of a measure, one number a seed, with its interval over seeds.
+
+    One seed has no interval: its ends are NaN. Where a seed's number is missing all three are.
+
+    Example:
+        >>> over_seeds([0.25]).value, over_seeds([0.25, None]).value
+        (0.25, nan)
+    """
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return Interval(math.nan, math.nan, math.nan, level)
+    if len(known) == 1:
+        return Interval(known[0], math.nan, math.nan, level)
+    return interval([[value] for value in known], level=level)
 
 
 def number(value: float, comparison: Comparison, signed: bool = False) -> str:
@@ -123,7 +148,10 @@ def _sentences(
     if len(rows) > 1:
         sentences.append(_gains(rows))
     if seeds == 1:
-        sentences.append("There was one seed: the intervals speak of other prompts, not of what another seed would do.")
+        others = "samples" if comparison.task.get("same_prompts") else "prompts"
+        sentences.append(
+            f"There was one seed: the intervals speak of other {others}, not of what another seed would do."
+        )
     for label, error in comparison.errors.items():
         sentences.append(f"{label} failed ({error}).")
     return sentences

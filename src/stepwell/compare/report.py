@@ -13,10 +13,10 @@ import numpy as np
 from stepwell.compare import charts
 from stepwell.compare.charts import Bar, Line, Values
 from stepwell.compare.findings import Findings, find, number, percent
+from stepwell.compare.gallery import samples_note, samples_of
 from stepwell.compare.results import Comparison, Entry
 from stepwell.compare.statistics import Interval
-from stepwell.compare.table import UNITS, amount, spread, units_spent
-from stepwell.reward.verifiers import text_of
+from stepwell.compare.table import amount, measure, spread, unit_name, units_spent
 from stepwell.writing import write_whole
 
 AXES = {
@@ -68,6 +68,11 @@ def page(comparison: Comparison) -> dict[str, Any]:
     made = comparison.made
     names = ", ".join(entry.label for entry in comparison.entries)
     samples = comparison.evaluation["samples"]
+    judged_on = "held-out prompts"
+    if task.get("same_prompts"):
+        judged_on = "the prompts of training, drawn anew from random numbers that training does not see"
+    groups = [samples_of(entry, series[entry.label], comparison) for entry in comparison.complete if entry.samples]
+    images = any(group["images"] for group in groups)
     return {
         "title": f"{task['title']}: {names}",
         "eyebrow": "Stepwell comparison",
@@ -77,18 +82,18 @@ def page(comparison: Comparison) -> dict[str, Any]:
         "facts": [
             ("budget", f"{comparison.budget} a run"),
             ("seeds", len(seeds)),
-            ("held-out prompts", comparison.evaluation["prompts"]),
+            (comparison.held_out, comparison.evaluation["prompts"]),
             ("samples a prompt", samples),
             ("made", str(made.get("when", ""))[:16].replace("T", " ")),
         ],
         "errors": list(comparison.errors.items()),
-        "table": None if findings is None else _table(comparison, findings, series),
+        "tables": [] if findings is None else _tables(comparison, findings, series),
         "legend": [(entry.label, series[entry.label]) for entry in comparison.complete],
         "sections": [] if findings is None else _sections(comparison, findings, series),
-        "samples": [_samples(entry, series[entry.label], comparison) for entry in comparison.complete if entry.samples],
-        "samples_note": f"The first answer to a few held-out prompts, before and after training on seed {seeds[0]}."
-        if seeds
-        else "",
+        "images": images,
+        "samples": groups,
+        "samples_title": "Single samples" if comparison.figure else "Samples" if images else "Completions",
+        "samples_note": samples_note(comparison, images) if seeds else "",
         "cards": [
             {**_blank_card(), **entry.card, "label": entry.label, "series": series[entry.label]}
             for entry in comparison.entries
@@ -96,7 +101,7 @@ def page(comparison: Comparison) -> dict[str, Any]:
         "commands": [made["command"]] if made.get("command") else [],
         "reproduction": reproduction(comparison.settings, made),
         "footnote": (
-            "Scores are mean rewards on held-out prompts; the middle half is their interquartile mean. Brackets are "
+            f"Scores are mean rewards on {judged_on}; the middle half is their interquartile mean. Brackets are "
             "95 % intervals from a bootstrap over seeds and prompts, widened for few seeds, each by itself and not "
             "corrected for their number; differences are paired by seed and prompt. Nothing is called better whose "
             "interval contains zero. Made with Stepwell."
@@ -104,8 +109,33 @@ def page(comparison: Comparison) -> dict[str, Any]:
     }
 
 
+def _tables(comparison: Comparison, findings: Findings, series: Mapping[str, int]) -> list[dict[str, Any]]:
+    scores = _table(comparison, findings, series)
+    return [scores, _measures(comparison, findings, series)] if findings.start_measures else [scores]
+
+
+def _measures(comparison: Comparison, findings: Findings, series: Mapping[str, int]) -> dict[str, Any]:
+    def cells(measures: Mapping[str, Interval]) -> list[dict[str, Any]]:
+        return [plain(*measure(found)) for found in measures.values()]
+
+    rows = [
+        {"label": row.label, "series": series[row.label], "kind": "", "cells": cells(row.measures)}
+        for row in findings.rows
+    ]
+    rows.append({"label": "start", "series": None, "kind": "start", "cells": cells(findings.start_measures)})
+    seeds = len(comparison.shared_seeds)
+    over = f", with 95 % intervals over {seeds} seeds" if seeds > 1 else "; one seed has no interval"
+    return {
+        "title": "Measures",
+        "note": f"Of the same samples after training, besides their reward: means{over}.",
+        "header": ["method", *findings.start_measures],
+        "rows": rows,
+    }
+
+
 def _table(comparison: Comparison, findings: Findings, series: Mapping[str, int]) -> dict[str, Any]:
     spent = units_spent(findings)
+    named = [unit_name(name, comparison.work) for name in spent]
     unit = " ".join(filter(None, (comparison.task["unit"], percent(comparison).strip())))
 
     def scored(found: Interval, signed: bool = False) -> dict[str, Any]:
@@ -126,27 +156,28 @@ def _table(comparison: Comparison, findings: Findings, series: Mapping[str, int]
     return {
         "title": "Scores and costs",
         "note": f"Means over {count_of(len(comparison.shared_seeds), 'seed')}, from the highest score down.",
-        "header": ["method", unit, "gain on the start", "middle half", "steps", *(UNITS[name] for name in spent)],
+        "header": ["method", unit, "gain on the start", "middle half", "steps", *named],
         "rows": rows,
     }
 
 
 def _sections(comparison: Comparison, findings: Findings, series: Mapping[str, int]) -> list[dict[str, Any]]:
     shown, unit = bool(percent(comparison)), comparison.task["unit"]
+    sections = [_figure(comparison)] if comparison.figure else []
     axes = [comparison.budget_unit, "steps"] if comparison.budget_unit != "steps" else ["steps", "seconds"]
     drawn = []
     for axis in axes:
-        name = AXES[axis][0]
+        name = AXES[axis][0].replace("tokens", comparison.work)
         lines = [_curve(comparison, entry, series[entry.label], axis) for entry in comparison.complete]
         title = f"{unit.capitalize()} by {name}"
         svg = charts.curves(lines, name, title, percent=shown, level=findings.start.value)
-        drawn.append(chart(title, svg, "held-out prompts" + (", %" if shown else "")))
+        drawn.append(chart(title, svg, comparison.held_out + (", %" if shown else "")))
     lines = [_training(comparison, entry, series[entry.label]) for entry in comparison.complete]
     title = "Reward while training"
     drawn.append(chart(title, charts.curves(lines, "steps", title, percent=shown), "training prompts, moving average"))
     one = len(comparison.shared_seeds) == 1
-    band = "The bands are 95 % intervals over held-out prompts" if one else "The bands span the seeds"
-    sections = [
+    band = f"The bands are 95 % intervals over {comparison.held_out}" if one else "The bands span the seeds"
+    sections.append(
         {
             "title": "Learning",
             "note": f"{band}; the dotted line is the common start.",
@@ -154,7 +185,7 @@ def _sections(comparison: Comparison, findings: Findings, series: Mapping[str, i
             "small": False,
             "charts": drawn,
         }
-    ]
+    )
     if findings.pairs:
         bars = [
             Bar(f"{p.first} − {p.second}", 0, p.difference.value, p.difference.low, p.difference.high, sure)
@@ -171,11 +202,19 @@ def _sections(comparison: Comparison, findings: Findings, series: Mapping[str, i
     for name in units_spent(findings):
         values = [row.cost[name] for row in findings.rows]
         texts = [amount(value) for value in values]
-        svg = charts.bars(labels, [series[label] for label in labels], values, texts, f"Cost in {UNITS[name]}")
-        costs.append(chart(UNITS[name].capitalize(), svg))
+        said = unit_name(name, comparison.work)
+        svg = charts.bars(labels, [series[label] for label in labels], values, texts, f"Cost in {said}")
+        costs.append(chart(said.capitalize(), svg))
     note = f"What a run spent on average, in every unit; the budget was {comparison.budget}. Evaluation is not in it."
     sections.append({"title": "Cost", "note": note, "legend": False, "small": True, "charts": costs})
     return sections
+
+
+def _figure(comparison: Comparison) -> dict[str, Any]:
+    """The section of the task's own picture; its colours are those of the legend."""
+    drawn = chart("All methods", charts.safe(comparison.figure), str(comparison.task.get("caption", "")), "whole")
+    note = f"Held-out samples before and after training on seed {comparison.shared_seeds[0]}."
+    return {"title": "Samples", "note": note, "legend": True, "small": False, "charts": [drawn]}
 
 
 def _curve(comparison: Comparison, entry: Entry, series: int, axis: str) -> Line:
@@ -202,27 +241,9 @@ def _training(comparison: Comparison, entry: Entry, series: int) -> Line:
     return Line(entry.label, series, np.arange(1, steps + 1, dtype=float), charts.smoothed(mean, max(1, steps // 20)))
 
 
-def _samples(entry: Entry, series: int, comparison: Comparison) -> dict[str, Any]:
-    rows = [{**sample, "prompt": shown(sample["prompt"])} for sample in entry.samples]
-    good = [sum(sample[f"{when}_reward"] == 1 for sample in entry.samples) for when in ("before", "after")]
-    about = f"{good[0]} of these {len(rows)} {comparison.task['unit']} before, {good[1]} after"
-    return {
-        "label": entry.label,
-        "series": series,
-        "about": about if percent(comparison) else f"{len(rows)} prompts",
-        "columns": ("before", "after"),
-        "rows": rows,
-    }
-
-
-def shown(prompt: Any) -> str:
-    """A prompt as a page prints it."""
-    return text_of(prompt) if isinstance(prompt, str | list | tuple) and prompt else str(prompt)
-
-
-def plain(text: str) -> dict[str, Any]:
-    """A cell without an interval."""
-    return {"text": text, "small": "", "tone": ""}
+def plain(text: str, small: str = "") -> dict[str, Any]:
+    """A cell that is neither good nor bad."""
+    return {"text": text, "small": small, "tone": ""}
 
 
 def count_of(count: int, word: str) -> str:

@@ -24,7 +24,8 @@ class Trial:
     `start`, `end`: the mean reward on each held-out prompt, before and after. `curve`: what held-out prompts said at
     shares of the budget on the way, entries with `share`, `step`, `score`, `wall_time` and `cost/<unit>`.
     `history`: the training's own metrics, an entry a step. `cost`: all that was spent, by unit; evaluation is not in
-    it. `model`: the folder of the trained process, where it was kept.
+    it. `model`: the folder of the trained process, where it was kept. `measures`: the task's further numbers of all
+    held-out samples, by name, before and after; None where one was not finite.
     """
 
     seed: int
@@ -35,6 +36,7 @@ class Trial:
     cost: dict[str, float]
     steps: int
     model: str | None = None
+    measures: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A whole comparison. `task` holds name, title, description and unit; `made` says when, on what, with what."""
+    """A whole comparison. `task` holds name, title, description and unit; `made` says when, on what, with what.
+
+    `figure` is the task's picture of all methods' samples, an `<svg>`, or empty.
+    """
 
     task: dict[str, Any]
     budget: str
@@ -67,6 +72,17 @@ class Comparison:
     settings: dict[str, Any]
     evaluation: dict[str, int]
     made: dict[str, Any]
+    figure: str = ""
+
+    @property
+    def held_out(self) -> str:
+        """What scores are means over."""
+        return "prompts drawn anew" if self.task.get("same_prompts") else "held-out prompts"
+
+    @property
+    def work(self) -> str:
+        """What the networks are given: `tokens`, or `latents` where samples are tensors."""
+        return str(self.task.get("work", "tokens"))
 
     @property
     def complete(self) -> list[Entry]:

@@ -6,21 +6,25 @@ import datetime
 import os
 import platform
 import shlex
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stepwell.compare.charts import safe
 from stepwell.compare.progress import Progress
 from stepwell.compare.results import Comparison, Entry, Trial
+from stepwell.compare.samples import kept, measured
 from stepwell.compare.specs import MethodSpec, parse_specs
 from stepwell.compare.tasks import Task, get_task, source_of
 from stepwell.compare.warm_start import threads
 from stepwell.errors import InputError, UnknownName
-from stepwell.meter import Budget, Cost, Meter
+from stepwell.meter import Budget, Cost
+from stepwell.methods.registry import check_room, room_of
 from stepwell.process.base import Process
 from stepwell.rng import Rng
 from stepwell.rollout import Drawn
@@ -31,8 +35,6 @@ from stepwell.writing import writable_folder
 
 POINTS = 10
 """Evaluations on the way, at equal shares of the budget."""
-SHOWN = 12
-"""Held-out prompts whose completions are kept."""
 
 
 def compare(
@@ -78,14 +80,13 @@ def compare(
         raise InputError("Runs can only be kept in a folder; name one with `out`.")
     for spec in specs:
         with_settings(spec.recipe(), common)  # what a method cannot do is known before the first is trained
-        kept = None if folder is None else folder / "runs" / _file_name(spec.label)
-        if keep_runs and kept is not None and kept.exists():
-            raise InputError(f"'{kept}' holds runs of an earlier comparison; remove it or choose another folder.")
+        runs = None if folder is None else folder / "runs" / _file_name(spec.label)
+        if keep_runs and runs is not None and runs.exists():
+            raise InputError(f"'{runs}' holds runs of an earlier comparison; remove it or choose another folder.")
     command = _command(task, options, settings, specs, whole, seeds, evaluation_samples)
     runner = _Runner(built, whole, common, evaluation_samples, folder if keep_runs else None)
     result = Comparison(
-        task={name: getattr(built, name) for name in ("name", "title", "description", "unit")}
-        | {"options": dict(options or {})},
+        task=_described(built) | {"options": dict(options or {})},
         budget=str(whole),
         budget_unit=whole.unit,
         seeds=chosen,
@@ -94,30 +95,47 @@ def compare(
         evaluation={"prompts": len(built.evaluation), "samples": evaluation_samples},
         made=_made(built.threads) | {"command": command},
     )
-    runs = len(specs) * len(chosen)
-    with threads(built.threads), Progress(progress, built.title, str(whole), runs) as view:
+    total = len(specs) * len(chosen)
+    with threads(built.threads), Progress(progress, built.title, str(whole), total) as view:
         view.say("starting the process")
+        room = room_of(built.process())
+        for spec in specs:
+            check_room(spec.card, room)
         runner.warm(specs[0], whole)
         for turn, seed in enumerate(chosen):
             view.say(f"seed {seed}: judging the start")
-            before = runner.judge(built.process(), seed, "start")
+            before = runner.look(built.process(), seed, "start")
+            if all(isinstance(value, Tensor) for value in before.drawn.samples.values):
+                result.task["work"] = "latents"
             for place in range(len(specs)):
                 number = (turn + place) % len(specs)
                 entry = result.entries[number]
                 if entry.error is None:
                     done = runner.run(entry, specs[number], seed, before, view)
                     result = replace(result, entries=[done if e is entry else e for e in result.entries])
+                    if turn == 0 and done.error is None:
+                        result = replace(result, figure=runner.figure([e.label for e in result.entries], before))
                     if folder is not None:
                         result.save(folder)
                 view.next()
     return result
 
 
+@dataclass(frozen=True)
+class _Look:
+    """The held-out samples of a process: the mean reward on each prompt (P,), what was drawn, the task's measures."""
+
+    each: Tensor
+    drawn: Drawn
+    measures: dict[str, float | None]
+
+
 class _Runner:
-    """What all runs of a comparison have in common."""
+    """What all runs of a comparison have in common, and the last samples of each method's first run."""
 
     def __init__(self, task: Task, budget: Budget, settings: Settings, samples: int, folder: Path | None):
         self.task, self.budget, self.settings, self.samples, self.folder = task, budget, settings, samples, folder
+        self.ends: dict[str, list[Any]] = {}
 
     def warm(self, spec: MethodSpec, budget: Budget) -> None:
         """One step that counts for nothing: what a process does only once must not be the first method's time."""
@@ -131,7 +149,23 @@ class _Runner:
         found = evaluate(process, self.task.evaluation, self.task.rewards, rng, samples or self.samples)
         return found.each, found.drawn
 
-    def run(self, entry: Entry, spec: MethodSpec, seed: int, before: tuple[Tensor, Drawn], view: Progress) -> Entry:
+    def look(self, process: Process, seed: int, when: str) -> _Look:
+        """The judgement on a process before or after its training, with measures."""
+        each, drawn = self.judge(process, seed, when)
+        return _Look(each, drawn, measured(self.task, drawn))
+
+    def figure(self, labels: Sequence[str], before: _Look) -> str:
+        """The task's figure of the first runs so far; empty where it has none, or where drawing it fails."""
+        if self.task.figure is None:
+            return ""
+        ends = {label: self.ends[label] for label in labels if label in self.ends}
+        try:
+            return safe(self.task.figure(before.drawn.samples.values, ends))
+        except Exception as error:  # hours of training are worth more than a picture of them
+            warnings.warn(f"The figure of task '{self.task.name}' is left out: {error}", stacklevel=2)
+            return ""
+
+    def run(self, entry: Entry, spec: MethodSpec, seed: int, before: _Look, view: Progress) -> Entry:
         """The entry with one trial more, or with what went wrong."""
         try:
             return self._run(entry, spec, seed, before, view)
@@ -139,10 +173,10 @@ class _Runner:
             said = " ".join(str(error).split())
             return replace(entry, error=f"seed {seed}: {type(error).__name__}: {said}")
 
-    def _run(self, entry: Entry, spec: MethodSpec, seed: int, before: tuple[Tensor, Drawn], view: Progress) -> Entry:
+    def _run(self, entry: Entry, spec: MethodSpec, seed: int, before: _Look, view: Progress) -> Entry:
         process = self.task.process()
         history: list[dict[str, Any]] = []
-        curve: list[dict[str, Any]] = [{"share": 0.0, "step": 0} | _score(before[0]) | _costs(Cost())]
+        curve: list[dict[str, Any]] = [{"share": 0.0, "step": 0} | _score(before.each) | _costs(Cost())]
         view.say(f"seed {seed}: {spec.label}")
 
         def on_step(metrics: dict[str, Any]) -> None:
@@ -171,36 +205,30 @@ class _Runner:
                 "task": self.task.name,
             },
         )
-        after = self.judge(process, seed, "end")
+        after = self.look(process, seed, "end")
         end = {"share": self.budget.fraction(run.cost, run.steps), "step": run.steps}
-        curve.append(end | _score(after[0]) | _costs(run.cost))
+        curve.append(end | _score(after.each) | _costs(run.cost))
         trial = Trial(
             seed=seed,
-            start=before[0].tolist(),
-            end=after[0].tolist(),
+            start=before.each.tolist(),
+            end=after.each.tolist(),
             curve=curve,
             history=history,
             cost=asdict(run.cost),
             steps=run.steps,
             model=None if where is None else str(where),
+            measures={name: [value, after.measures[name]] for name, value in before.measures.items()},
         )
-        samples = entry.samples or self._samples(before[1], after[1])
+        samples = entry.samples or kept(self.task, before.drawn, after.drawn, self.samples)
+        if not entry.trials and self.task.figure is not None:
+            self.ends[entry.label] = after.drawn.samples.values
         return replace(entry, trials=[*entry.trials, trial], samples=samples)
 
-    def _samples(self, before: Drawn, after: Drawn) -> list[dict[str, Any]]:
-        """The first completion of a few held-out prompts, spread over all of them, before and after."""
-        number = len(self.task.evaluation)
-        places = [i * number // min(SHOWN, number) * self.samples for i in range(min(SHOWN, number))]
-        found = []
-        few = [drawn[torch.tensor(places)] for drawn in (before, after)]
-        rewards = [self.task.rewards(drawn, Meter()).total.tolist() for drawn in few]
-        for row, prompt in enumerate(few[0].prompts):
-            shown = [self.task.show(prompt, drawn.samples.values[row]) for drawn in few]
-            found.append(
-                {"prompt": prompt.value, "before": shown[0], "before_reward": rewards[0][row]}
-                | {"after": shown[1], "after_reward": rewards[1][row]}
-            )
-        return found
+
+def _described(task: Task) -> dict[str, Any]:
+    """What is said of a task; the unusual only where it holds."""
+    said: dict[str, Any] = {name: getattr(task, name) for name in ("name", "title", "description", "unit")}
+    return said | {name: getattr(task, name) for name in ("same_prompts", "caption") if getattr(task, name)}
 
 
 def _settings(task: Task, changes: Mapping[str, Any], budget: Budget) -> Settings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,21 @@ import numpy as np
 
 from stepwell.compare import charts
 from stepwell.compare.charts import Line
-from stepwell.compare.report import chart, count_of, number_or_nan, plain, render, reproduction, shown, write_report
+from stepwell.compare.gallery import embedded, shown
+from stepwell.compare.report import chart, count_of, number_or_nan, plain, render, reproduction, write_report
 from stepwell.compare.results import FILE, Comparison
-from stepwell.compare.table import UNITS, amount
+from stepwell.compare.table import UNITS, amount, unit_name
 from stepwell.compare.tasks import plainly
 from stepwell.errors import InputError
 from stepwell.rollout import Prompt
-from stepwell.train.log import CLOCK, COMPLETIONS, METRICS, RUN, read_lines
+from stepwell.train.log import CLOCK, COMPLETIONS, METRICS, RUN, SAMPLES, read_lines
 from stepwell.writing import write_whole
 
 FIRST = ("reward", "evaluation/reward", "length", "truncated", "kl", "old_kl", "clip_fraction", "gradient_norm")
 """The metrics that come first; all others follow by name."""
 MOST_POINTS = 400
+MOST_PICTURES = 6
+"""Pictures of a run's samples, spread over all that it drew."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def _read(folder: Path) -> RunFolder:
 def runs_page(runs: Sequence[RunFolder]) -> dict[str, Any]:
     """What the template shows of runs."""
     names = ", ".join(run.label for run in runs)
+    galleries = [gallery for run in runs for gallery in _pictures(run, len(runs) > 1)]
+    drawing = {run.label for run in runs if any("picture" in entry for entry in run.completions)}
     facts: list[tuple[str, Any]] = [("runs", len(runs)), ("steps", ", ".join(str(len(run.metrics)) for run in runs))]
     methods = list(dict.fromkeys(str(run.about["method"]) for run in runs if run.about.get("method")))
     if methods:
@@ -87,10 +92,14 @@ def runs_page(runs: Sequence[RunFolder]) -> dict[str, Any]:
         "of each, as a comparison runs them.",
         "facts": facts,
         "errors": [],
-        "table": _table(runs),
+        "tables": [_table(runs)],
         "legend": [(run.label, place) for place, run in enumerate(runs)],
-        "sections": _sections(runs),
-        "samples": [_samples(run, place) for place, run in enumerate(runs) if run.completions],
+        "sections": _sections(runs) + galleries,
+        "images": bool(galleries),
+        "samples": [
+            _samples(run, place) for place, run in enumerate(runs) if run.completions and run.label not in drawing
+        ],
+        "samples_title": "Completions",
         "samples_note": "Answers from the log: the first and the last.",
         "cards": [
             _card(run, place) for place, run in enumerate(runs) if run.about.get("card") or run.about.get("parts")
@@ -126,7 +135,8 @@ def _table(runs: Sequence[RunFolder]) -> dict[str, Any]:
         cells = [plain(f"{number_or_nan(last.get('reward')):.3g}"), plain(str(len(run.metrics)))]
         cells += [plain("" if spent[unit] is None else amount(float(spent[unit] or 0))) for unit in units]
         rows.append({"label": run.label, "series": place, "kind": "", "cells": cells})
-    header = ["run", "last reward", "steps", *(UNITS[unit] for unit in units)]
+    works = " or ".join(dict.fromkeys(str(run.about.get("work", "tokens")) for run in runs))
+    header = ["run", "last reward", "steps", *(unit_name(unit, works) for unit in units)]
     return {"title": "Costs", "note": "What each run spent, in every unit.", "header": header, "rows": rows}
 
 
@@ -160,6 +170,31 @@ def _lines(run: RunFolder, series: int, name: str) -> list[Line]:
     ]
 
 
+def _pictures(run: RunFolder, several: bool) -> list[dict[str, Any]]:
+    """A section with the pictures that a run drew of its samples, their rewards below; none where it drew none."""
+    from markupsafe import Markup
+
+    files = sorted((run.path / SAMPLES).glob("step-*.png"))
+    few = min(MOST_PICTURES, len(files))
+    chosen = [files[i * (len(files) - 1) // max(few - 1, 1)] for i in range(few)]
+    drawn = []
+    for file in chosen:
+        step = int("".join(filter(str.isdigit, file.stem)) or 0)
+        said = [_prompt_and_reward(entry) for entry in run.completions if entry.get("step") == step]
+        image = embedded(file.read_bytes())
+        tag = '<img src="{}" width="{}" height="{}" alt="samples of step {}">'
+        shown_as = Markup(tag).format(image["address"], image["width"], image["height"], step)
+        drawn.append(chart(f"step {step}", shown_as, ", ".join(said)))
+    title = f"Samples of {run.label}" if several else "Samples"
+    note = "Completions of the log, side by side, with their prompts and rewards."
+    return [{"title": title, "note": note, "legend": False, "small": False, "charts": drawn}] if drawn else []
+
+
+def _prompt_and_reward(entry: Mapping[str, Any], most: int = 24) -> str:
+    prompt, reward = shown(entry.get("prompt", "")), f"{number_or_nan(entry.get('reward')):.2g}"
+    return f"{prompt if len(prompt) <= most else prompt[: most - 1] + '…'}: {reward}"
+
+
 def _samples(run: RunFolder, series: int, count: int = 6) -> dict[str, Any]:
     """The first answers of the log and its last ones."""
     chosen = (
@@ -175,7 +210,8 @@ def _samples(run: RunFolder, series: int, count: int = 6) -> dict[str, Any]:
         for entry in chosen
     ]
     about = f"steps {chosen[0].get('step')} to {chosen[-1].get('step')}"
-    return {"label": run.label, "series": series, "about": about, "columns": ("answer", ""), "rows": rows}
+    found = {"label": run.label, "series": series, "about": about, "columns": ("answer", ""), "rows": rows}
+    return {**found, "images": False}
 
 
 def _card(run: RunFolder, series: int) -> dict[str, Any]:

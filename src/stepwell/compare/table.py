@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +23,16 @@ UNITS = {
 }
 
 
+def unit_name(unit: str, work: str = "tokens") -> str:
+    """A unit of cost in words; `work` is what the networks are given, tokens or latents.
+
+    Example:
+        >>> unit_name("forward"), unit_name("forward", "latents")
+        ('tokens forward', 'latents forward')
+    """
+    return UNITS[unit].replace("tokens", work)
+
+
 def amount(value: float) -> str:
     """A cost, short.
 
@@ -38,6 +50,17 @@ def spread(found: Interval, comparison: Comparison, signed: bool = False) -> str
     """An interval in brackets."""
     low, high = (number(end, comparison, signed) for end in (found.low, found.high))
     return f"[{low}, {high}]"
+
+
+def measure(found: Interval) -> tuple[str, str]:
+    """A measure and its interval, which is empty where there is none.
+
+    Example:
+        >>> measure(Interval(0.1234, 0.1, 0.2)), measure(Interval(3.0, float("nan"), float("nan")))
+        (('0.123', '[0.1, 0.2]'), ('3', ''))
+    """
+    interval = "" if math.isnan(found.low) else f"[{found.low:.3g}, {found.high:.3g}]"
+    return ("–" if math.isnan(found.value) else f"{found.value:.3g}"), interval
 
 
 def units_spent(findings: Findings) -> list[str]:
@@ -62,7 +85,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     costs = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     costs.add_column("spent, on average", no_wrap=True)
     spent = units_spent(findings)
-    for name in ("steps", *(UNITS[cost] for cost in spent)):
+    for name in ("steps", *(unit_name(cost, comparison.work) for cost in spent)):
         costs.add_column(name, justify="right")
     for row in findings.rows:
         gain = Text(f"{number(row.gain.value, comparison, True)} {spread(row.gain, comparison, True)}")
@@ -73,10 +96,27 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     start = findings.start
     scores.add_row("[dim]start", f"{number(start.value, comparison)} {spread(start, comparison)}", "")
     console.print(scores)
+    if findings.start_measures:
+        console.print(_measures(findings))
     console.print(costs)
     for place, line in enumerate(findings.sentences):
         console.print(Text(line, style="bold" if place == 0 else ""))
     seeds = comparison.shared_seeds
     word = "seed" if len(seeds) == 1 else "seeds"
-    samples = f"{comparison.evaluation['prompts']} held-out prompts, {comparison.evaluation['samples']} samples each"
+    samples = (
+        f"{comparison.evaluation['prompts']} {comparison.held_out}, {comparison.evaluation['samples']} samples each"
+    )
     console.print(Text(f"Means over {len(seeds)} {word} and {samples}; 95 % intervals in brackets.", style="dim"))
+
+
+def _measures(findings: Findings) -> Table:
+    """What the task measures of the samples besides their reward; intervals stand below, since names are long."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("after training", no_wrap=True)
+    for name in findings.start_measures:
+        table.add_column(Text(name), justify="right")
+    ends = [(Text(row.label, style="bold"), row.measures) for row in findings.rows]
+    for label, measures in [*ends, (Text("start", style="dim"), findings.start_measures)]:
+        cells = [Text("\n".join(filter(None, measure(found)))) for found in measures.values()]
+        table.add_row(label, *cells)
+    return table

@@ -8,15 +8,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from stepwell.errors import InputError, UnknownName
 from stepwell.methods.registry import check_options
 from stepwell.process.base import Process
 from stepwell.reward.mixing import Rewards
 from stepwell.rollout import Prompt
+from stepwell.train.pictures import described
+
+Measure = Callable[[list[Prompt], list[Any]], float]
+"""measure(prompts, samples): one number for a set of samples, with the prompt that each of them answers."""
 
 
 def plainly(prompt: Prompt, completion: Any) -> str:
-    """A completion as it is, or the content of the last of its chat messages."""
+    """A completion as it is, the content of the last of its chat messages, or a tensor in a few words."""
+    if isinstance(completion, Tensor):
+        return str(described(completion))
     if isinstance(completion, list) and completion and isinstance(completion[-1], Mapping):
         return str(completion[-1].get("content"))
     return str(completion)
@@ -28,9 +36,17 @@ class Task:
 
     `process()` gives a fresh process each time, always from the same start. The score of a completion is its reward,
     and `unit` says what that counts (of `solved`, a mean of 0.4 reads 40 %). No prompt is in both `prompts` and
-    `evaluation`. `settings` are the training settings that fit the task, by field of `stepwell.train.settings`;
-    `show(prompt, completion)` is how a report prints a completion. `threads`: how many the processor should use, where
-    the model is so small that more of them only wait for each other.
+    `evaluation`, except with `same_prompts`: a generator of few classes has no others to hold out, and is judged on
+    samples from random numbers that training does not draw; the report says so. `settings` are the training settings
+    that fit the task, by field of `stepwell.train.settings`; `show(prompt, completion)` is how a report prints a
+    completion that is no image. `threads`: how many the processor should use, where the model is so small that more of
+    them only wait for each other.
+
+    `measures`: further numbers of the held-out samples, taken of those from before and from after each trial's
+    training, by a name that says which way is better where one is. `figure(start, ends)` draws the report's picture of
+    the whole comparison as an `<svg>` (see `stepwell.compare.charts.svg`): of the start's samples, a list, and of each
+    method's by its label, all of the first seed; `caption` says what is to be seen there. Both get the samples that the
+    reward gets.
     """
 
     name: str
@@ -44,11 +60,17 @@ class Task:
     show: Callable[[Prompt, Any], str] = plainly
     unit: str = "reward"
     threads: int | None = None
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+    figure: Callable[[list[Any], dict[str, list[Any]]], str] | None = None
+    caption: str = ""
+    same_prompts: bool = False
 
     def __post_init__(self) -> None:
         for kind, prompts in (("prompts", self.prompts), ("evaluation", self.evaluation)):
             if not prompts:
                 raise InputError(f"Task '{self.name}' has no {kind}; at least one prompt is needed there.")
+        if self.same_prompts:
+            return
         held_out = {repr(prompt.value) for prompt in self.evaluation}
         for prompt in self.prompts:
             if repr(prompt.value) in held_out:
@@ -100,7 +122,8 @@ def forget_task(name: str) -> None:
 
 def tasks() -> list[TaskEntry]:
     """All tasks, sorted by name: those that come with Stepwell and those registered since."""
-    importlib.import_module("stepwell.compare.countdown")
+    for own in ("countdown", "digits", "mixture"):
+        importlib.import_module(f"stepwell.compare.{own}")
     return [_TASKS[name] for name in sorted(_TASKS)]
 
 

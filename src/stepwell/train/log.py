@@ -1,7 +1,8 @@
 """What a run writes down: metrics, times and completions, a line each, and what the run was made of.
 
 `metrics.jsonl` holds only what the seed decides, so that an interrupted and resumed run ends with the very same file;
-times go to `clock.jsonl`. `run.json` says method, options, settings and versions.
+times go to `clock.jsonl`. `run.json` says method, options, settings and versions. Completions that are images are drawn
+side by side in `samples/step-000010.png`, at some steps and the last.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from stepwell.errors import CheckpointError, InputError, UnknownName
+from stepwell.train import pictures
 from stepwell.writing import append_lines, json_text, writable_folder, write_whole
 
 METRICS, CLOCK, COMPLETIONS, RUN = "metrics.jsonl", "clock.jsonl", "completions.jsonl", "run.json"
+SAMPLES = "samples"
 
 
 class RunLog:
@@ -42,6 +47,7 @@ class RunLog:
         self.name = name or ("run" if self.folder is None else self.folder.resolve().name)
         self.config = dict(config or {})
         self._trackers = [open_tracker(tracker, self.name, self.folder, self.config) for tracker in trackers]
+        self._undrawn: tuple[int, list[Tensor]] | None = None  # the newest images, where their step was not due
         # An earlier run in the folder keeps its run.json until `keep_until` has said that this run goes on from it.
         self._earlier = self.folder is not None and bool(read_lines(self.folder / METRICS))
         if not self._earlier:
@@ -53,11 +59,16 @@ class RunLog:
         clock: Mapping[str, Any] | None = None,
         completions: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """One line in metrics.jsonl and in clock.jsonl, one a completion in completions.jsonl; then the trackers."""
+        """One line in metrics.jsonl and in clock.jsonl, one a completion in completions.jsonl; then the trackers.
+
+        Completions with a `picture`, an image, are drawn into a file at steps that are due and at evaluations; their
+        lines name it.
+        """
         if self._earlier:
             raise InputError(f"'{self.folder}' holds a run already; resume it or choose another folder.")
         clock = {"step": metrics["step"]} | dict(clock or {}) if "step" in metrics else dict(clock or {})
         if self.folder is not None:
+            completions = self._draw(metrics, completions)
             # metrics come last: a step whose metrics are there is whole
             append_lines(self.folder / COMPLETIONS, [json_text(completion) for completion in completions])
             append_lines(self.folder / CLOCK, [json_text(clock)])
@@ -85,13 +96,47 @@ class RunLog:
                 "put the file back, or start again in another folder."
             )
         steps = {entry.get("step") for entry in metrics[:lines]}
+        named = {entry.get("picture") for entry in read_lines(self.folder / COMPLETIONS) if entry.get("step") in steps}
         _keep(self.folder / METRICS, lambda place, entry: place < lines)
         _keep(self.folder / CLOCK, lambda place, entry: place < lines)
         _keep(self.folder / COMPLETIONS, lambda place, entry: entry.get("step") in steps)
+        for file in self.folder.glob(f"{SAMPLES}/step-*.png"):
+            if f"{SAMPLES}/{file.name}" not in named:
+                file.unlink(missing_ok=True)
         self._write_run()
 
+    def _draw(
+        self, metrics: Mapping[str, Any], completions: Sequence[Mapping[str, Any]]
+    ) -> Sequence[Mapping[str, Any]]:
+        """The completions as their lines say them: the name of the file where a picture was drawn, and no picture."""
+        images = [completion["picture"] for completion in completions if "picture" in completion]
+        if not images:
+            return completions
+        step = int(metrics.get("step", 0))
+        now = pictures.due(step) or "evaluation/reward" in metrics
+        self._undrawn = None if now else (step, images)
+        name = {"picture": self._write_picture(step, images)} if now else {}
+        return [
+            {key: value for key, value in completion.items() if key != "picture"}
+            | (name if "picture" in completion else {})
+            for completion in completions
+        ]
+
+    def _write_picture(self, step: int, images: Sequence[Tensor]) -> str:
+        assert self.folder is not None
+        name = f"{SAMPLES}/step-{step:06d}.png"
+        writable_folder(self.folder / SAMPLES)
+        write_whole(self.folder / name, pictures.png(pictures.grid(images)))
+        return name
+
     def close(self) -> None:
-        """Finish the trackers."""
+        """Draw the last step's images, where it was not due, and finish the trackers."""
+        if self._undrawn is not None:
+            try:
+                self._write_picture(*self._undrawn)
+            except InputError as error:  # what ended the run, if that was an error, is more important
+                warnings.warn(f"The last picture is missing: {error}", stacklevel=2)
+            self._undrawn = None
         while self._trackers:
             tracker = self._trackers.pop()
             try:

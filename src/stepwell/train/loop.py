@@ -27,6 +27,7 @@ from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
 from stepwell.rollout import Drawn, Prompt
 from stepwell.train import saved
+from stepwell.train.admission import admit
 from stepwell.train.collect import collect, evaluate, fill, score_everywhere
 from stepwell.train.distribute import World
 from stepwell.train.log import RunLog
@@ -161,6 +162,7 @@ class Trainer:
                 version=at.update,
                 rows_at_once=settings.rows_at_once,
                 world=self.world,
+                guide=self.recipe.guide,
             )
             begin = time.monotonic()
             drawn = rewarded.drawn
@@ -318,6 +320,7 @@ def train(
     `out` receives metrics, completions, checkpoints and at the end the model; `resume` goes on from its newest
     checkpoint, bit for bit as if the run had never stopped. `config` is what the log keeps about the run.
     """
+    admit(process, prompts)
     folder = saved.prepare(out, resume)
     process.meter.load_state_dict(asdict(Cost()))  # what was spent before is not this run's
     trainer = Trainer(process, recipe, prompts, rewards, settings, folder, evaluation, on_step)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stepwell.errors import CheckpointError, InputError
 from stepwell.meter import Cost
+from stepwell.parts import describe
 from stepwell.process.base import Samples
 from stepwell.rollout import Drawn
 from stepwell.train import checkpoint
@@ -43,9 +44,11 @@ def prepare(out: str | Path | None, resume: bool) -> Path | None:
 
 
 def description(trainer: Trainer, config: dict[str, Any] | None) -> dict[str, Any]:
-    """What run.json says of a run."""
+    """What run.json says of a run; `work`: what its costs count, where that is not tokens."""
+    flow = hasattr(getattr(trainer.process, "law", None), "tables")
     return {
         "process": type(trainer.process).__name__,
+        **({"work": "latents"} if flow else {}),
         "parts": trainer.recipe.parts(),
         "settings": trainer.settings.as_dict(),
         "threads": torch.get_num_threads(),
@@ -62,11 +65,25 @@ def fingerprint(trainer: Trainer) -> dict[str, Any]:
     return {
         "model": hashlib.sha256("\n".join(shapes).encode()).hexdigest(),
         "data": hashlib.sha256(repr(prompts).encode()).hexdigest(),
-        "sampling law": f"{getattr(process, 'truncation', '')}, at most {trainer.horizon} steps",
+        "sampling law": sampling_law(process, trainer.given, trainer.horizon),
         "method": "\n".join(trainer.recipe.parts()),
         "reward": repr((trainer.rewards.names, trainer.rewards.weights)),
         "settings": {name: getattr(trainer.settings, name) for name in kept},
     }
+
+
+def sampling_law(process: Any, evaluated: Any, horizon: float | None) -> str:
+    """How the process draws, in the same words whenever it is the same: truncation and length, or a flow's law.
+
+    A flow is trained under the method's law and `evaluated` under its own; metrics depend on both.
+    """
+    if not hasattr(getattr(process, "law", None), "tables"):
+        return f"{getattr(process, 'truncation', '')}, at most {horizon} steps"
+    laws = [
+        [*dict.fromkeys(describe(table) for table in twin.law.tables), twin.law.times, twin.law.guidance]
+        for twin in dict.fromkeys((process, evaluated))
+    ]
+    return f"{describe(process.path)}, {process.predicts}, {laws}"
 
 
 def save(trainer: Trainer, meters: list[dict[str, Any]]) -> None:
@@ -95,7 +112,7 @@ def save(trainer: Trainer, meters: list[dict[str, Any]]) -> None:
     if at.drawn is not None and at.targets is not None:  # in the middle of a rollout's updates
         groups["rows"] = to_tensors(at.drawn.trajectories)
         groups["targets"] = _flat(at.targets)
-        state["samples"] = asdict(at.drawn.samples)
+        state["samples"], groups["samples"] = _apart(at.drawn.samples)
         state["prompts"] = at.drawn.trajectories.prompt.tolist()
     checkpoint.write(parent / f"update-{at.update:08d}", state, groups)
     checkpoint.prune(parent, trainer.settings.keep)
@@ -126,7 +143,8 @@ def restore(trainer: Trainer, log: RunLog) -> None:
     if "rows" in groups:
         by_id = {prompt.id: prompt for prompt in trainer.stream.prompts}
         prompts = [by_id[prompt] for prompt in state["prompts"]]
-        at.drawn = Drawn(from_tensors(groups["rows"]), Samples(**state["samples"]), prompts)
+        samples = _together(state["samples"], groups.get("samples", {}))
+        at.drawn = Drawn(from_tensors(groups["rows"]), samples, prompts)
         at.targets = _nested(groups.get("targets", {}), len(prompts), len(trainer.objective.terms))
     trainer.clock = {"begin": time.monotonic()}
     if trainer.world.is_main:
@@ -140,7 +158,7 @@ def _refuse_another_run(folder: Path, theirs: dict[str, Any], ours: dict[str, An
     for what, started_with in (
         ("model", "the model"),
         ("data", "the prompts"),
-        ("sampling law", "the temperature, truncation and length"),
+        ("sampling law", _law_in_words(ours)),
         ("reward", "the rewards and weights"),
         ("method", "the method and options"),
     ):
@@ -154,6 +172,11 @@ def _refuse_another_run(folder: Path, theirs: dict[str, Any], ours: dict[str, An
                 f"The checkpoint '{folder}' is of a run with {name}={value}, not {ours['settings'].get(name)}; "
                 "resume with the settings it was started with."
             )
+
+
+def _law_in_words(ours: dict[str, Any]) -> str:
+    flow = not ours["sampling law"].endswith(" steps")
+    return "the solver, times and guidance" if flow else "the temperature, truncation and length"
 
 
 def export(trainer: Trainer) -> None:
@@ -181,6 +204,32 @@ def _reference(trainer: Trainer) -> dict[str, Tensor]:
     if reference is None or reference.module is trainer.process.module:
         return {}
     return {name: p.detach() for name, p in reference.module.named_parameters()}
+
+
+def _apart(samples: Samples) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The samples for JSON, and the lists of equal tensors among them, one tensor (N, ...) each: views of one storage,
+    which is written once."""
+    tensors: dict[str, Tensor] = {}
+
+    def put(name: str, column: list[Any]) -> list[Any]:
+        kinds = {(value.shape, value.dtype) if isinstance(value, Tensor) else None for value in column}
+        if len(kinds) == 1 and None not in kinds:
+            tensors[name] = torch.stack(column)
+            return []
+        return [value.clone() if isinstance(value, Tensor) else value for value in column]
+
+    columns = {name: put(f"columns/{name}", column) for name, column in samples.columns.items()}
+    return {"values": put("values", samples.values), "columns": columns}, tensors
+
+
+def _together(state: dict[str, Any], tensors: dict[str, Tensor]) -> Samples:
+    """The samples that `_apart` took to pieces."""
+
+    def get(name: str, column: list[Any]) -> list[Any]:
+        return list(tensors[name].unbind(0)) if name in tensors else column
+
+    columns = {name: get(f"columns/{name}", column) for name, column in state["columns"].items()}
+    return Samples(get("values", state["values"]), columns)
 
 
 def _flat(targets: TensorDict) -> dict[str, Tensor]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from stepwell.rollout import Drawn
+from stepwell.train.pictures import described, is_image
 from stepwell.trajectories import Trajectories
 
 
@@ -20,15 +23,19 @@ def row_metrics(rows: Trajectories, names: Sequence[str]) -> dict[str, float]:
 
 
 def completions(drawn: Drawn, names: Sequence[str], step: int, wanted: int) -> list[dict[str, Any]]:
-    """A few rows, spread over the rollout, with their prompts and rewards."""
+    """A few rows, spread over the rollout, with their prompts and rewards; of an image, also the `picture` itself."""
     wanted = min(wanted, len(drawn))
     return [_completion(drawn, names, step, place * len(drawn) // wanted) for place in range(wanted)]
 
 
 def _completion(drawn: Drawn, names: Sequence[str], step: int, row: int) -> dict[str, Any]:
-    rows = drawn.trajectories
-    shown = {"step": step, "prompt": drawn.prompts[row].value, "completion": drawn.samples.values[row]}
+    rows, value = drawn.trajectories, drawn.samples.values[row]
+    shown = {"step": step, "prompt": _brief(drawn.prompts[row].value), "completion": _brief(value)}
     shown["reward"] = float(rows.reward[row])  # type: ignore[index]
     if len(names) > 1:
         shown["rewards"] = dict(zip(names, rows.rewards[row].tolist(), strict=True))  # type: ignore[index]
-    return shown
+    return shown | ({"picture": value} if is_image(value) else {})
+
+
+def _brief(value: Any) -> Any:
+    return described(value) if isinstance(value, Tensor) else value
