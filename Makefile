@@ -23,8 +23,9 @@ lint: .venv/.lint  ## style, types, and the rule that rooms import downwards onl
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: .venv/.run  ## write docs/methods.md from the cards
+docs: .venv/.run  ## write docs/methods.md from the cards, docs/solvers.md from the tables
 	$(BIN)/python docs/write_methods.py
+	$(BIN)/python docs/write_solvers.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

@@ -20,6 +20,7 @@ def page() -> str:
             "",
             card.differs,
             "",
+            *([f"As published: {card.note}", ""] if card.note else []),
         ]
         lines += ["Parts: " + "; ".join(f"`{part}`" for part in told["parts"]) + ".", ""]
         options = ", ".join(f"`{option}={default}`" for option, default in told["options"].items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -462,3 +463,292 @@ def test_a_failing_reward_writes_one_line_on_standard_error_of_a_process(bench):
     assert done.returncode == 2
     assert len(done.stdout.splitlines()) == 2  # the two steps that were made
     assert done.stderr.count("\n") == 1
+
+
+# flows
+
+
+class FlowBench(Bench):
+    """A folder with a user's velocities and networks, some of them wrong (`flow_models.py`)."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]):
+        super().__init__(folder, folder, capsys)
+        place = Path(__file__).with_name("flow_models.py")
+        specification = importlib.util.spec_from_file_location("flow_models", place)
+        models = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(models)
+        models.write_file(folder)
+
+    def drawing(self, *changes: str) -> list[str]:
+        """The words of a drawing that is right, but for the changes; `-` takes an argument away."""
+        given = {"--model": ["my.py:velocity"], "--shape": ["2"], "--samples": ["2"], "--steps": ["4"]}
+        return self._changed("sample", given, changes)
+
+    def training(self, *changes: str) -> list[str]:
+        given = {"--model": ["my.py:make"], "--data": ["data.jsonl"], "--reward": ["my.py:right"]}
+        given |= {"--method": ["flow-grpo"], "--steps": ["1"], "--prompts-per-step": ["2"], "--group-size": ["2"]}
+        return self._changed("train", given | {"--no-progress": []}, changes)
+
+    def _changed(self, command: str, given: dict[str, list[str]], changes: tuple[str, ...]) -> list[str]:
+        given, name = {**given, "--out": ["run"]}, ""
+        for word in changes:
+            if word.startswith("--"):
+                name = word
+                given[name] = []
+            elif word == "-":
+                del given[name]
+            else:
+                given[name].append(word)
+        return [command, *(word for name, values in given.items() for word in (name, *values))]
+
+    def unchanged(self) -> set[Path]:
+        return {path for path in self.folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+@pytest.fixture
+def flows(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> FlowBench:
+    monkeypatch.chdir(tmp_path)
+    return FlowBench(tmp_path, capsys)
+
+
+def test_the_drawing_and_the_run_that_the_others_spoil_are_right(flows):
+    assert main(flows.drawing()) == 0
+    assert main(flows.training("--out", "other")) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        # the model
+        ("--predicts velocty", "A flow predicts velocity, noise, data, score, not 'velocty'."),
+        ("--path liner", "There is no path 'liner'; did you mean 'linear'?"),
+        ("--model my.py:not_a_number", "prediction at t = 1 has values that are NaN or infinite"),
+        ("--model my.py:narrow", "(2, 1) for states of (2, 2); the same shape is right"),
+        ("--model my.py:a_list", "The network returned list for states of (2, 2)"),
+        ("--model my.py:fails", "my.py failed at line 55: KeyError: 'velocity'."),
+        ("--model my.py:three", "'my.py:three' is called as f(x, t); it takes (x, t, y)."),
+        ("--encode label", "'my.py:velocity' is called as f(x, t, label); it takes (x, t)."),
+        ("--model my.py:network --encode label --prompt 1", "is called as f(x, t, label); it takes (x, t)."),
+        ("--model my.py:network --shape 3", "my.py failed at line 22: RuntimeError: The size of tensor a (3)"),
+        ("--model my.py:velocit", "There is no function of my.py named 'velocit'; did you mean 'velocity'?"),
+        ("--model mine.py:velocity", "There is no file 'mine.py'; did you mean 'my.py'?"),
+        ("--model my.py", "--model is the file 'my.py'; say which function in it, as my.py:NAME."),
+        ("--model ours.py", "There is no file 'ours.py'; a model of your own is written as my.py:NAME."),
+        ("--model elsewhere", "--model is 'elsewhere', which is no flow"),
+        ("--shape -", "'my.py:velocity' takes arguments; give the --shape of a sample if it is f(x, t)"),
+        ("--shape 0", "The shape of a sample is (0,)"),
+        ("--model my.py:make --shape - --path ve", "--path describes a function f(x, t) of your own; give its --shape"),
+        ("--model my.py:make_nothing --shape -", "'my.py:make_nothing' returned NoneType; a process"),
+        ("--model my.py:make_broken --shape -", "A flow takes 1 step or more, not 0."),
+        ("--model my.py:make --shape - --weights none", "There are no weights in 'none'"),
+        ("--model -", "Name what to draw from with one of --pipeline, --model and --task."),
+        ("--task mixture", "Name what to draw from with one of --pipeline, --model and --task."),
+        ("--model - --shape - --task mixtre", "There is no task 'mixtre'; did you mean 'mixture'?"),
+        ("--model - --shape - --task mixture --set mode=2", "no option of task mixture 'mode'; did you mean 'modes'?"),
+        ("--model - --task mixture", "--shape has no meaning for a task; leave it out."),
+        ("--set modes=2", "--set is an option of a task; name one with --task, or leave it out."),
+        ("--height 64", "--height has no meaning for a model of your own; leave it out."),
+        ("--device cpu", "--device has no meaning for a model of your own; leave it out."),
+        # the law
+        ("--solver dpmp-2m", "There is no solver 'dpmp-2m'; did you mean 'dpmpp-2m'?"),
+        ("--solver mine.json", "The solver 'mine.json' cannot be read: No such file or directory."),
+        ("--steps 0", "A flow takes 1 step or more, not 0."),
+        ("--steps few", "--steps has a value that does not fit"),
+        ("--steps - --times 1 0.5 0.1", "A grid has to end at t = 0, without noise; this one ends at 0.1"),
+        ("--steps - --times 0.5 0", "A grid has to start at noise; this one starts at t = 0.5"),
+        ("--steps - --times 1 0.5 0.7 0", "Times have to fall from 1 (noise) to 0 (data); step 1 goes from 0.5 to 0.7"),
+        ("--steps - --times 1", "A grid needs at least two times"),
+        ("--times 1 0", "The grid is given by --times already; leave the number of steps and --shift out."),
+        ("--shift 0", "A time shift has a positive factor, not 0.0."),
+        ("--level 0.5", "noise 'none' with level 0.5: a level above 0 goes with noise"),
+        ("--guidance 2", "give `unconditional` to the flow"),
+        ("--guidance -1", "The guidance scale is -1.0; 0 or more is right."),
+        ("--noise 1", "There is no argument '--noise'"),
+        # the prompts
+        ("--prompt 3", "This flow is told no prompt; leave --prompt and --data out."),
+        (
+            "--model my.py:told --encode label",
+            "There is nothing to draw; give --prompt, once for each, or --data FILE.",
+        ),
+        ("--model my.py:told --encode label --prompt cat", "The prompt 'cat' is no whole number"),
+        (
+            "--model my.py:told --encode label --prompt 1 --data data.jsonl",
+            "from --prompt or from --data, not from both",
+        ),
+        ("--model my.py:told --encode label --data data.jsonl", "row 0: The prompt 'a b c' is no whole number"),
+        # what is written
+        ("--samples 0", "The number of samples for each prompt is 0; a whole number from 1 is right."),
+        ("--rows-at-once 0", "The number of rows at once is 0; a whole number from 1 is right."),
+        (f"--seed {2**70}", "a whole number of 64 bits is right"),
+        ("--format png", "These samples, of shape (2,), are not images with values from 0 to 1"),
+        ("--format jpg", "--format is 'jpg'; "),
+        ("--out data.jsonl", "'data.jsonl' is a file where a folder is needed"),
+        ("--out taken", "'taken' holds files already, which are not overwritten; choose a new or an empty folder."),
+    ],
+)
+def test_a_drawing_that_cannot_be_made(flows, changes, said):
+    (flows.folder / "taken").mkdir()
+    (flows.folder / "taken" / "samples.npy").write_text("mine")
+    before = flows.unchanged()
+    assert said in flows.refused(*flows.drawing(*changes.split()))
+    assert flows.unchanged() == before
+    assert (flows.folder / "taken" / "samples.npy").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{'name': 'mine'}", "The solver 'mine.json' is no JSON"),
+        ('["euler"]', "The solver 'mine.json' is no object with a name"),
+        ('{"order": 2}', "The solver 'mine.json' is no object with a name"),
+        ('{"name": "mine", "weight": "half"}', "no setting of a solver 'weight'; did you mean 'weights'?"),
+        ('{"name": "mine", "order": 2.5}', "'order' is 2.5, where int is right"),
+        ('{"name": "mine", "corrector": "yes"}', "'corrector' is 'yes', where bool is right"),
+        ('{"name": "mine", "inner": "half", "order": 2}', "'inner' is 'half', where float | None is right"),
+        ('{"name": "mine", "window": 1}', "'window' is 1, where tuple[float, float] is right"),
+        ('{"name": "mine", "window": [1]}', "'window' is [1], where tuple[float, float] is right"),
+        ('{"name": "mine", "weights": "haf"}', "no 'weights' of a solver 'haf'; did you mean 'half'?"),
+        ('{"name": "mine", "order": 7}', "order is between 1 and 4, not 7"),
+        ('{"name": "mine", "noise": "tau"}', "a level above 0 goes with noise"),
+    ],
+)
+def test_a_solver_s_file_that_is_none(flows, content, said):
+    flows.write("mine.json", content)
+    line = flows.refused(*flows.drawing("--solver", "mine.json"))
+    assert said in line
+    assert "The solver 'mine.json'" in line
+    assert not flows.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("solvers eulr", "There is no solver 'eulr'; did you mean 'euler'?"),
+        ("solvers --save mine.json", "--save writes one solver; name it"),
+        ("solvers euler --save mine.txt", "--save is 'mine.txt'; a name that ends in .json is right"),
+        ("solvers euler --save taken.json", "'taken.json' is there already and is not overwritten"),
+        ("solvers euler --save nowhere/mine.json", "The folder of 'nowhere/mine.json' is not there"),
+    ],
+)
+def test_a_solver_that_cannot_be_printed_or_saved(flows, words, said):
+    flows.write("taken.json", "mine")
+    before = flows.unchanged()
+    assert said in flows.refused(*words.split())
+    assert flows.unchanged() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ("--method grpo", "The method 'grpo' trains language models, and not flows; choose a method for them, such as"),
+        ("--method flow-grop", "There is no method 'flow-grop'; did you mean 'flow-grpo'?"),
+        ("--model my.py:velocity --shape 2", "Flow has no parameter that can learn; train a network, not a function."),
+        ("--model my.py:make_half", "The parameters that learn are float16, first 'correction'"),
+        ("--temperature 0.5", "--temperature has no meaning for a model of your own; leave it out."),
+        ("--lora-rank 2", "--lora-rank has no meaning for a model of your own; leave it out."),
+        ("--lora", "--lora has no meaning for a model of your own; leave it out."),
+        ("--model ./elsewhere", "There is no pipeline folder './elsewhere'."),
+        ("--guidance 3", "give `unconditional` to the flow"),
+        ("--solver-steps 0", "A flow takes 1 step or more, not 0."),
+        ("--data taken.jsonl", "taken.jsonl has a column 'truncated', and reward functions are given something else"),
+        ("--prompt-column word", "data.jsonl has no column 'word'"),
+        ("--method draft-k --reward my.py:right", "The reward 'right' is not differentiable"),
+        ("--method draft-k --reward my.py:without_gradient", "The reward 'without_gradient' is not differentiable"),
+        ("--method draft-k --reward my.py:in_numpy", "'in_numpy' raised RuntimeError (Can't call numpy() on Tensor"),
+        ("--reward my.py:one_number", "Reward 'one_number' returned a value of type Tensor"),
+        ("--method draft-k --reward my.py:one_number", "Reward 'one_number' returned a value of type Tensor"),
+    ],
+)
+def test_a_flow_that_cannot_be_trained(flows, changes, said):
+    flows.write("taken.jsonl", '{"truncated": 1}')
+    assert said in flows.refused(*flows.training(*changes.split()))
+    flows.whole()
+    assert not (flows.out / "model.safetensors").exists()
+
+
+def test_weights_of_another_network(flows):
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    save_file({"correction": zeros(3)}, flows.folder / "model.safetensors")
+    line = flows.refused(*flows.drawing("--model", "my.py:make", "--shape", "-", "--weights", "model.safetensors"))
+    assert "The weights in 'model.safetensors' are those of another network: " in line
+    assert not flows.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ("--pipeline missing/there/is/none", "There is no pipeline folder 'missing/there/is/none'."),
+        ("--pipeline empty", "The folder 'empty' holds no model_index.json, so it is not a pipeline of diffusers."),
+        ("--pipeline data.jsonl", "The pipeline 'data.jsonl' is a file; name the folder"),
+        ("--pipeline  ", "--pipeline has too few values"),
+        ("--pipeline other", "The pipeline 'other' is a OtherPipeline; those that are known are"),
+        ("--pipeline code", "comes from 'mine'; code that is not of diffusers or transformers is never run"),
+        ("--pipeline other --shape 2", "--shape has no meaning for a pipeline; leave it out."),
+    ],
+)
+def test_a_pipeline_that_is_not_there(flows, changes, said):
+    (flows.folder / "empty").mkdir()
+    for name, index in (
+        ("other", {"_class_name": "OtherPipeline"}),
+        ("code", {"_class_name": "StableDiffusionPipeline", "unet": ["mine", "UNet"]}),
+    ):
+        (flows.folder / name).mkdir()
+        flows.write(f"{name}/model_index.json", json.dumps(index))
+    before = flows.unchanged()
+    assert said in flows.refused("sample", *changes.split(), "--prompt", "a cat", "--out", "run")
+    assert flows.unchanged() == before
+
+
+def test_a_language_model_is_not_trained_or_drawn_from_as_a_flow(bench):
+    line = bench.refused(*bench.words("--method", "flow-grpo"))
+    assert "The method 'flow-grpo' trains flows, and not language models; choose a method for them, such as" in line
+    assert "--height has no meaning for a language model" in bench.refused(*bench.words("--height", "64"))
+    assert "which is no flow" in bench.refused("sample", "--model", str(bench.model), "--prompt", "a")
+    assert not bench.out.exists()
+    assert not (bench.folder / "runs").exists()
+
+
+# what would fail at the first step is refused before it
+
+
+def test_parameters_that_learn_in_float16(bench):
+    line = bench.refused(*bench.words("--dtype", "float16"))
+    assert "The parameters that learn are float16" in line
+    assert "load the model as float32, or train a LoRA adapter" in line
+    assert not bench.out.exists()
+    assert main(bench.words("--dtype", "float16", "--lora")) == 0
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "truncated", "completion_ids"])
+def test_a_column_whose_name_is_taken(bench, name):
+    bench.write("data.jsonl", json.dumps({"prompt": "a", "answer": "a", name: 1}))
+    line = bench.refused(*bench.words())
+    assert f"data.jsonl has a column '{name}', and reward functions are given something else under that name" in line
+    assert not bench.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("    return {}['recipe']", "its function failed at line 4: KeyError: 'recipe'"),
+        ("    return Recipe(clip=2)", "its function failed at line 4: TypeError"),
+        ("    return None", "The method 'mine' is no Recipe but NoneType; return a Recipe."),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "check", "methods", "compare"])
+def test_a_method_of_one_s_own_that_cannot_be_built(bench, command, body, said):
+    head = "from stepwell import Recipe, method", "@method('mine', title='Mine')", "def mine(clip: float = 0.2):"
+    bench.write("mine.py", *head, body)
+    words = {
+        "train": bench.words("--method", "mine"),
+        "check": ["check", "mine"],
+        "methods": ["methods", "mine"],
+        "compare": ["compare", "mixture", "--methods", "mine", "--budget", "1-steps", "--out", "run"],
+    }
+    try:
+        assert said in bench.refused(*words[command], "--plugin", "mine.py")
+    finally:
+        registry.forget("mine")
+    assert not bench.out.exists()

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 import stepwell
-from stepwell.arguments import options_from
+from stepwell.arguments import argument_names, options_from
 from stepwell.cli import COMMANDS, Train, main, reward_named
+from stepwell.cli.command import Command
+from stepwell.cli.processes import FlowOptions
 from stepwell.methods import registry
 from stepwell.train.log import read_lines
 from stepwell.train.settings import Settings
@@ -107,16 +109,18 @@ def test_the_version_is_the_package_s(shown):
 def test_every_argument_of_a_command_is_explained(shown, name):
     """tyro prints a bare default, or nothing, after an argument whose comment it cannot find."""
     printed = " ".join(shown(name, "--help").replace("│", " ").split())
-    for entry in dataclasses.fields(COMMANDS[name]):
-        words = [line.split("#", 1)[1].strip() for line in _source(name) if line.strip().startswith(f"{entry.name}:")]
-        assert words, entry.name
-        assert " ".join(words[0].split()) in printed, entry.name
+    for argument in argument_names(COMMANDS[name]):
+        lines = [line.strip() for line in _source(name) if line.strip().startswith(f"{argument}: ")]
+        words = [line.split("#", 1)[1].strip() for line in lines]
+        assert words, argument
+        assert " ".join(words[0].split()) in printed, argument
 
 
 def _source(name: str) -> list[str]:
     import inspect
 
-    return [line for kind in COMMANDS[name].__mro__[:2] for line in inspect.getsource(kind).splitlines()]
+    kinds = [COMMANDS[name], Command, *([FlowOptions] if name in ("sample", "train") else [])]
+    return [line for kind in kinds for line in inspect.getsource(kind).splitlines()]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """Prompts are read alike from every source, and bad data is named by file, row and column."""
 
 import json
+import re
 import sys
 
 import pytest
 
-from stepwell.data import load_prompts
+from stepwell.data import RESERVED, load_prompts
 from stepwell.errors import InputError
 from stepwell.rollout import Prompt
 
@@ -174,3 +175,51 @@ def test_a_folder_that_is_no_data_set_is_named(tmp_path):
     pytest.importorskip("datasets")
     with pytest.raises(InputError, match=r"was not written by Dataset.save_to_disk"):
         load_prompts(tmp_path)
+
+
+# prompts of any kind, for processes that are not told words
+
+
+@pytest.mark.parametrize(
+    ("source", "values"),
+    [
+        ([3, 1, 4], [3, 1, 4]),
+        ([None, None], [None, None]),
+        (["a", ""], ["a", ""]),
+        ([{"prompt": 3}, {"prompt": None}], [3, None]),
+        ([{"prompt": {"label": 3}}], [{"label": 3}]),
+        ([{"weight": 1}, {"weight": 2}], [None, None]),
+        ([{"prompt_id": 1}], [None]),
+    ],
+)
+def test_a_prompt_may_be_anything_where_that_is_said(source, values):
+    assert [prompt.value for prompt in load_prompts(source, anything=True)] == values
+
+
+def test_columns_stay_with_their_rows_where_a_prompt_may_be_anything():
+    first, second = load_prompts([{"weight": 1}, {"prompt": 5, "weight": 2}], anything=True)
+    assert (first.value, dict(first.columns)) == (None, {"weight": 1})
+    assert (second.value, dict(second.columns)) == (5, {"weight": 2})
+
+
+@pytest.mark.parametrize(
+    ("source", "column", "said"),
+    [
+        ([{"promt": 1}], "prompt", "did you mean column='promt'?"),
+        ([{"Prompts": 1}], "prompt", "has no column 'prompt'"),
+        ([{"label": 1}], "lable", "did you mean column='label'?"),
+        ([{"label": 1}, 3], "label", "row 1 is of type int"),
+        ([], "prompt", "holds no rows"),
+    ],
+)
+def test_a_slip_is_a_slip_even_where_a_prompt_may_be_anything(source, column, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        load_prompts(source, column, anything=True)
+
+
+@pytest.mark.parametrize("name", RESERVED)
+@pytest.mark.parametrize("anything", [True, False])
+def test_a_column_may_not_take_the_name_of_what_rewards_are_given(name, anything):
+    with pytest.raises(InputError, match=f"has a column '{name}'"):
+        load_prompts([{"prompt": 1, name: 2}], anything=anything)
+    assert load_prompts([{name: "text"}], name, anything=anything)[0].value == "text"

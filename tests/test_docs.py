@@ -22,11 +22,23 @@ def test_the_examples_of_the_readme_run():
     assert found.failed == 0
 
 
-def test_the_page_of_methods_is_what_the_cards_say():
-    spec = importlib.util.spec_from_file_location("write_methods", ROOT / "docs" / "write_methods.py")
+@pytest.mark.parametrize("name", ["methods", "solvers"])
+def test_a_page_that_is_written_from_the_code_is_what_the_code_says(name):
+    spec = importlib.util.spec_from_file_location(f"write_{name}", ROOT / "docs" / f"write_{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "methods.md").read_text() == module.page(), "run `make docs`"
+    assert (ROOT / "docs" / f"{name}.md").read_text() == module.page(), "run `make docs`"
+
+
+def test_the_page_of_solvers_has_every_solver_and_explains_every_setting():
+    import dataclasses
+
+    from stepwell.solver.table import TABLES, Table
+
+    text = (ROOT / "docs" / "solvers.md").read_text()
+    assert all(f"| `{name}` |" in text for name in TABLES)
+    explained = text.split("```text")[1]
+    assert all(entry.name in explained for entry in dataclasses.fields(Table))
 
 
 def test_the_readme_names_every_method_and_only_links_what_is_there():

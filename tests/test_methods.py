@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import pytest
@@ -11,24 +12,44 @@ import torch
 from stepwell import methods
 from stepwell.check import oracles
 from stepwell.check.methods import bench, check_method, gradient
+from stepwell.check.provable import variants
 from stepwell.credit.group import GroupCredit
 from stepwell.credit.traces import GeneralisedAdvantage, Whitened
 from stepwell.errors import InputError, LawBroken, UnknownName
 from stepwell.methods.registry import Card
+from stepwell.objective.forward import DirectReward, NegativeAware
 from stepwell.objective.gate import Gate
+from stepwell.objective.gaussian import NoiseAware
 from stepwell.objective.policy import Policy
 from stepwell.objective.reduction import Reduction
 from stepwell.objective.regularise import Divergence, Regulariser
 from stepwell.objective.surrogate import Clip, Score
+from stepwell.objective.term import Loss
 from stepwell.parts import Part
 from stepwell.plan.groups import DynamicSampling
 from stepwell.recipe import Recipe
 
+OTHER: dict[str, object] = {
+    "keep": "above-mean",
+    "pairs": "mean",
+    "kl": 0.3,
+    "entropy": 0.1,
+    "length": 7,
+    "smoothing": 0.2,
+    "variant": "published",
+    "schedule": "random",
+    "solver": "ddpm",
+    "weight": "time",
+    "go_on": "best",
+    "branches": 4,
+}
+"""What options are changed to where twice the default is not a choice."""
+
 TEN = "cispo dapo dpo dr-grpo gspo grpo ppo raft reinforce rloo".split()
 
 
-def card(recipe, *proof):
-    return Card("planted", "A planted mistake", lambda: recipe, proof=proof)
+def card(recipe, *proof, room="language"):
+    return Card("planted", "A planted mistake", lambda: recipe, proof=proof, room=room)
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -36,6 +57,14 @@ def test_every_method_obeys_the_laws_of_methods_and_its_oracle(name):
     found = methods.get(name)
     assert found.proof, "a method without a proof is not a method of ours"
     check_method(found)
+
+
+@pytest.mark.parametrize("name", [name for name in methods.names() if "variant" in methods.get(name).options])
+def test_a_published_variant_obeys_the_laws_of_methods_too(name):
+    found = methods.get(name)
+    published = dataclasses.replace(found, build=functools.partial(found.build, variant="published"), proof=())
+    assert published.recipe() != found.recipe()
+    check_method(published)
 
 
 def test_the_ten_methods_of_the_first_release_are_there():
@@ -61,11 +90,13 @@ def test_an_unknown_option_of_a_method_names_the_nearest(name):
 @pytest.mark.parametrize("name", methods.names())
 def test_every_option_of_a_method_changes_its_parts(name):
     found = methods.get(name)
-    plain = found.recipe()
-    other = {"keep": "above-mean", "pairs": "mean", "kl": 0.3, "entropy": 0.1, "length": 7, "smoothing": 0.2}
     for option, value in found.options.items():
-        changed = (not value) if isinstance(value, bool) else other.get(option, value * 2 if value else 1)
-        assert found.recipe(**{option: changed}) != plain, f"option '{option}' of {name} is not used"
+        assert not isinstance(value, str) or option in OTHER, f"say in OTHER what else '{option}' of {name} may be"
+        changed = (not value) if isinstance(value, bool) else OTHER.get(option, value * 2 if value else 1)
+        assert changed != value
+        ways = [{}] if option == "variant" else list(variants(found))
+        used = any(found.recipe(**way, **{option: changed}) != found.recipe(**way) for way in ways)
+        assert used, f"option '{option}' of {name} is not used"
 
 
 @dataclass(frozen=True)
@@ -141,6 +172,48 @@ class WrongClip(Clip):
 def test_a_planted_mistake_breaks_the_law_it_should(planted, law):
     with pytest.raises(LawBroken, match=law):
         check_method(card(Recipe(planted)))
+
+
+@dataclass(frozen=True)
+class LocalNoise(NoiseAware):
+    """The mistake of averaging the noise over a micro-batch."""
+
+    when = "step"
+
+    def __call__(self, batch, log_ratio, advantage):
+        deviation = batch.field("old_deviation") * batch.mask
+        return deviation * batch.mask.sum() / deviation.sum()
+
+
+@dataclass(frozen=True)
+class LocalReward(DirectReward):
+    """The mistake of taking the mean reward of a micro-batch."""
+
+    def loss(self, batch, targets):
+        return Loss(-batch.judge(batch.present("sample"), batch.rows.prompt).mean())
+
+
+@dataclass(frozen=True)
+class LastColumn(NegativeAware):
+    """The mistake of taking what is in the last column for a row's sample."""
+
+    def loss(self, batch, targets):
+        ends = batch.rows.action[:, -1].square().sum(1, keepdim=True)
+        return super().loss(batch, {"good": targets["good"] * ends[:, 0]})
+
+
+@pytest.mark.parametrize(
+    ("name", "planted", "law"),
+    [
+        ("tempflow-grpo", Policy(gates=(LocalNoise(),)), "micro-batches"),
+        ("draft-k", LocalReward(1), "micro-batches"),
+        ("diffusion-nft", LastColumn(), "padding"),
+    ],
+)
+def test_a_mistake_planted_in_a_flow_method_breaks_the_law_it_should(name, planted, law):
+    recipe = dataclasses.replace(methods.get(name).recipe(), objective=planted)
+    with pytest.raises(LawBroken, match=law):
+        check_method(card(recipe, room="flow"))
 
 
 @pytest.mark.parametrize(
@@ -222,6 +295,6 @@ def test_a_second_method_of_the_same_name_is_refused(tmp_path):
 def test_cards_tell_parts_options_paper_and_proof():
     for name in methods.names():
         told = methods.get(name).as_dict()
-        assert {"id", "title", "paper", "year", "room", "parts", "proof", "catalogue", "options"} <= set(told)
+        assert {"id", "title", "paper", "year", "room", "parts", "proof", "note", "catalogue", "options"} <= set(told)
         assert told["parts"]
         assert set(told["proof"]) <= set(oracles.ORACLES)

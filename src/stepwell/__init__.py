@@ -24,6 +24,10 @@ _HOMES = {
     "Rewards": "stepwell.reward.mixing",
     "load_prompts": "stepwell.data",
     "language": "stepwell.process.language",
+    "flow": "stepwell.process.flow",
+    "pipeline": "stepwell.process.pipeline",
+    "sample": "stepwell.api",
+    "solvers": "stepwell.api",
     "method": "stepwell.methods.registry",
     "task": "stepwell.compare.tasks",
     "train": "stepwell.api",
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
     from stepwell import check as check
     from stepwell import methods as methods
     from stepwell.api import compare as compare
+    from stepwell.api import sample as sample
+    from stepwell.api import solvers as solvers
     from stepwell.api import train as train
     from stepwell.data import load_prompts as load_prompts
     from stepwell.errors import StepwellError as StepwellError
@@ -42,7 +48,9 @@ if TYPE_CHECKING:
     from stepwell.meter import Meter as Meter
     from stepwell.methods.registry import method as method
     from stepwell.process import exact as exact
+    from stepwell.process.flow import flow as flow
     from stepwell.process.language import language as language
+    from stepwell.process.pipeline import pipeline as pipeline
     from stepwell.recipe import Recipe as Recipe
     from stepwell.reward.mixing import Rewards as Rewards
     from stepwell.rng import Replay as Replay

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from stepwell.data import load_prompts
-from stepwell.errors import InputError, UnknownName
-from stepwell.meter import Budget
+from stepwell.errors import InputError, StepwellError, UnknownName
+from stepwell.export import write_samples
+from stepwell.meter import Budget, Cost
 from stepwell.methods import registry
-from stepwell.process.base import Process
+from stepwell.process.base import Process, Samples, ability
+from stepwell.process.flow import Flow
+from stepwell.process.language import Language
+from stepwell.process.pipeline_text import TextEncoder
 from stepwell.recipe import Recipe
 from stepwell.reward.mixing import Rewards
+from stepwell.rng import Rng
+from stepwell.rollout import Prompt, Request, rollout
+from stepwell.solver.table import TABLES, Table
 from stepwell.train import loop
 from stepwell.train.settings import Settings
 
@@ -48,8 +58,9 @@ def train(
 ) -> loop.Run:
     """Train a process from rewards with a method, by id or as a recipe.
 
-    `prompts` and `evaluation` are whatever `load_prompts` takes; `options` are the method's; every other keyword is a
-    field of `Settings` (steps, budget, learning_rate, group_size, ...).
+    `prompts` and `evaluation` are whatever `load_prompts` takes; for flows they may be any values that the flow is told
+    (class numbers, None), and rows of data without prompts. `options` are the method's; every other keyword is a field
+    of `Settings` (steps, budget, learning_rate, group_size, ...).
 
     Example:
         >>> import stepwell as sw
@@ -72,21 +83,134 @@ def train(
     recipe, config = method, {"method": "a recipe", "options": dict(options or {})}
     if isinstance(method, str):
         card = registry.get(method)
+        registry.check_room(card, registry.room_of(process))
         recipe, config = card.recipe(**(options or {})), config | {"method": method, "card": card.as_dict()}
     assert isinstance(recipe, Recipe)
     rewards = reward if isinstance(reward, Rewards) else Rewards(reward)
     return loop.train(
         process,
         recipe,
-        load_prompts(prompts),
+        prompts_for(process, prompts),
         rewards,
         given,
         out=out,
-        evaluation=None if evaluation is None else load_prompts(evaluation),
+        evaluation=None if evaluation is None else prompts_for(process, evaluation),
         on_step=on_step,
         resume=resume,
         config=config,
     )
+
+
+@dataclass(frozen=True)
+class CostedSamples(Samples):
+    """Samples with the prompt of each, and what they cost together."""
+
+    prompts: list[Any] = field(default_factory=list)
+    cost: Cost = field(default_factory=Cost)
+
+    def save(self, folder: str | os.PathLike[str], format: str | None = None, **about: Any) -> list[Path]:
+        """Write them into a new or empty folder, as `stepwell.export.write_samples` says; the files."""
+        cost = {unit: amount for unit, amount in vars(self.cost).items() if unit != "wall_time"}  # the seed decides it
+        return write_samples(folder, self.values, self.prompts, format, {**about, "cost": cost})
+
+
+def sample(
+    process: Process,
+    prompts: Any = None,
+    n: int = 1,
+    *,
+    seed: int = 0,
+    rows_at_once: int | None = None,
+    **law: Any,
+) -> CostedSamples:
+    """Draw `n` samples for each prompt, those of a prompt side by side.
+
+    `prompts` are as for `train`; None is for processes that take none. `law` are settings of how a flow is drawn
+    (solver, steps, guidance, ...: `stepwell.process.flow_law.SETTINGS`). At most `rows_at_once` samples are drawn side
+    by side, which decides the random numbers that a sample gets, and not its law.
+
+    Raises `InputError` for settings and prompts that do not fit, and for samples that are not finite.
+
+    Example:
+        >>> import stepwell as sw
+        >>> points = sw.flow(lambda x, t: x / t, shape=(2,))  # all data is at the origin
+        >>> drawn = sample(points, n=3, solver="dpmpp-2m", steps=5)
+        >>> len(drawn), drawn.cost.model_evaluations, float(drawn.values[0].abs().max()) < 1e-6
+        (3, 15, True)
+    """
+    check_amounts(n, seed, rows_at_once)
+    if not hasattr(process, "propose"):
+        raise InputError(f"What is sampled is a process, such as flow(f, shape=(2,)), not {process!r:.60}.")
+    if law:
+        process = ability(process, "with_law", "Drawing otherwise")(**law)
+    asked = prompts_for(process, [None] if prompts is None else prompts)
+    most = rows_at_once or n
+    pieces = [(prompt, min(most, n - begin)) for prompt in asked for begin in range(0, n, most)]
+    before = process.meter.read()
+    drawn = rollout(process, [Request(*piece) for piece in pieces], Rng(seed), rows_at_once=rows_at_once)
+    cost = process.meter.read() - before
+    for prompt, value in zip(drawn.prompts, drawn.samples.values, strict=True):
+        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+            raise InputError(
+                f"A sample of prompt {prompt.id} ({prompt.value!r:.60}) is not finite; the states diverged."
+            )
+    return CostedSamples(drawn.samples.values, drawn.samples.columns, [prompt.value for prompt in drawn.prompts], cost)
+
+
+def check_amounts(n: int, seed: int, rows_at_once: int | None = None) -> None:
+    """Raise `InputError` for numbers that `sample` cannot take."""
+    for name, value in (("number of samples for each prompt", n), ("number of rows at once", rows_at_once)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InputError(f"The {name} is {value!r}; a whole number from 1 is right.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise InputError(f"The seed is {seed!r}; a whole number of 64 bits is right.")
+
+
+def prompts_for(process: Process, source: Any, column: str = "prompt") -> list[Prompt]:
+    """The prompts that `source` holds (`load_prompts`), each of which this process can read (`check_prompts`)."""
+    prompts = load_prompts(source, column, anything=registry.room_of(process) != "language")
+    check_prompts(process, prompts, f"{source}" if isinstance(source, str | os.PathLike) else "The list of prompts")
+    return prompts
+
+
+def check_prompts(process: Process, prompts: Sequence[Prompt], place: str) -> None:
+    """Raise `InputError`, naming the row, for a prompt that the process cannot read: it would end a run hours later."""
+    for row, prompt in enumerate(prompts):
+        try:
+            if isinstance(process, Language):
+                process.encoder(prompt.value)
+            elif isinstance(process, Flow) and process.encode is not None:
+                _read(process, prompt.value)
+        except StepwellError as error:
+            raise InputError(f"{place}, row {row}: {error}") from error
+
+
+@torch.no_grad()
+def _read(flow: Flow, prompt: Any) -> None:
+    """Raise unless the flow can be told this prompt; text encoders are slow, so that they are not asked yet."""
+    if isinstance(flow.encode, TextEncoder):
+        if not isinstance(prompt, str):
+            raise InputError(f"The prompt {prompt!r:.60} is not a text, which is what a pipeline draws from.")
+        return
+    try:
+        flow.condition([prompt])
+    except StepwellError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"The flow's encode cannot read {prompt!r:.60}: {type(error).__name__}: {said}") from error
+
+
+def solvers() -> dict[str, Table]:
+    """All solvers by name, each a table that can be printed, changed by `replace` and given to a flow.
+
+    Example:
+        >>> import stepwell as sw
+        >>> midpoint = sw.solvers()["dpm-2s"]
+        >>> midpoint.evaluations, midpoint.replace(name="later", inner=0.7).inner
+        (2, 0.7)
+    """
+    return dict(TABLES)
 
 
 def compare(task: Task | str, methods: str | Sequence[str], budget: str = "60s", **options: Any) -> Any:

@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any, TypeVar
@@ -25,7 +25,7 @@ def parse(words: Sequence[str], commands: Mapping[str, type[C]], program: str, a
     """
     first, rest = words[0], list(words[1:])
     if first in commands:
-        with _one_sentence(f"{program} {first}", [entry.name for entry in fields(commands[first])]):  # type: ignore[arg-type]
+        with _one_sentence(f"{program} {first}", argument_names(commands[first])):
             return tyro.cli(
                 commands[first],
                 prog=f"{program} {first}",
@@ -38,6 +38,15 @@ def parse(words: Sequence[str], commands: Mapping[str, type[C]], program: str, a
     whole: Any = reduce(or_, (Annotated[kind, tyro.conf.subcommand(name)] for name, kind in commands.items()))
     tyro.cli(whole, prog=program, description=about, args=["--help"])
     raise SystemExit(0)
+
+
+def argument_names(command: type) -> list[str]:
+    """The names of a command's arguments, those of a group of them (a dataclass in its place) included."""
+    names: list[str] = []
+    for entry in fields(command):
+        group = entry.default_factory
+        names += argument_names(group) if isinstance(group, type) and is_dataclass(group) else [entry.name]
+    return names
 
 
 @contextmanager
@@ -91,11 +100,12 @@ def options_from(words: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"The option '{word}' has no value; write it as name=value, such as clip=0.1.")
         if name in found:
             raise InputError(f"The option '{name}' is set twice; set it once.")
-        found[name] = _value(value.strip())
+        found[name] = value_from(value.strip())
     return found
 
 
-def _value(text: str) -> Any:
+def value_from(text: str) -> Any:
+    """A number, true, false, none, or else the text itself."""
     named = {"true": True, "false": False, "none": None, "null": None}
     if text.lower() in named:
         return named[text.lower()]

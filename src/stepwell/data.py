@@ -6,12 +6,15 @@ import csv
 import difflib
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stepwell.errors import InputError
 from stepwell.rollout import Prompt
+
+RESERVED = ("prompts", "completions", "truncated", "completion_ids")
+"""What reward functions are given besides the data; no column of the data may have one of these names."""
 
 
 class _Row(NamedTuple):
@@ -21,7 +24,7 @@ class _Row(NamedTuple):
     value: Any
 
 
-def load_prompts(source: Any, column: str = "prompt") -> list[Prompt]:
+def load_prompts(source: Any, column: str = "prompt", *, anything: bool = False) -> list[Prompt]:
     """The rows of `source` as prompts, numbered from 0 in their order.
 
     `source` is the path of a .jsonl, .json (a list of rows), .csv or .parquet file, a folder written by
@@ -31,17 +34,24 @@ def load_prompts(source: Any, column: str = "prompt") -> list[Prompt]:
     All other columns go to `Prompt.columns`; a column that only some rows have is None in the others. The cells of a
     .csv stay text. Blank lines are skipped.
 
+    With `anything`, for processes that are not told words, a prompt may be any value, None included; a list may hold
+    such values themselves in place of rows, and rows need no column `prompt`: theirs are None then.
+
     Raises `InputError`, naming file, row (counted from 0), column and the mend, for a file that is not there, cannot
-    be read or has an unknown suffix, for data without rows or without the prompt's column, and for a row that is
-    broken, has no prompt, or has one that is neither text nor chat messages.
+    be read or has an unknown suffix, for data without rows or without the prompt's column, for a column whose name is
+    taken (`RESERVED`), and for a row that is broken, has no prompt, or has one that is neither text nor chat messages.
 
     Example:
         >>> load_prompts([{"prompt": "1 + 1 =", "answer": "2"}])
         [Prompt(id=0, value='1 + 1 =', columns={'answer': '2'})]
+        >>> [prompt.value for prompt in load_prompts([3, None], anything=True)]
+        [3, None]
     """
     name, rows = _read(source)
     if not rows:
         raise InputError(f"{name} holds no rows; at least one prompt is needed.")
+    if anything and not any(isinstance(row.value, Mapping) for row in rows):
+        return [Prompt(number, row.value) for number, row in enumerate(rows)]
     if all(isinstance(row.value, str) for row in rows):
         return [Prompt(number, _checked(row.value, f"{name}, {row.place}")) for number, row in enumerate(rows)]
     for row in rows:
@@ -54,20 +64,35 @@ def load_prompts(source: Any, column: str = "prompt") -> list[Prompt]:
     unnamed = [key for key in names if not isinstance(key, str)]
     if unnamed:
         raise InputError(f"{name} has a column named {unnamed[0]!r}; the name of a column has to be text.")
-    if column not in names:
+    like_it = difflib.get_close_matches(column, [key.lower() for key in names], n=1, cutoff=0.85)  # not prompt_id
+    bare = anything and column == "prompt" and not like_it
+    if column not in names and not bare:
         near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
         hint = f"did you mean column='{near[0]}'?" if near else "say with column=... which of them holds the prompts."
         there = "its columns are " + ", ".join(f"'{key}'" for key in names) if names else "it has none"
         raise InputError(f"{name} has no column '{column}' ({there}); {hint}")
     others = [key for key in names if key != column]
+    check_columns(others, name)
     return [
         Prompt(
             number,
-            _checked(row.value.get(column), f"{name}, {row.place}, column '{column}'"),
+            row.value.get(column)
+            if anything
+            else _checked(row.value.get(column), f"{name}, {row.place}, column '{column}'"),
             {key: row.value.get(key) for key in others},
         )
         for number, row in enumerate(rows)
     ]
+
+
+def check_columns(names: Sequence[str], owner: str) -> None:
+    """Raise `InputError` for a column that has the name of something else that rewards are given."""
+    taken = [name for name in names if name in RESERVED]
+    if taken:
+        raise InputError(
+            f"{owner} has a column '{taken[0]}', and reward functions are given something else under that name; "
+            "rename the column."
+        )
 
 
 def _checked(prompt: Any, place: str) -> Any:

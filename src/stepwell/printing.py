@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Grid
 from rich.text import Text
 
 from stepwell.methods.registry import Card
+from stepwell.solver.table import Table
 from stepwell.writing import json_text
 
 
@@ -21,7 +23,7 @@ def print_json(value: Any) -> None:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table as wide as the terminal; its first column is never cut."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, name in enumerate(header):
         table.add_column(name, no_wrap=place == 0, overflow="fold")
     for row in rows:
@@ -34,7 +36,7 @@ def print_card(card: Card) -> None:
     about = card.as_dict()
     console = Console()
     console.print(Text.assemble((card.id, "bold"), f"  {card.title}", f" ({card.year})" if card.year else ""))
-    table = Table.grid(padding=(0, 2))
+    table = Grid.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     link = f"https://arxiv.org/abs/{card.arxiv}" if card.arxiv else ""
@@ -42,6 +44,7 @@ def print_card(card: Card) -> None:
     number = "" if card.catalogue is None else str(card.catalogue)
     for label, text in (
         ("what differs", card.differs),
+        ("as published", card.note),
         ("paper", card.paper),
         ("arXiv", link),
         ("room", card.room),
@@ -54,3 +57,13 @@ def print_card(card: Card) -> None:
         if text:
             table.add_row(label, Text(text))
     console.print(table)
+
+
+def print_solver(solver: Table) -> None:
+    """The table of a solver, a setting a line."""
+    grid = Grid.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in asdict(solver).items():
+        grid.add_row(name, Text(f"{value}", style="bold" if name == "name" else ""))
+    Console().print(grid)

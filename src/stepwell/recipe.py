@@ -13,6 +13,7 @@ from stepwell.objective.term import Objective, Term
 from stepwell.parts import describe
 from stepwell.plan.base import Planner
 from stepwell.plan.groups import Groups
+from stepwell.reward.guide import RewardGuide
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Recipe:
     minibatches: updates a pass. old: whether log pi_old is the sampler's (`rollout`) or scored anew before the first
     update (`recomputed`). reference: `start`, the policy as training began; `synced`, replaced by the policy every
     `sync_every` steps. transforms: what acts on the gradients before the optimiser. law: settings of the process
-    while it trains (a stochastic solver, fewer steps); it is evaluated as it was given.
+    while it trains (a stochastic solver, fewer steps); it is evaluated as it was given. guide: what moves the random
+    steps of training rollouts towards reward; stored log-probabilities are then those of the guided law.
     """
 
     objective: Term | Objective
@@ -35,6 +37,7 @@ class Recipe:
     sync_every: int = 1
     transforms: tuple[GradientTransform, ...] = ()
     law: Mapping[str, Any] = field(default_factory=dict)
+    guide: RewardGuide | None = None
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.minibatches < 1 or self.sync_every < 1:
@@ -70,6 +73,8 @@ class Recipe:
             value = getattr(self, entry.name)
             if entry.name == "law":
                 words += [f"{name}={describe(setting)}" for name, setting in value.items()]
+            elif isinstance(value, RewardGuide):
+                words.append(describe(value))
             elif entry.name not in ("objective", "planner", "transforms") and value != entry.default:
                 words.append(f"{entry.name}={value}")
         return words

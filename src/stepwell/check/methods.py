@@ -89,7 +89,7 @@ def _flow_bench(recipe: Recipe) -> tuple[Flow, Trajectories]:
     _move(process, 0.1)
     stream = PromptStream(FLOW_PROMPTS, Rng(9).split("prompts"), shuffle=False)
     planner = with_settings(recipe, Settings(prompts_per_step=3)).planner
-    drawn = collect(process, planner, stream, Rewards(nearness), Rng(9), 0).drawn
+    drawn = collect(process, planner, stream, Rewards(nearness), Rng(9), 0, guide=recipe.guide).drawn
     rows = recipe.whole.draw(drawn.trajectories, process, Rng(9).split("points"))
     rows = fill(process, rows, {"old_log_prob", *recipe.whole.reads}, tokens=None)
     noise = Rng(10).normal(*rows.mask.shape, dtype=torch.float64) * rows.mask

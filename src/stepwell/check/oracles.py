@@ -1,7 +1,8 @@
 """Exact answers that methods are held against, by name: a card's `proof` lists the ones that prove it.
 
 Each oracle takes a card and returns the largest deviation from a closed form or an enumeration. Expectations are over
-every group of samples of a tabular model, each weighted by its probability: there is no sampling error.
+every group of samples of a tabular model, each weighted by its probability: there is no sampling error. Those of flow
+methods are in `flow_oracles`, `flow_moments`, `flow_rewards` and `flow_losses`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from stepwell.check import flow_losses, flow_moments, flow_oracles, flow_rewards
+from stepwell.check.guide_oracles import guided_step
+from stepwell.check.provable import Provable, deviation
 from stepwell.credit.group import GroupCredit
 from stepwell.errors import UnknownName
 from stepwell.objective.pairs import Pairs
@@ -24,19 +28,8 @@ from stepwell.objective.term import Objective, Term
 from stepwell.parts import Batch
 from stepwell.process.base import Scores
 from stepwell.process.exact import TabularLanguage, markov
-from stepwell.recipe import Recipe
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories, count
-
-
-class Provable(Protocol):
-    """A card as far as oracles see it."""
-
-    id: str
-    room: str
-    proof: tuple[str, ...]
-
-    def recipe(self, **options: Any) -> Recipe: ...
 
 
 def all_groups(
@@ -94,11 +87,6 @@ def expected_gradient(
 def policy_gradient(process: TabularLanguage, reward: Tensor) -> Tensor:
     """The gradient of the expected reward, from the sum over all strings."""
     return torch.autograd.grad((process.string_probabilities() * reward).sum(), process.logits)[0]
-
-
-def deviation(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected|."""
-    return float((found - expected).norm() / expected.norm())
 
 
 def standard_deviation_factor(rate: float, size: int, epsilon: float = 0.0) -> float:
@@ -323,6 +311,22 @@ ORACLES: dict[str, Callable[[Provable], float]] = {
         exact_critic_gradient,
         best_of_group_gradient,
         preference_fixed_point,
+        guided_step,
+        flow_oracles.gaussian_gradient,
+        flow_oracles.mean_ratio,
+        flow_oracles.regulated_ratio,
+        flow_oracles.divergence_bound,
+        flow_oracles.step_divergence,
+        flow_oracles.window_schedule,
+        flow_moments.policy_moment_gradient,
+        flow_moments.branch_gradient,
+        flow_moments.path_divergence,
+        flow_rewards.truncated_sum,
+        flow_rewards.renoised_gradient,
+        flow_losses.step_preference,
+        flow_losses.denoising_preference,
+        flow_losses.negative_aware_minimum,
+        flow_losses.weighted_matching,
     )
 }
 

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepwell.errors import InputError, UnknownName
+from stepwell.errors import InputError, StepwellError, UnknownName
+from stepwell.process.exact import TabularLanguage
+from stepwell.process.flow import Flow
+from stepwell.process.language import Language
 from stepwell.recipe import Recipe
 
 ROOMS = ("language", "flow", "masked", "control", "steering")
@@ -21,8 +24,9 @@ ROOMS = ("language", "flow", "masked", "control", "steering")
 class Card:
     """What there is to know of a method before running it.
 
-    `proof` names the checks that hold it against an exact answer (`stepwell.check.oracles`); `catalogue` is its
-    number in the catalogue of published methods, where it has one.
+    `proof` names the checks that hold it against an exact answer (`stepwell.check.oracles`); `note` says what its
+    published variant does otherwise, and by how much, as tests measure it; `catalogue` is its number in the catalogue
+    of published methods, where it has one.
     """
 
     id: str
@@ -33,6 +37,7 @@ class Card:
     year: int | None = None
     room: str = "language"
     differs: str = ""
+    note: str = ""
     proof: tuple[str, ...] = ()
     catalogue: int | None = None
     source: str = "stepwell"
@@ -43,13 +48,26 @@ class Card:
         return {name: parameter.default for name, parameter in inspect.signature(self.build).parameters.items()}
 
     def recipe(self, **options: Any) -> Recipe:
-        """The composition with these options; an unknown one is an error that names the nearest."""
+        """The composition with these options; an unknown one is an error that names the nearest.
+
+        Raises `InputError` for a function that fails, naming the line in its own file, or that returns no Recipe.
+        """
         check_options(self.id, options, self.options)
-        return self.build(**options)
+        try:
+            recipe: Any = self.build(**options)
+        except StepwellError:
+            raise
+        except Exception as error:
+            line = _line_in(error, Path(self.build.__code__.co_filename))
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise InputError(f"The method '{self.id}' cannot be built; its function failed{line}: {said}") from error
+        if not isinstance(recipe, Recipe):
+            raise InputError(f"The method '{self.id}' is no Recipe but {type(recipe).__name__}; return a Recipe.")
+        return recipe
 
     def as_dict(self) -> dict[str, Any]:
         """The card for JSON: every field, the options with their defaults, and the parts by default."""
-        fields = ("id", "title", "paper", "arxiv", "year", "room", "differs", "catalogue", "source")
+        fields = ("id", "title", "paper", "arxiv", "year", "room", "differs", "note", "catalogue", "source")
         answer = {name: getattr(self, name) for name in fields}
         return answer | {"proof": list(self.proof), "options": self.options, "parts": self.recipe().parts()}
 
@@ -68,6 +86,25 @@ def check_options(owner: str, options: Mapping[str, Any], known: Mapping[str, An
             raise InputError(f"Option '{name}' of {owner} is {kind}, not '{value}'.")
 
 
+def check_room(card: Card, room: str | None) -> None:
+    """Raise `InputError` for a flow's method on a language model, and the reverse (`room_of` the process)."""
+    if room is None or card.room == room or card.room not in _KINDS:
+        return
+    others = [name for name in names() if _CARDS[name].room == room]
+    hint = f"such as {', '.join(others[:4])}; one of your own is registered with room='{room}'"
+    raise InputError(
+        f"The method '{card.id}' trains {_KINDS[card.room]}, and not {_KINDS[room]}; choose a method for them, {hint}."
+    )
+
+
+def room_of(process: object) -> str | None:
+    """The room whose methods are made for a process: `language`, `flow`, or None where it could be any."""
+    if isinstance(process, Flow):
+        return "flow"
+    return "language" if isinstance(process, Language | TabularLanguage) else None
+
+
+_KINDS = {"language": "language models", "flow": "flows"}
 _CARDS: dict[str, Card] = {}
 _loading = ["stepwell"]
 
@@ -157,9 +194,10 @@ def _line_in(error: Exception, path: Path) -> str:
 
 def _load_own() -> None:
     """Import the methods that come with Stepwell and those of installed packages, once."""
-    if "stepwell.methods.language" in sys.modules:
+    if "stepwell.methods.flow" in sys.modules:
         return
     importlib.import_module("stepwell.methods.language")
+    importlib.import_module("stepwell.methods.flow")
     for entry in importlib.metadata.entry_points(group="stepwell.plugins"):
         _loading.append(entry.value)
         try:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepwell.errors import InputError
+from stepwell.parts import Checked
 from stepwell.plan.groups import Groups
 from stepwell.plan.prompts import PromptStream
 from stepwell.rollout import Prompt, Request
@@ -131,7 +132,7 @@ class Tree(Groups):
 
 
 @dataclass
-class Candidates(Groups):
+class Candidates(Checked, Groups):
     """At every step of a row `size` candidates are drawn from the same state and judged; one of them goes on.
 
     `go_on`: which, a `random` one, so that steps stay independent, or the `best`. `steps` of them, from `begin` on.
@@ -150,24 +151,33 @@ class Candidates(Groups):
         place = self.first + self.begin
         if so_far is None:
             taken = prompts.take(self.prompts)
-            return [Request(p, self.size, horizon=place + 1, window=(place, place + 1)) for p in taken]
+            return [Request(p, 1, horizon=place + 1, window=(place, place + 1)) for p in taken]
+        by_id = {prompt.id: prompt for prompt in prompts.prompts}
+        if len(so_far) < self.prompts * self.size:  # the others of the first state
+            return [self._from(by_id, so_far, row, place, self.size - 1) for row in range(self.prompts)]
         layer = len(so_far) // (self.prompts * self.size)
         if layer >= self.steps - self.begin:
             return []
-        by_id = {prompt.id: prompt for prompt in prompts.prompts}
-        place += layer
-        newest = len(so_far) - self.prompts * self.size
         rng = prompts.rng.split("candidate", step, layer)
         requests = []
         for number in range(self.prompts):
-            first = newest + number * self.size
+            rows = self._candidates(number, layer - 1)
             assert so_far.reward is not None
             chosen = int(rng.split(number).permutation(self.size)[0])
             if self.go_on == "best":
-                chosen = int(so_far.reward[first : first + self.size].argmax())
-            row = first + chosen
-            prompt = by_id[int(so_far.prompt[row])]
-            requests.append(
-                Request(prompt, self.size, start=(row, place), horizon=place + 1, window=(place, place + 1))
-            )
+                chosen = int(so_far.reward[rows].argmax())
+            requests.append(self._from(by_id, so_far, rows[chosen], place + layer, self.size))
         return requests
+
+    def _candidates(self, number: int, layer: int) -> list[int]:
+        """The rows of the candidates of a prompt, the `number`-th of this rollout, in one layer."""
+        if layer:
+            first = (layer * self.prompts + number) * self.size
+            return list(range(first, first + self.size))
+        others = self.prompts + number * (self.size - 1)
+        return [number, *range(others, others + self.size - 1)]
+
+    def _from(self, by_id: dict[int, Prompt], so_far: Trajectories, row: int, place: int, count: int) -> Request:
+        """Candidates for the step at `place` of a row."""
+        prompt = by_id[int(so_far.prompt[row])]
+        return Request(prompt, count, start=(row, place), horizon=place + 1, window=(place, place + 1))

@@ -1,4 +1,4 @@
-"""Rollouts that are random, and trained, in a window of steps only; the window may move from one rollout to the next."""
+"""Rollouts that are random, and trained, in a window of steps only; the window may move from rollout to rollout."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Windows(Checked, Groups):
     progressive with a hold that falls linearly from `hold` to max(hold / 4, 1) as the window moves on;
     `exponential-decay`, hold exp(-rate max(0, position - free)), rounded up. A window that would reach beyond the last
     step begins again at the start; `variant="published"` does so only after it has left the last step altogether, as
-    MixGRPO's code does: with 25 steps, a width of 4 and a hold of 25 it trains fewer than 4 steps in 75 rollouts of
-    650, and none in 25 more. `roll_back=False` keeps the last window instead. `same_noise`: all rows of a prompt share
-    the noise they start from.
+    MixGRPO's code does: with 25 steps, a width of 4 and a hold of 25 a cycle has 650 rollouts, of which 75 train one to
+    three steps and 25 none at all. `roll_back=False` keeps the last window instead. `same_noise`: all rows of a
+    prompt share the noise they start from.
 
     Source: MixGRPO, arXiv 2507.21802; the schedules of its code in cards_flow.md, A3.
     """
@@ -104,18 +104,21 @@ class Windows(Checked, Groups):
 
 @dataclass
 class Tail(Windows):
-    """Windows after which another solver finishes the row: `order` steps left become max(1, `ratio` of them).
+    """Windows after which another solver finishes the row: n steps left become max(1, `ratio` of them).
+
+    `after`: the steps that follow those which can be random, 1 for flows, whose last step draws no noise.
 
     MixGRPO-Flash (arXiv 2507.21802, section 3.3): DPM-Solver++ 2M for what is left after the window.
     """
 
     solver: str = "dpmpp-2m"
     ratio: float = 0.4
+    after: int = 1
 
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
         _, end = self.window(step, prompts.rng)
         requests = super().plan(step, so_far, prompts)
-        left = self.steps - end
+        left = self.steps + self.after - end
         if left < 2:
             return requests
         law = {"tail": (end, self.solver, max(1, int(left * self.ratio)))}

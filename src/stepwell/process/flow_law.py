@@ -80,7 +80,9 @@ def law_with(law: Law | None, path: Path, settings: Mapping[str, Any]) -> Law:
     times = _times(law, path, settings, shift)
     if "times" in settings:
         shift = None
-    answer = Law(Schedule.of(times, solver), solver, shift, guidance)
+    kept = law is not None and not {"solver", "level", "steps", "times", "shift"} & settings.keys()
+    schedule = law.schedule if law is not None and kept else Schedule.of(times, solver)
+    answer = Law(schedule, solver, shift, guidance)
     if "stride" in settings:
         answer = _strided(answer, *settings["stride"])
     if "tail" in settings:

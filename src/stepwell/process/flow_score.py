@@ -71,7 +71,7 @@ def scores(flow: Flow, rows: Trajectories, needs: Collection[str], context: Tens
 def _steps(flow: Flow, rows: Trajectories, condition: TensorDict | None, shared: bool) -> Steps:
     """The laws of all trained steps. The network is asked once for each state, however many rows share it."""
     row, step = rows.mask.nonzero(as_tuple=True)
-    if any(flow.law.tables[k].remembers for k in (step.unique() - 1).tolist() if k < len(flow.law.tables)):
+    if _remembers(flow, (step.unique() - 1).tolist()):
         return _replayed(flow, rows, condition)
     if len(step) and int(step.max()) > len(flow.law.tables):
         raise InputError(
@@ -102,6 +102,12 @@ def _steps(flow: Flow, rows: Trajectories, condition: TensorDict | None, shared:
     if parts:
         mean = torch.cat(parts)[torch.cat(order).argsort()]
     return Steps(row, step, Gaussian(mean, scale.reshape(-1, *[1] * (x.dim() - 1))))
+
+
+def _remembers(flow: Flow, steps: Collection[int]) -> bool:
+    """Whether the law of one of these steps depends on more than the state that it leaves."""
+    tables = flow.law.tables
+    return any(tables[k].remembers or (k > 0 and tables[k - 1].corrector) for k in steps if k < len(tables))
 
 
 def _distinct(rows: Trajectories, row: Tensor, step: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,11 +146,12 @@ def _replayed(flow: Flow, rows: Trajectories, condition: TensorDict | None) -> S
     for k in range(last):
         x, table = rows.action[:, k].to(flow.dtype), flow.law.tables[k]
         trained = rows.mask[:, k + 1]
-        if table.corrector and table.stochastic and bool((trained != trained[0]).any()):
-            raise MissingAbility(
-                f"The solver '{table.name}' cannot score rows of which only some drew noise in a step."
-            )
         law, past = flow.law.schedule.propose(predict, x, k, flow.path, past, output=flow.predicts)
+        if table.corrector and isinstance(law, Gaussian) and bool((~trained & (rows.length > k + 1)).any()):
+            raise MissingAbility(
+                f"The solver '{table.name}' corrects a step by how it was drawn, so it cannot score rows of which step "
+                f"{k + 1} is not trained; train all steps, or choose a solver without a corrector."
+            )
         here = trained.nonzero()[:, 0]
         if len(here):
             assert isinstance(law, Gaussian)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepwell.errors import RewardError
+from stepwell.errors import RewardError, StepwellError
 from stepwell.meter import Meter
 from stepwell.reward.mixing import Rewards, with_data
 from stepwell.rollout import Prompt
@@ -38,7 +40,7 @@ class Judge:
         keywords = self.rewards.keywords(with_data(columns, asked))
         functions = zip(self.rewards.names, self.rewards.functions, self.rewards.weights, keywords, strict=True)
         for name, function, weight, arguments in functions:
-            returned = function(**arguments)
+            returned = self._returned(name, function, arguments)
             if isinstance(returned, list | tuple) and all(isinstance(value, Tensor) for value in returned):
                 returned = torch.stack([value.reshape(()) for value in returned])
             self.meter.add(reward_calls=len(samples))
@@ -54,3 +56,17 @@ class Judge:
                 )
             total = total + weight * returned.to(total.dtype)
         return total
+
+    def _returned(self, name: str, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        try:
+            with warnings.catch_warnings():  # whoever takes numbers out of a tensor is told so by the error below
+                warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True")
+                return function(**arguments)
+        except StepwellError:
+            raise
+        except Exception as error:
+            said = " ".join(str(error).split()).rstrip(".")
+            raise RewardError(
+                f"The reward '{name}' raised {type(error).__name__} ({said}) on samples that carry a gradient, which "
+                "this method needs."
+            ) from error

@@ -1,4 +1,4 @@
-"""A user's reward function, found by its address: `my.py:reward` or `package.module:name`."""
+"""A user's own function, found by its address: `my.py:reward` or `package.module:name`."""
 
 from __future__ import annotations
 
@@ -19,25 +19,31 @@ from stepwell.errors import InputError, UnknownName
 
 
 def load_reward(address: str) -> Callable[..., Any]:
-    """The function at `path/to/file.py:name` or `package.module:name`.
+    """A reward function; see `load_function`.
+
+    Example:
+        >>> load_reward("stepwell.reward.verifiers:exact_match")(completions=["4"], answer=["4"])
+        [1.0]
+    """
+    return load_function(address)
+
+
+def load_function(address: str, kind: str = "reward") -> Callable[..., Any]:
+    """The function at `path/to/file.py:name` or `package.module:name`; messages call it a `kind`.
 
     A file may import its neighbours: its folder is added at the end of `sys.path` (the working folder, for a
     module). A file that has not changed is run once, however many of its functions are loaded.
 
     Raises `InputError` for an address without a colon, a file or module that is not there or fails while it is
     imported (naming its line), a name that is not in it (with the nearest one that is), and what is no function.
-
-    Example:
-        >>> load_reward("stepwell.reward.verifiers:exact_match")(completions=["4"], answer=["4"])
-        [1.0]
     """
     place, colon, name = address.rpartition(":")
     if not colon or not place or not name:
-        raise InputError(f"The reward '{address}' has to name a file and a function in it, such as 'my.py:reward'.")
+        raise InputError(f"The {kind} '{address}' has to name a file and a function in it, such as 'my.py:{kind}'.")
     if place.endswith(".py") or "/" in place or os.sep in place:
-        module = _module_from_file(place)
+        module = _module_from_file(place, kind)
     else:
-        module = _module_by_name(place)
+        module = _module_by_name(place, kind)
     if not hasattr(module, name):
         own = [
             key
@@ -53,19 +59,19 @@ def load_reward(address: str) -> Callable[..., Any]:
     return function
 
 
-def _module_from_file(place: str) -> ModuleType:
+def _module_from_file(place: str, kind: str) -> ModuleType:
     path = Path(place).expanduser()
     if not path.is_file():
         siblings = [entry.name for entry in path.parent.glob("*.py")] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
-        hint = f"did you mean '{path.with_name(near[0])}'?" if near else "check the path of the reward."
+        hint = f"did you mean '{path.with_name(near[0])}'?" if near else f"check the path of the {kind}."
         raise InputError(f"There is no file '{place}'; {hint}")
     path = path.resolve()
     if path.suffix != ".py":
-        raise InputError(f"The reward's file '{place}' is no Python file; its name has to end in .py.")
+        raise InputError(f"The {kind}'s file '{place}' is no Python file; its name has to end in .py.")
     # The name holds the file's age: an edited file is run anew, an unchanged one (and the models it loads) is not.
     digest = hashlib.blake2b(f"{path}:{path.stat().st_mtime_ns}".encode(), digest_size=6).hexdigest()
-    name = f"_stepwell_reward_{path.stem}_{digest}"
+    name = f"_stepwell_file_{path.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]
     specification = importlib.util.spec_from_file_location(name, path)
@@ -78,22 +84,22 @@ def _module_from_file(place: str) -> ModuleType:
         specification.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise _import_failure(place, str(path), error) from error
+        raise _import_failure(place, str(path), error, kind) from error
     return module
 
 
-def _module_by_name(name: str) -> ModuleType:
+def _module_by_name(name: str, kind: str) -> ModuleType:
     _importable_from(Path.cwd())
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise InputError(
-                f"There is no module '{name}'; a reward in a file is written with its ending, '{name}.py:...'."
+                f"There is no module '{name}'; a {kind} in a file is written with its ending, '{name}.py:...'."
             ) from error
-        raise _import_failure(name, None, error) from error
+        raise _import_failure(name, None, error, kind) from error
     except (Exception, SystemExit) as error:
-        raise _import_failure(name, None, error) from error
+        raise _import_failure(name, None, error, kind) from error
 
 
 def _importable_from(folder: Path) -> None:
@@ -101,7 +107,7 @@ def _importable_from(folder: Path) -> None:
         sys.path.append(str(folder))  # at the end: a user's random.py must not hide the standard library's
 
 
-def _import_failure(place: str, path: str | None, error: BaseException) -> InputError:
+def _import_failure(place: str, path: str | None, error: BaseException, kind: str) -> InputError:
     """The line that failed: the deepest one inside the file, or the deepest one there is."""
     if isinstance(error, SyntaxError) and error.filename is not None:
         where, line = error.filename, error.lineno
@@ -114,5 +120,5 @@ def _import_failure(place: str, path: str | None, error: BaseException) -> Input
     said = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split()).rstrip(".")
     file = place if where == path else where
     return InputError(
-        f"The reward's file {file} failed at line {line} while it was imported: {type(error).__name__}: {said}."
+        f"The {kind}'s file {file} failed at line {line} while it was imported: {type(error).__name__}: {said}."
     )

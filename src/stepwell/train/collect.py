@@ -15,6 +15,8 @@ from stepwell.errors import RewardError, StepwellError
 from stepwell.plan.base import Planner
 from stepwell.plan.prompts import PromptStream
 from stepwell.process.base import AT_POINTS, Process, Scores
+from stepwell.reward.differentiable import Judge
+from stepwell.reward.guide import RewardGuide
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
 from stepwell.rollout import Drawn, Prompt, Request, rollout
@@ -69,9 +71,14 @@ def collect(
     version: int = 0,
     rows_at_once: int | None = None,
     world: World | None = None,
+    guide: RewardGuide | None = None,
 ) -> Rewarded:
-    """All rows of one step: the planner is asked until it is done, and keeps the rows that credit is given on."""
+    """All rows of one step: the planner is asked until it is done, and keeps the rows that credit is given on.
+
+    A `guide` moves every random step by the gradient of the rewards, which have to be differentiable then.
+    """
     world = world or World()
+    judge = Judge(rewards, stream.prompts, process.meter)
     total: Drawn | None = None
     names: tuple[str, ...] = ()
     seconds = {"rollout": 0.0, "reward": 0.0}
@@ -79,6 +86,8 @@ def collect(
         requests = planner.plan(step, None if total is None else total.trajectories, stream)
         if not requests:
             break
+        if guide is not None:
+            requests = guide.applied(requests, process, judge)
         known = None if total is None else total.trajectories
         first = world.rank * 2**40
         mine = world.share(requests)
