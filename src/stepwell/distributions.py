@@ -103,7 +103,7 @@ class Gaussian:
 
     def log_prob(self, action: Tensor) -> Tensor:
         standardised = (action - self.mean) / self.standard_deviation
-        density = -0.5 * standardised**2 - self._log_scale() - 0.5 * math.log(2 * math.pi)
+        density = -0.5 * standardised**2 - (self.standard_deviation.log() + 0.5 * math.log(2 * math.pi))
         return _row_sums(density)
 
     def entropy(self) -> Tensor:

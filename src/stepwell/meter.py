@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import time
 from collections.abc import Iterator
@@ -28,10 +29,13 @@ class Cost:
     wall_time: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)))
+        return Cost(*map(operator.add, _amounts(self), _amounts(other)))
 
     def __sub__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(Cost)))
+        return Cost(*map(operator.sub, _amounts(self), _amounts(other)))
+
+
+_amounts = operator.attrgetter(*(entry.name for entry in fields(Cost)))
 
 
 @dataclass

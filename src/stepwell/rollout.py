@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -35,6 +35,13 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
+class Completion:
+    """What another than the policy wrote for a prompt, taken as it is: all its steps train, at log-probability 0."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
 class Request:
     """`count` samples for one prompt.
 
@@ -42,7 +49,7 @@ class Request:
     unless told otherwise. `start` is None for the root, `(row, step)` of the trajectories drawn so far to branch
     after that row's first `step` steps, a `Snapshot`, or one row of an earlier rollout to go on with, for processes
     that are determined by their actions. `horizon` bounds the steps of a row, those before its start
-    included. `proposal` maps the process's law, the state and each row's prompt to the law drawn from; the row's log
+    included. A `Completion` is a whole row that nothing is drawn for. `proposal` maps the process's law, the state and each row's prompt to the law drawn from; the row's log
     weight keeps the account. Rows that are not `judged` have no outcome: they are there to branch from.
 
     `window` (begin, end): only steps begin..end-1 are drawn at random and trained. Before its start a row keeps what
@@ -54,7 +61,7 @@ class Request:
     prompt: Prompt
     count: int = 8
     context: Any = None
-    start: tuple[int, int] | Snapshot | Trajectories | None = None
+    start: tuple[int, int] | Snapshot | Trajectories | Completion | None = None
     horizon: int | None = None
     proposal: Callable[[Distribution, State, list[Prompt]], Distribution] | None = None
     source: int = 0
@@ -120,6 +127,7 @@ def rollout(
     """
     if not requests:
         raise InputError("A rollout needs at least one request; none was made.")
+    requests = [_taken(process, request) for request in requests]
     parts: list[Drawn] = []
     order: list[tuple[int, int]] = []
     known = [] if so_far is None else [so_far]
@@ -133,6 +141,15 @@ def rollout(
     for part in parts[1:]:
         total = total + part
     return total if order == sorted(order) else total[torch.tensor(sorted(range(len(order)), key=order.__getitem__))]
+
+
+def _taken(process: Process, request: Request) -> Request:
+    """A request for a completion as one to go on with the row that it is, which is at its end."""
+    if not isinstance(request.start, Completion):
+        return request
+    action = ability(process, "encode", "A completion that is given")(request.start.value)[None]
+    row = make(action, torch.zeros(action.shape, device=action.device), torch.ones(action.shape, dtype=torch.bool))
+    return replace(request, start=row, horizon=action.shape[1])
 
 
 def _batches(requests: Sequence[Request], rows: int) -> list[list[int]]:
@@ -157,21 +174,27 @@ class _Record:
     """The steps of a rollout while it is drawn: rows come and go, so every step lists its rows."""
 
     def __init__(self, rows: int):
-        self.steps: list[tuple[Tensor, ...]] = []
+        self.steps: list[tuple[Tensor, int, Tensor, Tensor, Tensor]] = []
         self.position = torch.zeros(rows, dtype=torch.long)  # (N,) the next step of each row
         self.log_weight = torch.zeros(rows, dtype=torch.float64)
 
-    def add(self, rows: Tensor, action: Tensor, log_prob: Tensor, random: Tensor) -> None:
-        self.steps.append((rows, self.position[rows], action, log_prob, random))
-        self.position[rows] += 1
+    def add(self, rows: Tensor, step: int, action: Tensor, log_prob: Tensor, random: Tensor) -> None:
+        self.steps.append((rows, step, action, log_prob, random))
 
     def table(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """action (N, T, ...), log_prob (N, T), mask (N, T)."""
+        for row, step, *_ in self.steps:
+            self.position[row] = step + 1
         width = int(self.position.max())
         if not self.steps:  # every row was done at its start
             return torch.zeros(rows, 0, dtype=torch.long), torch.zeros(rows, 0), torch.zeros(rows, 0).bool()
         first, kinds = self.steps[0][2], [(step[2].dtype, step[3].dtype) for step in self.steps]
         action_kind, log_prob_kind = (reduce(torch.promote_types, column) for column in zip(*kinds, strict=True))
+        if all(len(row) == rows for row, *_ in self.steps):  # nobody left before the end
+            mask = torch.stack([random for *_, random in self.steps], 1)
+            log_prob = torch.stack([log_p.to(log_prob_kind) for *_, log_p, _ in self.steps], 1)
+            action = torch.stack([drawn.to(action_kind) for _, _, drawn, *_ in self.steps], 1)
+            return action, log_prob.masked_fill(~mask.to(log_prob.device), 0.0), mask
         action = torch.zeros(rows, width, *first.shape[1:], dtype=action_kind, device=first.device)
         log_prob = torch.zeros(rows, width, dtype=log_prob_kind, device=first.device)
         mask = torch.zeros(rows, width, dtype=torch.bool)
@@ -201,11 +224,13 @@ def _draw(
     state, shared = _begin(process, requests, owner, rng, so_far, record)
     rows = torch.arange(total)  # which row of the answer each row of the state is
     finished: list[tuple[Tensor, Samples]] = []
+    step, least = len(record.steps), int(horizon.min())  # rows that start together stay in step until they are done
     while True:
-        done = state.done.cpu()
-        cut = ~done & (record.position[rows] >= horizon[rows])
-        truncated[rows[cut]] = True
-        over = done | cut
+        over = done = state.done.cpu()
+        if step >= least:
+            cut = ~done & (step >= horizon[rows])
+            truncated[rows[cut]] = True
+            over = done | cut
         if over.any():
             if requests[0].judged:
                 finished.append((rows[over], process.finish(state[over.nonzero()[:, 0]])))
@@ -213,7 +238,6 @@ def _draw(
             if len(keep) == 0:
                 break
             state, rows = state[keep], rows[keep]
-        step = int(record.position[rows[0]])  # rows that start together stay in step until they are done
         if window is None or window[0] <= step < window[1]:
             law = process.propose(state)
         else:
@@ -225,13 +249,14 @@ def _draw(
         log_prob = drawn_from.log_prob(action)
         if proposal is not None:
             record.log_weight[rows] += (law.log_prob(action) - log_prob).double().cpu()
-        record.add(rows, action, log_prob, drawn_from.random.cpu())
+        record.add(rows, step, action, log_prob, drawn_from.random.cpu())
         state = process.advance(state, action, rng)
+        step += 1
     action, log_prob, mask = record.table(total)
     node = first_node + torch.arange(mask.numel()).reshape(mask.shape)
     node = node.masked_fill(torch.arange(mask.shape[1]) >= record.position[:, None], -1)
     node[:, : shared.shape[1]] = shared.cpu()
-    samples, cut_by_process = _in_order(finished, total)
+    samples, cut_by_process, of_steps = _in_order(finished, total)
     condition = process.condition([request.prompt.value for request in requests])
     trajectories = make(
         action,
@@ -246,6 +271,7 @@ def _draw(
         source=torch.tensor([requests[i].source for i in owner.tolist()]),
         version=torch.full((total,), version),
         condition=None if condition is None else condition[owner],
+        **{name: _table(column, action, kind) for name, (column, kind) in of_steps.items()},
     )
     if trajectories.mask.device != action.device:
         trajectories = trajectories.to(action.device)
@@ -266,7 +292,9 @@ def _begin(
         everywhere = torch.zeros(len(owner), dtype=torch.long)
         state, prefix, steps = start.state[everywhere], start.trajectory[everywhere], int(start.trajectory.length[0])
     else:
-        state = process.start([r.prompt.value if r.context is None else r.context for r in requests], rng)
+        values = [r.prompt.value if r.context is None else r.context for r in requests]
+        data = {"columns": [r.prompt.columns for r in requests]} if getattr(process, "reads_columns", False) else {}
+        state = process.start(values, rng, **data)
         if start is None:
             return state[owner], torch.zeros(len(owner), 0, dtype=torch.long)
         if isinstance(start, Trajectories):
@@ -291,7 +319,7 @@ def _begin(
     for step in range(steps):
         window = requests[0].window
         trained = prefix.mask[:, step].cpu() & (window is None or window[0] <= step < window[1])
-        record.add(torch.arange(len(owner)), prefix.action[:, step], prefix.log_prob[:, step], trained)
+        record.add(torch.arange(len(owner)), step, prefix.action[:, step], prefix.log_prob[:, step], trained)
     return state, prefix.node[:, :steps]
 
 
@@ -305,7 +333,8 @@ def _continue(
     steps = int(rows.length[0])
     for step in range(steps):
         state = process.advance(state, rows.action[:, step], rng)
-        record.add(torch.arange(len(owner)), *(getattr(rows, n)[owner, step] for n in ("action", "log_prob", "mask")))
+        action, log_prob, mask = (getattr(rows, name)[owner, step] for name in ("action", "log_prob", "mask"))
+        record.add(torch.arange(len(owner)), step, action, log_prob, mask.cpu())
     return state[owner], torch.zeros(len(owner), 0, dtype=torch.long)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+import stepwell
 from stepwell import methods
 from stepwell.check.flow_bench import affine_flow, drawn, every_outcome, loss_gradient, planned
 from stepwell.check.flow_moments import Chain, expected_reward_gradient
@@ -30,6 +31,7 @@ from stepwell.objective.ratio import Ratio
 from stepwell.objective.reduction import Reduction
 from stepwell.objective.regularise import Divergence
 from stepwell.objective.term import Objective
+from stepwell.parts import Batch
 from stepwell.plan.branches import Branches, Candidates
 from stepwell.plan.groups import Groups
 from stepwell.plan.prompts import PromptStream
@@ -40,6 +42,8 @@ from stepwell.rng import Rng
 from stepwell.solver.path import Linear
 from stepwell.solver.table import table
 from stepwell.train.collect import collect
+from stepwell.train.update import accumulate
+from stepwell.trajectories import count
 
 
 def planted(name, change):
@@ -286,7 +290,9 @@ PLANTED = [
     ("branch_gradient", "dynamic-treerpo", parts(reduction=Reduction("token")), "shared steps counted for each leaf"),
     ("branch_gradient", "dynamic-treerpo", parts(credit_of=group), "leaves' own advantages"),
     ("branch_gradient", "b2-diffurl", planner(Trunks), "trunks trained"),
-    ("branch_gradient", "b2-diffurl", planner(None, steps=4), "a split one step too late"),
+    ("branch_gradient", "b2-diffurl", planner(None, steps=5), "a split one step too late"),
+    ("branch_gradient", "b2-diffurl", planner(None, hold=9), "a part that does not grow"),
+    ("branch_gradient", "dynamic-treerpo", planner(None, hold=0), "a tree that stays where it is"),
     ("path_divergence", "ctrl", parts(credit_of=GroupCredit("leave-one-out")), "no penalty"),
     (
         "path_divergence",
@@ -325,7 +331,7 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "method", "change", "mistake"), PLANTED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("name", "method", "change", "mistake"), PLANTED, ids=lambda value: value if isinstance(value, str) else "")
 def test_an_oracle_catches_the_planted_mistake(name, method, change, mistake):
     assert oracle(name)(planted(method, change)) > 1000 * TOLERANCE, mistake
 
@@ -522,6 +528,30 @@ def test_a_tail_replaces_all_steps_that_are_left_the_last_one_too(steps, flash, 
     left = steps - 1
     (request,) = recipe.planner.plan(0, None, PromptStream(prompts(1), Rng(0)))[:1]
     assert request.law["tail"][2] == max(1, int(flash * left))
+
+
+@pytest.mark.parametrize("name", ["mix-grpo", "spo"])
+def test_rows_without_a_trained_step_have_a_gradient_of_zero(name):
+    """As in every rollout whose published window is empty; a loss of pairs goes through its scores here."""
+    recipe = methods.get(name).recipe(steps=4, **({"window": 2} if name == "mix-grpo" else {}))
+    process = affine_flow(recipe)
+    rows = drawn(process, recipe)
+    rows = rows.replace(mask=torch.zeros_like(rows.mask))
+    objective, counts = recipe.whole, count(rows)
+    targets = objective.plan(Batch(rows, counts))
+    for tokens in (None, 1):
+        accumulate(process, objective, rows, targets, counts, {}, tokens)
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in process.module.parameters())
+
+
+def test_a_run_goes_through_the_published_empty_window():
+    recipe = methods.get("mix-grpo").recipe(steps=4, window=2, hold=1, variant="published")
+    process = affine_flow(recipe)
+    settings = {"prompts_per_step": 2, "group_size": 2, "learning_rate": 1e-3}
+    run = stepwell.train(process, [0, 1], nearness, recipe, steps=5, **settings)
+    norms = [row["gradient_norm"] for row in run.history]
+    assert norms[3] == 0.0
+    assert all(norm > 0 for place, norm in enumerate(norms) if place != 3)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -16,8 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from stepwell.errors import InputError
@@ -35,9 +37,9 @@ class Coefficients:
     predicts: str
 
     def mean(self, x: Tensor, predictions: Sequence[Tensor]) -> Tensor:
-        moved = self.state * x
+        moved = x if self.state == 1.0 else self.state * x
         for weight, prediction in zip(self.weights, predictions, strict=True):
-            moved = moved + weight * prediction
+            moved = torch.add(moved, prediction, alpha=weight)
         return moved
 
 
@@ -101,8 +103,16 @@ def coefficients(
 
     `times` has as many entries as the step shall use predictions; the step starts at times[0] unless `start` says
     otherwise. A singlestep solver has its first prediction at times[0] and its inner one at times[1]; a corrector has
-    one at the target too, and at the target alone when it uses but one.
+    one at the target too, and at the target alone when it uses but one. They depend on numbers alone, so that a grid's
+    are computed once and kept.
     """
+    return _coefficients(path, table, tuple(times), target, start)
+
+
+@lru_cache(maxsize=8192)
+def _coefficients(
+    path: Path, table: Table, times: tuple[float, ...], target: float, start: float | None
+) -> Coefficients:
     time, scale = times[0] if start is None else start, path.sigma(target)
     if table.predicts == "velocity":
         return _in_time(path, table, times, target, time)

@@ -83,7 +83,7 @@ class Path:
         if source == target:
             return prediction
         alpha, sigma = self.alpha(t), self.sigma(t)
-        if bool(torch.as_tensor(sigma == 0.0).any()) and target != "data":
+        if target != "data" and _any_zero(sigma):
             raise InputError(f"At t = 0 there is no noise, so a {source} cannot be turned into a {target} there.")
         if source in ("noise", "score") and target not in ("noise", "score") and _any_zero(alpha):
             raise InputError(
@@ -110,7 +110,7 @@ class Path:
 
 
 def _any_zero(value: float | Tensor) -> bool:
-    return bool(torch.as_tensor(value == 0.0).any())
+    return bool((value == 0.0).any()) if isinstance(value, Tensor) else value == 0.0
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,7 @@ _DEIS = "Zhang and Chen 2022, DEIS, arXiv 2204.13902 (in log rho)"
 _DDIM = "Song et al. 2020, DDIM, arXiv 2010.02502, eq. 12 and 16"
 _DPM_NOISE = "Lu et al. 2022, DPM-Solver, arXiv 2206.00927"
 _TURBO = "Zhao et al. 2024, FlowTurbo, arXiv 2409.18128: Heun, with the predictor point's velocity used again"
+_ADAMS = "Adams-Bashforth predictor and Adams-Moulton corrector in t, one evaluation a step"
 _FLOW = "Liu et al. 2025, Flow-GRPO, arXiv 2505.05470"
 
 
@@ -222,6 +223,9 @@ TABLES: dict[str, Table] = {
         Table("unipc-3", order=3, weights="half", corrector=True, source=_UNIPC + ", bh2"),
         Table("unipc-3-bh1", order=3, weights="half-linear", corrector=True, source=_UNIPC + ", bh1"),
         Table("dpm-2s", predicts="noise", order=2, inner=0.5, weights="half", source=_DPM_NOISE + ", DPM-Solver-2"),
+        Table("adams-pc-2", predicts="velocity", order=2, corrector=True, source=_ADAMS),
+        Table("adams-pc-3", predicts="velocity", order=3, corrector=True, source=_ADAMS),
+        Table("adams-pc-4", predicts="velocity", order=4, corrector=True, source=_ADAMS),
         Table("pseudo-corrector", predicts="velocity", corrector=True, corrector_order=2, source=_TURBO),
         _stochastic_adams("sa-solver-2", order=2, corrector_order=2),
         _stochastic_adams("sa-solver-3", order=3, corrector_order=3),
