@@ -41,7 +41,15 @@ OTHER: dict[str, object] = {
     "solver": "ddpm",
     "weight": "time",
     "go_on": "best",
+    "noise": "cps",
     "branches": 4,
+    "loss": "ipo",
+    "divergence": "forward-kl",
+    "semantics": "trl",
+    "anchor": "down",
+    "reference": "synced",
+    "estimate": "k3",
+    "tail": 0.3,
 }
 """What options are changed to where twice the default is not a choice."""
 

@@ -47,7 +47,8 @@ def test_requests_come_back_in_their_order_however_they_are_batched(rows_at_once
 
 
 def test_prompts_and_columns_follow_their_rows():
-    requests = [Request(FIRST, 2, horizon=1), Request(SECOND, 1, proposal=lambda law, state, prompts: law), Request(FIRST, 2)]
+    same = Request(SECOND, 1, proposal=lambda law, state, prompts: law)
+    requests = [Request(FIRST, 2, horizon=1), same, Request(FIRST, 2)]
     drawn = rollout(MODEL, requests, Rng(0), rows_at_once=2, version=3)
     assert [prompt.id for prompt in drawn.prompts] == [0, 0, 1, 0, 0]
     assert drawn.trajectories.prompt.tolist() == [0, 0, 1, 0, 0]

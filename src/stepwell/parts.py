@@ -182,6 +182,16 @@ class Multiplied(Part):
         return product * math.prod(factor for factor in self.factors if not isinstance(factor, Part))
 
 
+@dataclass(frozen=True)
+class Constant(Part):
+    """The same number for every row, (N,): a baseline to subtract, or a weight to imitate with."""
+
+    value: float = 1.0
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return batch.rows.log_prob.new_full((len(batch),), self.value)
+
+
 def column(values: Tensor) -> Tensor:
     """(N,) as (N, 1), so that it broadcasts over steps; (N, T) as it is."""
     return values[:, None] if values.dim() == 1 else values

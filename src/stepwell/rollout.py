@@ -48,9 +48,10 @@ class Request:
     `context` takes the prompt's place while drawing (a hint, a prefix); the rows are scored under the prompt
     unless told otherwise. `start` is None for the root, `(row, step)` of the trajectories drawn so far to branch
     after that row's first `step` steps, a `Snapshot`, or one row of an earlier rollout to go on with, for processes
-    that are determined by their actions. `horizon` bounds the steps of a row, those before its start
-    included. A `Completion` is a whole row that nothing is drawn for. `proposal` maps the process's law, the state and each row's prompt to the law drawn from; the row's log
-    weight keeps the account. Rows that are not `judged` have no outcome: they are there to branch from.
+    that are determined by their actions. `horizon` bounds the steps of a row, those before its start included. A
+    `Completion` is a whole row that nothing is drawn for. `proposal` maps the process's law, the state and each row's
+    prompt to the law drawn from; the row's log weight keeps the account. Rows that are not `judged` have no outcome:
+    they are there to branch from.
 
     `window` (begin, end): only steps begin..end-1 are drawn at random and trained. Before its start a row keeps what
     it was drawn with, and elsewhere it takes the process's `deterministic` step: the likeliest token, the ODE's step.
@@ -160,7 +161,8 @@ def _batches(requests: Sequence[Request], rows: int) -> list[list[int]]:
         if isinstance(start, Trajectories):
             kind: object = ("row", int(start.length[0]))
         else:
-            kind = start if start is None else id(start) if isinstance(start, Snapshot) else ("step", start[1])
+            step: Any = start if start is None or isinstance(start, Snapshot) else ("step", start[1])  # type: ignore[index]
+            kind = id(step) if isinstance(step, Snapshot) else step
         law = None if request.law is None else repr(sorted(request.law.items()))
         open_batches = batches.setdefault((kind, id(request.proposal), request.window, law, request.judged), [[]])
         size = sum(requests[j].count for j in open_batches[-1])
@@ -256,7 +258,7 @@ def _draw(
     node = first_node + torch.arange(mask.numel()).reshape(mask.shape)
     node = node.masked_fill(torch.arange(mask.shape[1]) >= record.position[:, None], -1)
     node[:, : shared.shape[1]] = shared.cpu()
-    samples, cut_by_process, of_steps = _in_order(finished, total)
+    samples, own = _in_order(finished, total, log_prob)
     condition = process.condition([request.prompt.value for request in requests])
     trajectories = make(
         action,
@@ -265,13 +267,13 @@ def _draw(
         length=record.position,
         prompt=torch.tensor([requests[i].prompt.id for i in owner.tolist()]),
         node=node,
-        truncated=truncated | cut_by_process,
+        truncated=truncated | own.pop("truncated"),
         outcome=torch.full((total,), requests[0].judged),
         weight=record.log_weight.to(log_prob.dtype),
         source=torch.tensor([requests[i].source for i in owner.tolist()]),
         version=torch.full((total,), version),
         condition=None if condition is None else condition[owner],
-        **{name: _table(column, action, kind) for name, (column, kind) in of_steps.items()},
+        **own,
     )
     if trajectories.mask.device != action.device:
         trajectories = trajectories.to(action.device)
@@ -338,8 +340,14 @@ def _continue(
     return state[owner], torch.zeros(len(owner), 0, dtype=torch.long)
 
 
-def _in_order(finished: Sequence[tuple[Tensor, Samples]], total: int) -> tuple[Samples, Tensor]:
-    """The samples in the order of the rows, and which rows the process itself cut short (column 'truncated')."""
+def _in_order(
+    finished: Sequence[tuple[Tensor, Samples]], total: int, log_prob: Tensor
+) -> tuple[Samples, dict[str, Tensor]]:
+    """The samples in the order of the rows, and those of their columns that are fields of the trajectories.
+
+    `truncated` (N,): which rows the process itself cut short. Where the process says so, one number a step, also
+    `segment` and `step_reward` (N, T).
+    """
     values: list[Any] = [None] * total
     columns: dict[str, list[Any]] = {name: [None] * total for _, part in finished for name in part.columns}
     for rows, part in finished:
@@ -347,5 +355,11 @@ def _in_order(finished: Sequence[tuple[Tensor, Samples]], total: int) -> tuple[S
             values[row] = part.values[place]
             for name, column in part.columns.items():
                 columns[name][row] = column[place]
-    cut = torch.tensor([bool(value) for value in columns.pop("truncated", [False] * total)])
-    return Samples(values, columns), cut
+    fields = {"truncated": torch.tensor([bool(value) for value in columns.pop("truncated", [False] * total)])}
+    for name, kind in (("segment", torch.long), ("step_reward", log_prob.dtype)):
+        if name in columns:
+            steps = [torch.tensor(row, dtype=kind) for row in columns.pop(name)]
+            fields[name] = torch.zeros(log_prob.shape, dtype=kind, device=log_prob.device)
+            for row, numbers in enumerate(steps):
+                fields[name][row, : len(numbers)] = numbers.to(log_prob.device)
+    return Samples(values, columns), fields

@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 
 from stepwell.check.methods import bench, gradient
 from stepwell.errors import UnknownName
-from stepwell.objective.gate import CompleteRows, Gate, HighEntropy, OffPolicyRows, OneSide, SamplerCorrection
+from stepwell.objective.gate import (
+    CompleteRows,
+    Gate,
+    HighEntropy,
+    OffPolicyRows,
+    OneSide,
+    ProbabilityShift,
+    Ring,
+    SamplerCorrection,
+    Sources,
+    SuccessRate,
+    TwoSide,
+)
 from stepwell.objective.policy import Policy
 from stepwell.objective.ratio import Ratio
 from stepwell.objective.reduction import Reduction
@@ -170,3 +182,46 @@ def test_names_that_are_none_are_refused():
         SamplerCorrection("sequences")
     with pytest.raises(UnknownName, match="did you mean 'truncate'"):
         SamplerCorrection(kind="truncated")
+
+
+@pytest.mark.parametrize(
+    ("gate", "up", "down"),
+    [
+        (OneSide(), "111100", "001111"),
+        (TwoSide(), "001100", "001100"),
+        (Ring(), "101100", "001101"),
+        (Ring(far_low=0.3, far_high=0.4), "111100", "001111"),
+    ],
+    ids=str,
+)
+def test_which_ratios_a_gate_lets_through(batch_of, gate, up, down):
+    log_ratio = torch.tensor([[0.2, 0.6, 1.0, 1.1, 1.5, 3.5]], dtype=torch.float64).log()
+    for sign, told in ((1.0, up), (-1.0, down)):
+        kept = gate(batch_of(log_ratio), log_ratio, torch.full_like(log_ratio, sign))
+        assert "".join(str(int(flag)) for flag in kept[0]) == told
+
+
+def test_a_probability_that_moved_too_far_with_its_advantage_is_dropped(batch_of):
+    before = torch.tensor([[0.01, 0.5, 0.5, 0.9, 0.3]], dtype=torch.float64)
+    now = torch.tensor([[0.12, 0.7, 0.3, 0.7, 0.3]], dtype=torch.float64)  # a ratio of 12 may be no step at all
+    batch = batch_of(now.log(), behaviour=before.log())
+    for sign, told in ((1.0, "10111"), (-1.0, "11001"), (0.0, "11111")):
+        kept = ProbabilityShift()(batch, None, torch.full_like(now, sign))
+        assert "".join(str(int(flag)) for flag in kept[0]) == told
+
+
+def test_sources_and_success_rates_part_the_rows(batch_of):
+    """Prompt 0 succeeds once in two; prompt 1 never; prompt 2 has nothing but a demonstration."""
+    fields = {
+        "source": torch.tensor([0, 0, 1, 0, 0, 1, 2]),
+        "prompt": torch.tensor([0, 0, 0, 1, 1, 1, 2]),
+        "reward": torch.tensor([1.0, 0.0, 1.0, 0.0, -1.0, 1.0, 1.0]),
+    }
+    batch = batch_of(torch.zeros(7, 2, dtype=torch.float64), **fields)
+    found = lambda gate: "".join(str(int(x)) for x in gate(batch, None, batch.mask)[:, 0])  # noqa: E731
+    assert found(Sources()) == "1101100"
+    assert found(Sources(own=False)) == "0010011"
+    assert found(SuccessRate()) == "1110000"
+    assert found(SuccessRate(above=False)) == "0001111"
+    assert found(SuccessRate(0.5)) == "0000000"  # above, not at
+    assert found(SuccessRate(0.5, threshold=-0.5)) == "1110000"

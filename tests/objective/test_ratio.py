@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell.errors import InputError, UnknownName
-from stepwell.objective.ratio import Mixture, Ratio
+from stepwell.objective.ratio import LogClip, Mixture, PerSource, Ratio, runs
 from stepwell.rng import Rng
 
 LEVELS = ("token", "segment", "turn", "sequence", "sequence_token")
@@ -206,3 +206,43 @@ def test_a_denominator_that_is_none_is_refused(batch_of):
 def test_segments_that_were_not_told_are_missed(batch_of):
     with pytest.raises(InputError, match="reads 'segment'"):
         Ratio("segment")(example(batch_of, segment=None))
+
+
+def test_without_turns_or_segments_a_turn_is_a_run_of_trained_steps(batch_of):
+    mask = torch.tensor([[True, True, False, True, False, True], [False, True, True, True, True, False]])
+    assert runs(mask).tolist() == [[0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 0, 1]]
+    mask = torch.cat([mask, mask.flip(1)])
+    batch = example(batch_of, mask=mask, segment=None, info=None)
+    told = example(batch_of, mask=mask, segment=runs(mask), info=None)
+    for mean in MEANS:
+        assert torch.equal(Ratio("turn", mean)(batch), Ratio("segment", mean)(told))
+    whole = batch_of(batch.log_prob, behaviour=batch.behaviour, old_log_prob=batch.old)
+    turn, sequence = Ratio("turn")(whole), Ratio("sequence")(whole)  # one turn without a break
+    assert torch.allclose(turn, sequence, rtol=0, atol=ROUNDING)
+
+
+@given(st.lists(st.floats(-2, 2), min_size=6, max_size=6), st.sampled_from([-1.0, 1.0]), st.floats(0.05, 1))
+@settings(deadline=None)
+def test_a_log_clip_bounds_what_went_on_and_leaves_what_came_back(values, sign, bound):
+    x = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    found = LogClip(bound, 2 * bound)(x, torch.full_like(x, sign))
+    expected = [min(v, 2 * bound) if sign > 0 else max(v, -bound) for v in values]
+    assert found.tolist() == expected
+    slope = torch.autograd.grad(found.sum(), x)[0]
+    assert all(g == 0 for g, v in zip(slope.tolist(), values, strict=True) if sign * v > 2 * bound)
+
+
+def test_rows_of_another_source_have_another_denominator(batch_of):
+    source = torch.tensor([0, 1, 0, 2])
+    batch = example(batch_of, source=source, mask=torch.ones(SHAPE, dtype=torch.bool))
+    mixture = Mixture((("old", 0.75), ("behaviour", 0.25)))
+    found = Ratio(denominator=PerSource(mixture))(batch).exp()
+    pi, old, behaviour = (x.exp() for x in (batch.log_prob, batch.old, batch.behaviour))
+    expected = torch.where((source > 0)[:, None], pi / (0.75 * old + 0.25 * behaviour), pi / old)
+    assert torch.allclose(found, expected, rtol=1e-12, atol=0)
+    assert PerSource().reads == {"old_log_prob"}
+
+
+def test_only_the_level_of_segments_reads_segments():
+    assert Ratio("segment").reads == {"segment"}
+    assert not any(Ratio(level).reads for level in LEVELS if level != "segment")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stepwell.errors import UnknownName
 from stepwell.objective.policy import Policy
-from stepwell.objective.reduction import Reduction, total
+from stepwell.objective.reduction import PerPrompt, Reduction, total
 from stepwell.objective.surrogate import Score
 from stepwell.objective.term import Objective
 from stepwell.parts import Batch
@@ -129,3 +129,11 @@ def test_a_step_of_weight_zero_counts_nothing_whatever_its_value():
 def test_an_unknown_mode_is_refused():
     with pytest.raises(UnknownName, match="did you mean 'token'"):
         Reduction("tokens")
+
+
+def test_own_rows_and_others_weigh_alike_in_their_prompt(batch_of):
+    mask = torch.tensor([[True, True], [True, False], [True, True], [True, True], [True, False]])
+    fields = {"prompt": torch.tensor([0, 0, 0, 1, 1]), "source": torch.tensor([0, 0, 1, 0, 2])}
+    batch = batch_of(torch.zeros(5, 2, dtype=torch.float64), mask=mask, **fields)
+    expected = [[1 / 8, 1 / 8], [1 / 4, 0], [1 / 4, 1 / 4], [1 / 4, 1 / 4], [1 / 2, 0]]  # two prompts
+    assert PerPrompt()(batch).tolist() == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepwell.objective.surrogate import BySource, Clip, Drift, Plain, Score, Surrogate, Taper
+from stepwell.errors import InputError
+from stepwell.objective.surrogate import (
+    BySource,
+    Clip,
+    Drift,
+    Focused,
+    GammaScore,
+    Plain,
+    Score,
+    Shaped,
+    SignedScore,
+    Surrogate,
+    Taper,
+)
 
 RATIOS = (0.2, 0.7, 1.0, 1.4, 3.0, 6.0)
 
@@ -35,6 +49,9 @@ TABLE = [
     (Drift(), ".2 .7 1 1.35 1.26 .16", "-.78 .42 1 1.40 3 6"),
     (Plain(), ".2 .7 1 1.4 3 6", ".2 .7 1 1.4 3 6"),
     (Score(), "1 1 1 1 1 1", "1 1 1 1 1 1"),
+    (SignedScore(), "1 1 1 1 1 1", ".2 .7 1 1 1 1"),
+    (SignedScore((0.5, 2.0), (0.0, float("inf"))), ".5 .7 1 1.4 2 2", ".2 .7 1 1.4 3 6"),
+    (GammaScore(), ".44 1.21 1 .59 .02 0", ".04 .62 1 1.23 .49 .01"),
 ]
 
 
@@ -60,6 +77,8 @@ surrogates = st.one_of(
     st.builds(Score, st.none() | st.floats(0, 1), st.none() | st.floats(1, 20)),
     st.builds(Taper, st.floats(0.1, 5), st.floats(0.1, 5)),
     st.builds(Drift, st.floats(0.1, 5), st.floats(0.1, 5)),
+    st.builds(SignedScore, st.tuples(st.floats(0, 1), st.floats(1, 9)), st.tuples(st.floats(0, 1), st.floats(1, 9))),
+    st.builds(GammaScore, st.tuples(st.floats(0, 5), st.floats(0, 5)), st.tuples(st.floats(0, 5), st.floats(0, 5))),
 )
 
 
@@ -164,3 +183,43 @@ def test_planted_surrogates_are_caught_by_the_table_and_by_the_property(batch_of
     found = multiplier(batch_of, ClipOnly(), RATIOS, 1.0)
     assert found[0] == 0  # the table: 0.2
     assert float(multiplier(batch_of, LogClip(), [1.0], 1.0)) != pytest.approx(1)
+
+
+def test_a_tapers_temperature_is_as_fine_as_the_numbers_it_is_applied_to(batch_of):
+    """tau = 1.05 in float64, and not in the float32 that torch makes of two plain numbers."""
+    ratio = 3.0
+    found = float(multiplier(batch_of, Taper(negative=1.05), [ratio], -1.0))
+    assert found == pytest.approx(ratio / math.cosh(1.05 * (ratio - 1) / 2) ** 2, rel=1e-14)
+
+
+def test_a_gamma_score_is_highest_where_its_shape_over_its_rate_is(batch_of):
+    at = [0.9 * 2 / 3, 2 / 3, 1.1 * 2 / 3]
+    below, top, above = multiplier(batch_of, GammaScore((2.0, 3.0)), at, 1.0).tolist()
+    assert top > max(below, above)
+
+
+@pytest.mark.parametrize("bounds", [(0.5, 0.9), (-0.1, 1.0), (1.5, 2.0)])
+def test_a_signed_scores_interval_holds_one(bounds):
+    with pytest.raises(InputError, match="0 <= low <= 1 <= high is right"):
+        SignedScore(negative=bounds)
+
+
+def test_what_a_signed_score_bounds_is_told():
+    log_ratio = torch.tensor([RATIOS], dtype=torch.float64).log()
+    for sign, told in ((1.0, "000000"), (-1.0, "000111")):  # where A > 0 there is no ratio at all
+        found = SignedScore().clipped(log_ratio, torch.full_like(log_ratio, sign))
+        assert "".join(str(int(flag)) for flag in found[0]) == told
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focused_steps_count_by_how_unlikely_they_are(batch_of, gamma):
+    found = multiplier(batch_of, Focused(gamma), [0.7, 1.4], 1.0)
+    for value, ratio in zip(found.tolist(), (0.7, 1.4), strict=True):
+        assert value == pytest.approx(ratio * (1 - ratio * math.exp(-1.5)) ** gamma, rel=1e-12)
+
+
+def test_a_shaped_probability_has_its_largest_slope_at_gamma(batch_of):
+    for ratio in (0.2, 1.0, 4.0):
+        pi = ratio * math.exp(-1.5)
+        found = float(multiplier(batch_of, Shaped(0.1), [ratio], -1.0))
+        assert found == pytest.approx(0.1 * pi / (pi + 0.1) ** 2, rel=1e-12)

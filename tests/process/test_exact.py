@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from stepwell.check import law, process
 from stepwell.errors import MissingAbility
-from stepwell.process.base import NEEDS
 from stepwell.process.exact import TabularLanguage, conditioned, markov
 from stepwell.rng import Rng
 from stepwell.rollout import Prompt, Request, rollout
@@ -168,8 +167,8 @@ def test_needs_are_computed_only_if_asked_for_and_refused_if_unknown():
     scores = model.score(model.trajectories(), {"entropy"})
     with pytest.raises(MissingAbility, match="needs=frozenset"):
         scores["kl"]
-    with pytest.raises(MissingAbility, match="hidden"):
-        model.score(model.trajectories(), {"hidden"})
+    with pytest.raises(MissingAbility, match="deviation"):
+        model.score(model.trajectories(), {"deviation"})
     with pytest.raises(MissingAbility, match="no condition"):
         model.score(model.trajectories().replace(condition=None))
 

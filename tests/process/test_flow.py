@@ -295,6 +295,22 @@ def test_a_window_has_the_moments_of_its_mixture_of_steps():
     assert by_hand != pytest.approx(recursion(BY_HAND["ddpm"], process.law.times), abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    "solver", ["sde-flow", "sde-dpmpp-2m", "sa-solver-2", "sa-solver-3", "dpmpp-2m", "unipc-2", "heun"]
+)
+def test_a_rollout_is_the_solvers_own_sampling_bit_for_bit(solver):
+    process, rng = small(solver=solver, encode=None), Rng(3)
+    noise = rng.normal(4, 3, dtype=torch.float64)
+    with torch.no_grad():
+        drawn = process.law.schedule.sample(
+            lambda x, t: process.module(x, x.new_full((4,), t)), noise, process.path, rng, output="velocity"
+        )
+    rows = draw(process, seed=3)
+    assert torch.equal(rows.action, torch.stack([*drawn.states], 1))
+    assert torch.equal(rows.mask, torch.cat([torch.tensor([False]), drawn.random]).expand(4, -1))
+    assert torch.equal(rows.log_prob[:, 1:], drawn.log_prob.double() * drawn.random)
+
+
 # what a flow can do
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,9 @@ def test_the_shift_grows_with_the_size_of_the_image():
     linear = diffusers.FlowMatchEulerDiscreteScheduler(**dynamic, time_shift_type="linear")
     assert shift_of(linear, 256) == 0.5
     assert shift_of(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), 256) == 3.0
+
+
+def test_without_diffusers_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(InputError, match=r"pip install 'stepwell\[flow\]'"):
+        pipeline("anything")

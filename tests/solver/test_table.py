@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from stepwell.errors import InputError, UnknownName
@@ -46,3 +48,15 @@ def test_unknown_names_and_files_say_what_is_wrong(tmp_path):
         load(tmp_path / "solver.json")
     with pytest.raises(InputError, match="is not a saved solver"):
         load(tmp_path / "missing.json")
+
+
+def test_a_table_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    table("ddim").save(tmp_path / "mine.json")
+
+    def broken(*names):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises((OSError, InputError)):
+        table("unipc-3").save(tmp_path / "mine.json")
+    assert load(tmp_path / "mine.json") == table("ddim")

@@ -40,11 +40,11 @@ class Chain:
 
 
 def expected_reward_gradient(
-    chain: Chain, level: float, numbers: Numbers, kl: float = 0.0, reference: Numbers | None = None, reward: float = 1.0
+    chain: Chain, level: float, numbers: Numbers, kl: float = 0.0, reference: Numbers | None = None
 ) -> Tensor:
     """The gradient of E[r] - kl KL(path || reference), each trained step's share times its weight.
 
-    KL = sum over trained steps of E[(mu - mu_ref)^2] / (2 q^2). `reward` = 0 is for r = x in place of the square.
+    KL = sum over trained steps of E[(mu - mu_ref)^2] / (2 q^2).
     """
     slope, shift = (value.clone().requires_grad_() for value in (numbers.slope, numbers.shift))
     grid = len(numbers.shift)
@@ -59,7 +59,7 @@ def expected_reward_gradient(
             penalty = penalty + step.velocity**2 * gap / (2 * step.noise**2)
         gain = step.state + step.velocity * a
         mean, variance = gain * mean + step.velocity * b, gain**2 * variance + step.noise**2
-    value = -((mean - TARGET) ** 2 + variance) if reward else mean
+    value = -((mean - TARGET) ** 2 + variance)
     parts = torch.autograd.grad(value - kl * penalty, (slope, shift))
     weight = torch.tensor([chain.weights.get(place, 0.0) for place in range(grid)], dtype=torch.float64)
     return torch.cat([parts[0].reshape(-1) * weight, parts[1].reshape(-1) * weight])
@@ -154,8 +154,9 @@ def branch_gradient(card: Provable) -> float:
     for options in variants(card):
         law, level = law_by_hand(card, options)
         chains, chosen, settings = BRANCHES[card.id](law, level)
+        rollout = settings.pop("rollout", 0)
         recipe = planned(card.recipe(**options, **chosen), **settings)
-        worst = max(worst, _expected(card, recipe, chains, level))
+        worst = max(worst, _expected(card, recipe, chains, level, rollout))
     return worst
 
 
@@ -164,7 +165,8 @@ def _one_step(law: str, k: int, times: Sequence[float], weight: float) -> Chain:
 
 
 Plan = tuple[list[Chain], dict[str, Any], dict[str, Any]]
-"""The chains whose gradients add up to the expected one, and the options and settings of the planner for it."""
+"""The chains whose gradients add up to the expected one, and for it the method's options, and settings of the planner
+with the number of the rollout."""
 
 
 def _children(law: str, level: float) -> Plan:
@@ -186,16 +188,16 @@ def _strides(law: str, level: float) -> Plan:
 
 
 def _levels(law: str, level: float) -> Plan:
-    """A tree of two levels with two branches each: 2 and 4 edges, every one of them once, the mean over 6."""
-    laws, times = (law, law, "ode"), tuple(uniform_times(3))
-    return [Chain(laws, times, {0: 0.5 * 2 / 6, 1: 0.5 * 4 / 6})], {"steps": 3, "depth": 2, "branching": 2}, {}
+    """A tree of two levels with two branches each, moved on by one step: 2 and 4 edges, each of them once in 6."""
+    chain = Chain(("ode", law, law, "ode"), tuple(uniform_times(4)), {1: 0.5 * 2 / 6, 2: 0.5 * 4 / 6})
+    return [chain], {"steps": 4, "depth": 2, "branching": 2, "hold": 1}, {"rollout": 1}
 
 
 def _last_steps(law: str, level: float) -> Plan:
-    """B2-DiffuRL: the trunk draws noise all the way, and rows part before the last two steps, of which the very last
-    draws none; two branches of one trunk."""
-    laws, times = (law, law, "ode"), tuple(uniform_times(3))
-    return [Chain(laws, times, {1: 0.5})], {"steps": 3, "least": 2, "branches": 2}, {"trunks": 1}
+    """B2-DiffuRL: the trunk draws noise all the way, and rows part before the last three steps, two at first and one
+    more after a hold, of which the very last draws none; two branches of one trunk."""
+    chain = Chain((law, law, law, "ode"), tuple(uniform_times(4)), {1: 0.5 / 2, 2: 0.5 / 2})
+    return [chain], {"steps": 4, "least": 2, "hold": 1, "branches": 2}, {"trunks": 1, "rollout": 1}
 
 
 BRANCHES: dict[str, Callable[[str, float], Plan]] = {

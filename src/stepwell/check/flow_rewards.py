@@ -49,6 +49,25 @@ def truncated_sum(card: Provable) -> float:
     return max(worst, _depths(card)) if "least" in card.options else worst
 
 
+def adjoint_gradient(card: Provable) -> float:
+    """Along states that older parameters drew, the gradient is r'(x_n) G_k dmu_k / dtheta at the present ones.
+
+    The rows of a queue were each drawn by several versions of the parameters; here they move once, after the rows.
+    """
+    worst, steps = 0.0, 4
+    for solver in ("ddim", "ddpm"):
+        recipe = planned(card.recipe(steps=steps, solver=solver), size=4)
+        process = affine_flow(recipe)
+        rows = drawn(process, recipe)
+        for place, parameter in enumerate(process.module.parameters()):
+            parameter.data.add_(0.1 * Rng(3).split(place).normal(*parameter.shape, dtype=torch.float64))
+        numbers, law = Numbers.of(process.module), "ode" if solver == "ddim" else "ddpm"
+        chain = chain_by_hand([law] * steps, 1.0, uniform_times(steps), steps)
+        found, _ = loss_gradient(process, recipe, rows)
+        worst = max(worst, deviation(found, _terms(chain, numbers, rows, [steps] * len(rows))))
+    return worst
+
+
 def _terms(chain: list[Step], numbers: Numbers, rows: Trajectories, depth: list[int]) -> Tensor:
     answer = Slopes(numbers)
     for row, reach in enumerate(depth):

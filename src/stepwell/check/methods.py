@@ -42,22 +42,41 @@ def bench(recipe: Recipe, room: str = "language") -> tuple[Any, Trajectories]:
     process = markov(symbols=4, length=6, prompts=4, seed=7)
     process.add_value_head()
     process.module.get_parameter("value").data.copy_(Rng(8).normal(4, process.contexts, dtype=torch.float64))
-    process.reference = process.frozen()
+    process.reference, process.teacher = process.frozen(), markov(symbols=4, length=6, prompts=4, seed=12)
     requests = [Request(Prompt(prompt, prompt), size) for prompt, size in enumerate((5, 2, 4, 3))]
     drawn = rollout(process, requests, Rng(9))
-    rows = fill(process, drawn.trajectories, {"old_log_prob", *recipe.whole.reads}, tokens=None)
-    count_, steps = rows.mask.shape
+    count_, steps = drawn.trajectories.mask.shape
     rng = Rng(10)
-    noise = rng.normal(count_, steps, dtype=torch.float64) * rows.mask
+    noise = rng.normal(count_, steps, dtype=torch.float64) * drawn.trajectories.mask
+    rows = drawn.trajectories.replace(reward=rng.normal(count_, dtype=torch.float64))
+    rows = recipe.whole.draw(rows, process, rng.split("points"))
+    rows = fill(process, rows, {"old_log_prob", *recipe.whole.reads}, tokens=None)
     rows = rows.replace(
         log_prob=rows.log_prob + 0.05 * noise,  # the sampler is not quite the old policy
-        reward=rng.normal(count_, dtype=torch.float64),
         segment=(torch.arange(steps) // 2).expand(count_, steps).contiguous(),
-        info=TensorDict({"turn": (torch.arange(steps) // 3).expand(count_, steps).contiguous()}, batch_size=[count_]),
+        source=(torch.isin(torch.arange(count_), torch.tensor([4, 13]))).long(),  # the last of two prompts: one solved
+        rewards=Rng(13).normal(count_, 3, dtype=torch.float64).round(decimals=1),
+        info=TensorDict({**_tensors(rows), **_noted(count_, steps)}, batch_size=[count_]),
     )
     moved = process.logits + 0.3 * rng.normal(*process.logits.shape, dtype=torch.float64)
     process.logits.data.copy_(moved)  # and the present policy is far enough for clips to bite
     return process, rows
+
+
+def _tensors(rows: Trajectories) -> dict[str, Any]:
+    return {} if rows.info is None else dict(rows.info.items())
+
+
+def _noted(count_: int, steps: int) -> dict[str, Tensor]:
+    """What planners may note of rows, at random; and turns of three steps."""
+    rng = Rng(14)
+    return {
+        "turn": (torch.arange(steps) // 3).expand(count_, steps).contiguous(),
+        "greedy": rng.normal(count_, dtype=torch.float64),
+        "value_before": rng.normal(count_, steps, dtype=torch.float64),
+        "value_after": rng.normal(count_, steps, dtype=torch.float64),
+        "ends": rng.bernoulli(torch.full((count_, steps), 0.3)).double(),
+    }
 
 
 class _Velocity(nn.Module):

@@ -122,7 +122,7 @@ def forget_task(name: str) -> None:
 
 def tasks() -> list[TaskEntry]:
     """All tasks, sorted by name: those that come with Stepwell and those registered since."""
-    for own in ("countdown", "digits", "mixture"):
+    for own in ("countdown", "digits", "mixture", "tools"):
         importlib.import_module(f"stepwell.compare.{own}")
     return [_TASKS[name] for name in sorted(_TASKS)]
 

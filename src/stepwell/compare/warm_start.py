@@ -79,19 +79,31 @@ def small_transformer(start: WarmStart, tokenizer: Any) -> Any:
     return model
 
 
+Piece = tuple[str, bool]
+"""A stretch of a demonstration, and whether it is to be learnt."""
+
+
 def demonstrate(folder: Path, start: WarmStart, characters: str, pairs: Sequence[tuple[str, str]]) -> None:
     """Teach a new model the (prompt, completion) pairs, drawn at random, and save it in the folder.
 
-    Only the completion and the end token after it are learnt; the folder loads like any model of `transformers`. One
-    core does the work: for a model this small a second one is no gain, and on a machine that others use the two would
-    mostly wait for each other.
+    Only the completion and the end token after it are learnt; the folder loads like any model of `transformers`.
+    """
+    end = f"{character_tokenizer(characters).eos_token}"
+    imitate(folder, start, characters, [((prompt, False), (completion + end, True)) for prompt, completion in pairs])
+
+
+def imitate(folder: Path, start: WarmStart, characters: str, demonstrations: Sequence[Sequence[Piece]]) -> None:
+    """Teach a new model demonstrations in pieces, drawn at random, and save it in the folder.
+
+    One core does the work: for a model this small a second one is no gain, and on a machine that others use the two
+    would mostly wait for each other.
     """
     from rich.console import Console
     from rich.progress import track
 
     tokenizer = character_tokenizer(characters)
     model = small_transformer(start, tokenizer)
-    ids, labels = _encoded(tokenizer, pairs)
+    ids, labels = _encoded(tokenizer, demonstrations)
     rng = Rng(start.seed).split("demonstrations")
     optimiser = torch.optim.AdamW(model.parameters(), lr=start.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     warmup = max(1, start.steps // 15)
@@ -106,7 +118,7 @@ def demonstrate(folder: Path, start: WarmStart, characters: str, pairs: Sequence
     with threads(1):
         for step in bar:
             optimiser.param_groups[0]["lr"] = start.learning_rate * min(1.0, (step + 1) / warmup)
-            rows = (rng.uniform(start.batch) * len(pairs)).long()
+            rows = (rng.uniform(start.batch) * len(demonstrations)).long()
             logits = model(ids[rows]).logits[:, :-1]
             loss = cross_entropy(logits.flatten(0, 1), labels[rows, 1:].flatten())
             optimiser.zero_grad()
@@ -118,17 +130,20 @@ def demonstrate(folder: Path, start: WarmStart, characters: str, pairs: Sequence
         tokenizer.save_pretrained(folder)
 
 
-def _encoded(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-    """Token ids (pairs, T), padded on the right, and the same as labels, -100 where nothing is to be learnt."""
-    prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
-    completions = tokenizer([completion for _, completion in pairs])["input_ids"]
-    width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True)) + 1
-    ids = torch.full((len(pairs), width), tokenizer.pad_token_id)
-    labels = torch.full((len(pairs), width), -100)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        end = len(prompt) + len(completion) + 1
-        ids[row, :end] = torch.tensor([*prompt, *completion, tokenizer.eos_token_id])
-        labels[row, len(prompt) : end] = ids[row, len(prompt) : end]
+def _encoded(tokenizer: Any, demonstrations: Sequence[Sequence[Piece]]) -> tuple[Tensor, Tensor]:
+    """Token ids (rows, T), padded on the right, and the same as labels, -100 where nothing is to be learnt."""
+    texts = sorted({text for pieces in demonstrations for text, _ in pieces})
+    tokens = dict(zip(texts, tokenizer(texts)["input_ids"], strict=True))
+    width = max(sum(len(tokens[text]) for text, _ in pieces) for pieces in demonstrations)
+    ids = torch.full((len(demonstrations), width), tokenizer.pad_token_id)
+    labels = torch.full((len(demonstrations), width), -100)
+    for row, pieces in enumerate(demonstrations):
+        end = 0
+        for text, learnt in pieces:
+            begin, end = end, end + len(tokens[text])
+            ids[row, begin:end] = torch.tensor(tokens[text], dtype=torch.long)
+            if learnt:
+                labels[row, begin:end] = ids[row, begin:end]
     return ids, labels
 
 

@@ -49,7 +49,7 @@ class GroupCredit(Part):
     @property
     def compares(self) -> bool:  # type: ignore[override]
         others = self.center in ("mean", "leave-one-out") or self.scale == "std"
-        return others and self.singleton == "zero" and self.keys == ("prompt",)
+        return others and self.singleton == "zero" and "prompt" in self.keys
 
     def __call__(self, batch: Batch) -> Tensor:
         reward = self.reward(batch)

@@ -55,13 +55,45 @@ def whiten(values: Tensor, mask: Tensor, epsilon: float = 1e-8) -> Tensor:
 
 @dataclass(frozen=True)
 class RewardToGo(Part):
-    """Sum of the step rewards still to come, with the outcome on the last step, (N, T)."""
+    """Sum of the step rewards still to come, with the outcome on the last step, (N, T).
+
+    `kl` is the coefficient of a k1 penalty in the step rewards: with a row-sum its expected gradient is that of
+    -kl KL(pi || ref) of whole sequences. `gain` (N, T) is added to the step rewards that the rows bring.
+    """
 
     gamma: float = 1.0
     reward: Part = field(default_factory=Outcome)
+    kl: float = 0.0
+    gain: Part | None = None
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"reference_log_prob"} if self.kl else ())
 
     def __call__(self, batch: Batch) -> Tensor:
-        return reward_to_go(step_rewards(batch, self.reward(batch)), batch.mask, self.gamma)
+        rewards = step_rewards(batch, self.reward(batch))
+        if self.kl:
+            rewards = rewards - self.kl * (batch.old - batch.reference) * batch.mask
+        if self.gain is not None:
+            rewards = rewards + self.gain(batch) * batch.mask
+        return reward_to_go(rewards, batch.mask, self.gamma)
+
+
+@dataclass(frozen=True)
+class Coverage(Part):
+    """`weight` for every trained step whose action the row has not taken before, 0 for the others, (N, T).
+
+    The marginal gains of F = weight * the number of different actions, which is monotone and submodular: they add up
+    to F. Source of credit by marginal gains: submodular RL, arXiv 2307.13372.
+    """
+
+    weight: float = 1.0
+
+    def __call__(self, batch: Batch) -> Tensor:
+        action, mask = batch.rows.action, batch.rows.mask
+        same = (action[:, :, None] == action[:, None]) & mask[:, None]  # (N, T, T) step t did what step s did
+        before = same.tril(-1).any(2)
+        return self.weight * (~before & mask).to(batch.mask.dtype)
 
 
 @dataclass(frozen=True)

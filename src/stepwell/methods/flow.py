@@ -7,7 +7,7 @@ from typing import Any
 from stepwell.credit.branches import BranchExtremes, Pooled, TreeCredit
 from stepwell.credit.group import GroupCredit
 from stepwell.credit.shaping import Bounded, DivergencePenalty, Outcome
-from stepwell.errors import UnknownName
+from stepwell.errors import InputError, UnknownName
 from stepwell.methods.registry import method
 from stepwell.objective.forward import (
     DenoisingScore,
@@ -49,7 +49,8 @@ RATIO = (
 FIRST = "the first step leaves a variance of 1 + level^4 / 4, 1.060 at level 0.7, however many steps there are"
 KL = "the penalty is |dt| / D of the step's divergence, 0.05 of it for ten steps in two dimensions"
 WINDOW = "with 25 random steps, 75 of 650 rollouts train one to three steps and 25 train none"
-"""What the published variants do, in figures that tests/check/test_flow_oracles.py measures."""
+CPS = "noise='cps' leaves 0.7270 of the variance of Gaussian data at level 0.7 as steps grow; corrected, DDIM's eta"
+"""What the published variants do, in figures that tests/check/test_flow_oracles.py and tests/solver measure."""
 
 
 def published(variant: str) -> bool:
@@ -59,15 +60,49 @@ def published(variant: str) -> bool:
     return variant == "published"
 
 
+def check_steps(steps: int, random: int = 1) -> None:
+    """Raise `InputError` unless there are so many steps before the last, which draws no noise and is never trained."""
+    if steps <= random:
+        raise InputError(
+            f"The last step of a flow is not random, and this method trains {random} or more that are: "
+            f"steps={steps} are too few."
+        )
+
+
+def ancestral(eta: float, steps: int) -> dict[str, Any]:
+    """DDPM's own noise, or less of it, as a law (eta of DDIM, arXiv 2010.02502, equation 16)."""
+    check_steps(steps)
+    return {"solver": "ddpm", "level": eta, "steps": steps}
+
+
 def flow_sde(level: float, steps: int, variant: str) -> dict[str, Any]:
     """Flow-GRPO's SDE, whose noise is g^2 = level^2 t / (1 - t), as a law.
 
     `corrected` solves its linear part exactly: tau^2 = level^2 / 2, order 1, and the marginals are those of the ODE in
     the limit. `published` is stochastic Euler, whose first step leaves a variance of 1 + level^4 / 4.
     """
+    check_steps(steps)
     if published(variant):
         return {"solver": "sde-euler-published", "level": level, "steps": steps}
     return {"solver": "sde-flow", "level": level * 0.5**0.5, "steps": steps}
+
+
+def preserving(level: float, steps: int, variant: str) -> dict[str, Any]:
+    """Coefficients-preserving steps (CPS, arXiv 2509.05952) as published; corrected, DDIM's eta, which converges.
+
+    With noise of level 0.7 and ever more steps CPS leaves 0.7270 of the variance of Gaussian data.
+    """
+    return {"solver": "cps" if published(variant) else "ddim-eta", "level": level, "steps": steps}
+
+
+NOISES = {"sde": flow_sde, "cps": preserving}
+
+
+def noisy(kind: str, level: float, steps: int, variant: str) -> dict[str, Any]:
+    """The law of a kind of noise; raises UnknownName for another kind."""
+    if kind not in NOISES:
+        raise UnknownName("noise of a flow's steps", kind, NOISES)
+    return NOISES[kind](level, steps, variant)
 
 
 def clipped(variant: str, clip: float | None, credit: Part, **parts: Any) -> Policy:
@@ -100,7 +135,7 @@ def near(policy: Term, kl: float, variant: str) -> Term | Objective:
 def ddpo_sf(steps: int = 10, eta: float = 1.0) -> Recipe:
     credit = Bounded(GroupCredit("mean", "std"), 10.0)
     policy = Policy(credit, surrogate=Score(), reduction=Reduction("row-sum"))
-    return Recipe(policy, Groups(), law={"solver": "ddpm", "level": eta, "steps": steps})
+    return Recipe(policy, Groups(), law=ancestral(eta, steps))
 
 
 @method(
@@ -116,7 +151,7 @@ def ddpo_sf(steps: int = 10, eta: float = 1.0) -> Recipe:
 )
 def ddpo_is(steps: int = 10, eta: float = 1.0, clip: float | None = None, variant: str = "corrected") -> Recipe:
     policy = clipped(variant, clip, Bounded(GroupCredit("mean", "std"), 10.0))
-    return Recipe(policy, Groups(), law={"solver": "ddpm", "level": eta, "steps": steps})
+    return Recipe(policy, Groups(), law=ancestral(eta, steps))
 
 
 @method(
@@ -127,7 +162,7 @@ def ddpo_is(steps: int = 10, eta: float = 1.0, clip: float | None = None, varian
     year=2025,
     room="flow",
     differs="GRPO on the steps of an SDE with the flow's marginals; `window` > 0 is Fast, random steps there alone.",
-    note=f"{RATIO}; {FIRST}; {KL}.",
+    note=f"{RATIO}; {FIRST}; {KL}; {CPS}.",
     proof=("gaussian_gradient", "policy_moment_gradient", "mean_ratio", "step_divergence"),
 )
 def flow_grpo(
@@ -136,11 +171,12 @@ def flow_grpo(
     clip: float | None = None,
     kl: float = 0.0,
     window: int = 0,
+    noise: str = "sde",
     variant: str = "corrected",
 ) -> Recipe:
     policy = clipped(variant, clip, Bounded(GroupCredit("mean", "batch-std"), 5.0))
     planner = Windows(steps=steps - 1, width=window or steps - 1, schedule="random" if window else "fixed")
-    return Recipe(near(policy, kl, variant), planner, law=flow_sde(level, steps, variant))
+    return Recipe(near(policy, kl, variant), planner, law=noisy(noise, level, steps, variant))
 
 
 @method(
@@ -261,6 +297,7 @@ def g2rpo(
 ) -> Recipe:
     credit = GroupCredit("mean", "std", keys=("prompt", "origin", "source"), epsilon=1e-8)
     policy = clipped(variant, clip, Bounded(Pooled(credit), 5.0), reduction=Reduction("edge"))
+    check_steps(steps, branches)
     planner = Branches(size=size, at=tuple(range(branches)), strides=tuple(range(1, strides + 1)))
     return Recipe(policy, planner, law=flow_sde(level, steps, variant))
 
@@ -329,7 +366,7 @@ def b2_diffurl(
 ) -> Recipe:
     policy = clipped(variant, 0.1 if clip is None else clip, BranchExtremes())
     planner = Backward(size=branches, steps=steps, least=least, hold=hold)
-    return Recipe(policy, planner, law={"solver": "ddpm", "steps": steps})
+    return Recipe(policy, planner, law=ancestral(1.0, steps))
 
 
 @method(
@@ -355,7 +392,7 @@ def flow_dppo(level: float = 0.7, steps: int = 10, threshold: float = 1e-4) -> R
 )
 def loop(steps: int = 10, eta: float = 1.0, clip: float = 0.2) -> Recipe:
     policy = clipped("corrected", clip, GroupCredit("leave-one-out"), reduction=Reduction("row-sum"))
-    return Recipe(policy, Groups(), law={"solver": "ddpm", "level": eta, "steps": steps})
+    return Recipe(policy, Groups(), law=ancestral(eta, steps))
 
 
 @method(
@@ -413,7 +450,7 @@ def alignprop(least: int = 1, steps: int = 10, solver: str = "ddim") -> Recipe:
 def spo(beta: float = 10.0, candidates: int = 4, steps: int = 10, eta: float = 1.0, go_on: str = "random") -> Recipe:
     pairing = Pairing("extremes", keys=("prompt", "origin"))
     planner = Candidates(size=candidates, steps=steps - 1, go_on=go_on)  # type: ignore[arg-type]
-    law = {"solver": "ddpm", "level": eta, "steps": steps}
+    law = ancestral(eta, steps)
     return Recipe(Pairs(Logistic(beta), pairing=pairing), planner, law=law)
 
 
@@ -489,7 +526,7 @@ def ctrl(kl: float = 0.1, level: float = 0.7, steps: int = 10) -> Recipe:
     arxiv="2402.05468",
     year=2024,
     room="flow",
-    differs="draft-k in one loop: every update takes one step of all samples under way, and learns from those that end.",
+    differs="draft-k in one loop: each update moves all samples under way by a step, and learns from those that end.",
     proof=("adjoint_gradient",),
 )
 def implicit_diffusion(steps: int = 10, solver: str = "ddim") -> Recipe:

@@ -6,7 +6,6 @@ from stepwell.credit.group import Best, GroupCredit
 from stepwell.credit.shaping import DivergencePenalty, Outcome, Overlong
 from stepwell.credit.traces import GeneralisedAdvantage, Whitened
 from stepwell.methods.registry import method
-from stepwell.objective.pairs import Logistic, Pairing, Pairs
 from stepwell.objective.policy import Policy
 from stepwell.objective.ratio import Ratio
 from stepwell.objective.reduction import Mode, Reduction
@@ -15,7 +14,7 @@ from stepwell.objective.surrogate import Clip, Score
 from stepwell.objective.term import Objective, Term
 from stepwell.objective.value import ValueLoss
 from stepwell.parts import Part
-from stepwell.plan.groups import DynamicSampling, Groups
+from stepwell.plan.groups import DynamicSampling
 from stepwell.recipe import Recipe
 
 
@@ -166,16 +165,3 @@ def ppo(
 def raft(keep: str = "top", skip_equal: bool = True) -> Recipe:
     credit = Best(keep, skip_equal=skip_equal)  # type: ignore[arg-type]
     return Recipe(Policy(credit, surrogate=Score(), reduction=Reduction("row-sum")))
-
-
-@method(
-    "dpo",
-    title="Direct Preference Optimization, online",
-    paper="Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
-    arxiv="2305.18290",
-    year=2023,
-    differs="A logistic loss on pairs built from each group (extremes, mean or all), against the starting policy.",
-    proof=("preference_fixed_point",),
-)
-def dpo(beta: float = 0.1, pairs: str = "extremes", smoothing: float = 0.0) -> Recipe:
-    return Recipe(Pairs(Logistic(beta, smoothing), pairing=Pairing(pairs)), Groups())  # type: ignore[arg-type]

@@ -197,6 +197,11 @@ def _load_own() -> None:
     if "stepwell.methods.flow" in sys.modules:
         return
     importlib.import_module("stepwell.methods.language")
+    importlib.import_module("stepwell.methods.language_preference")
+    importlib.import_module("stepwell.methods.language_comparison")
+    importlib.import_module("stepwell.methods.language_target")
+    importlib.import_module("stepwell.methods.language_ratio")
+    importlib.import_module("stepwell.methods.language_credit")
     importlib.import_module("stepwell.methods.flow")
     for entry in importlib.metadata.entry_points(group="stepwell.plugins"):
         _loading.append(entry.value)

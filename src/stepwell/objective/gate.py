@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stepwell.credit.group import group_index, group_sum
 from stepwell.parts import Batch, Part
 
 When = Literal["rows", "minibatch", "step"]
@@ -84,6 +85,90 @@ class OneSide(Gate):
         ratio = log_ratio.exp()
         kept = ((ratio <= 1 + self.high) & (advantage >= 0)) | ((ratio >= 1 - self.low) & (advantage <= 0))
         return kept.to(batch.mask.dtype)
+
+
+@dataclass(frozen=True)
+class TwoSide(Gate):
+    """Drop a step outside 1 - low <= r <= 1 + high, whatever its advantage (REC-TwoSide, arXiv 2509.24203)."""
+
+    low: float = 0.2
+    high: float = 0.2
+    when = "step"
+
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+        assert log_ratio is not None
+        ratio = log_ratio.exp()
+        return ((ratio >= 1 - self.low) & (ratio <= 1 + self.high)).to(batch.mask.dtype)
+
+
+@dataclass(frozen=True)
+class Ring(Gate):
+    """Keep 1 - low <= r <= 1 + high, and what is far out on the side that its advantage brings back.
+
+    That is r <= 1 - far_low where A >= 0, and r >= 1 + far_high where A <= 0 (REC-Ring, arXiv 2509.24203).
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+    far_low: float = 0.6
+    far_high: float = 2.0
+    when = "step"
+
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+        assert log_ratio is not None
+        ratio = log_ratio.exp()
+        near = (ratio >= 1 - self.low) & (ratio <= 1 + self.high)
+        back = ((advantage >= 0) & (ratio <= 1 - self.far_low)) | ((advantage <= 0) & (ratio >= 1 + self.far_high))
+        return (near | back).to(batch.mask.dtype)
+
+
+@dataclass(frozen=True)
+class ProbabilityShift(Gate):
+    """Drop a step once its probability itself moved past a bound in the direction of its advantage (DPPO).
+
+    A > 0 and pi - mu > high, or A < 0 and mu - pi > low, mu the sampler's: |pi - mu| is the total variation of the
+    two laws where all other tokens are taken for one. A rare token may so change its ratio by much, a common one not.
+    Source: arXiv 2602.04879 (Binary-TV); cards_objectives.md section 2.
+    """
+
+    low: float = 0.15
+    high: float = 0.15
+    when = "step"
+
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+        shift = batch.log_prob.exp() - batch.behaviour.exp()
+        over = ((advantage > 0) & (shift > self.high)) | ((advantage < 0) & (-shift > self.low))
+        return (~over).to(batch.mask.dtype)
+
+
+@dataclass(frozen=True)
+class Sources(Gate):
+    """Only rows of source 0, the policy's own, train; with `own=False` only all others (demonstrations)."""
+
+    own: bool = True
+
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+        return ((batch.rows.source == 0) == self.own)[:, None].to(batch.mask.dtype)
+
+
+@dataclass(frozen=True)
+class SuccessRate(Gate):
+    """Only prompts whose success rate is above `rate` train; with `above=False` only all others.
+
+    The rate of a prompt is the share of the policy's own rows, of source 0, with a reward above `threshold`; it is 0
+    where the policy has none.
+    """
+
+    rate: float = 0.0
+    above: bool = True
+    threshold: float = 0.0
+
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+        own = (batch.rows.source == 0).to(batch.mask.dtype)
+        group, groups = group_index(batch.rows.prompt)
+        solved = group_sum(own * (batch.reward > self.threshold), group, groups)
+        rate = solved / group_sum(own, group, groups).clamp(min=1)
+        return ((rate > self.rate) == self.above)[:, None].to(batch.mask.dtype)
 
 
 @dataclass(frozen=True)

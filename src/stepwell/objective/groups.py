@@ -1,12 +1,14 @@
-"""Losses that couple the rows of a prompt and are no sum over pairs: consistency, posterior matching."""
+"""Losses that couple the rows of a prompt and are no sum over pairs: consistency, posteriors, discrimination."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from stepwell.objective.pairs import SequenceScore
 from stepwell.objective.state import State, value_of
@@ -50,6 +52,101 @@ class PosteriorMatching(GroupFunction):
         target = (reward / self.beta - proposal).softmax(0)
         present = (score - proposal).softmax(0)
         return -((target - present).detach() * score).sum()
+
+
+def win_rates(reward: Tensor) -> Tensor:
+    """(n,) each row's mean probability, by Bradley and Terry's model of rewards, to beat another row of its group."""
+    others = max(len(reward) - 1, 1)
+    return (torch.sigmoid(reward[:, None] - reward).sum(1) - 0.5) / others
+
+
+@dataclass(frozen=True)
+class NashRegression(GroupFunction):
+    """DNO: the mean over pairs of -p log sigmoid(x) - (1-p) log sigmoid(-x), x = beta (s_i - s_j).
+
+    p = sigmoid(r_i - r_j) for the rows' win rates r. Flat at ref exp(r / beta) / Z for any samples (Rosset et al.
+    2024, arXiv 2404.03715, equation 10 in the notation of cards_objectives.md section 5.1).
+    """
+
+    beta: float = 0.1
+
+    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
+        rate = win_rates(reward)
+        label = torch.sigmoid(rate[:, None] - rate)
+        logit = self.beta * (score[:, None] - score)
+        losses = -label * logsigmoid(logit)  # ordered pairs: (j, i) is the other half of (i, j)
+        losses = losses.masked_fill(torch.eye(len(score), dtype=torch.bool, device=score.device), 0.0)
+        return 2 * losses.sum() / max(len(score) * (len(score) - 1), 1)
+
+
+@dataclass(frozen=True)
+class SelfPlay(GroupFunction):
+    """SPPO: the mean over rows of (s - (P - 1/2) / beta)^2, P the row's win rate (arXiv 2405.00675, equation 4.7)."""
+
+    beta: float = 0.1
+
+    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
+        return ((score - (win_rates(reward) - 0.5) / self.beta) ** 2).mean()
+
+
+@dataclass(frozen=True)
+class Discriminative(GroupFunction):
+    """DisCO: -mean_pos [s - tau log mean_neg exp(s_neg / tau)], rows with a reward above `threshold` being positive.
+
+    `temperature` tau, None for the difference of the two means. A prompt without both kinds gives 0 and still counts.
+    Source: Li et al. 2025, arXiv 2505.12366.
+    """
+
+    temperature: float | None = 10.0
+    threshold: float = 0.5
+
+    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
+        good = reward > self.threshold
+        if not bool(good.any()) or bool(good.all()):
+            return 0.0 * score.sum()
+        if self.temperature is None:
+            return score[~good].mean() - score[good].mean()
+        bad = (score[~good] / self.temperature).logsumexp(0) - math.log(int((~good).sum()))
+        return self.temperature * bad - score[good].mean()
+
+
+@dataclass(frozen=True)
+class OrderPreserving(GroupFunction):
+    """OP-GFN: -mean_best log softmax(beta s), the cross-entropy of the group's best rows, all alike, and of exp(s).
+
+    exp(s) is the reward that the policy itself implies, up to a constant: only the order of rewards is read. A group
+    of equals gives 0. Source: Order-Preserving GFlowNets, arXiv 2310.00386, with a certain backward policy.
+    """
+
+    beta: float = 1.0
+
+    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
+        best = reward == reward.max()
+        return 0.0 * score.sum() if bool(best.all()) else -(self.beta * score).log_softmax(0)[best].mean()
+
+
+@dataclass(frozen=True)
+class TrustRegion(Term):
+    """coefficient / 2 * max(KL - limit, 0)^2 of the minibatch, KL = the mean over steps of log pi_old - log pi.
+
+    The divergence is that of the whole minibatch, so it is planned; the loss is its tangent there, whose value and
+    gradient are the penalty's.
+    """
+
+    limit: float = 1e-4
+    coefficient: float | State = 1e3
+    present = frozenset({"log_prob"})
+
+    def plan(self, batch: Batch, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        divergence = ((batch.old - batch.log_prob) * batch.mask).sum() / batch.counts.steps
+        gap = (divergence - self.limit).clamp(min=0)
+        share = torch.ones_like(batch.reward) / batch.counts.rows
+        return {"gap": gap.expand(len(batch)).clone(), "offset": (0.5 * gap**2 - gap * divergence) * share}
+
+    def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:
+        divergence = batch.row_sum(batch.old - batch.log_prob)[:, 0] / batch.counts.steps
+        value = (targets["gap"] * divergence + targets["offset"]).sum() * value_of(self.coefficient, batch)
+        return Loss(value, {"trust_region": value.detach(), "old_divergence": divergence.detach().sum()})
 
 
 @dataclass(frozen=True)

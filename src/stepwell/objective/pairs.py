@@ -16,26 +16,61 @@ from stepwell.objective.state import State, value_of
 from stepwell.objective.term import Coupling, Loss, Term
 from stepwell.parts import Batch, Part
 
+Against = Literal["reference", "old", "teacher", "none"]
+
+
+def log_ratio(batch: Batch, against: Against) -> Tensor:
+    """(N, T) log pi - log of what it is measured against; log pi itself for `none`."""
+    if against == "none":
+        return batch.log_prob
+    if against == "teacher":
+        return batch.log_prob - batch.field("teacher_log_prob")
+    return batch.log_prob - getattr(batch, against)
+
+
+def read_for(against: Against) -> frozenset[str]:
+    """The field that `log_ratio` reads and somebody has to fill."""
+    return frozenset({f"{against}_log_prob"} if against in ("reference", "teacher") else ())
+
 
 @dataclass(frozen=True)
 class SequenceScore(Part):
-    """s (N,) = the sum, or the mean, over a row's steps of log pi - log reference; `against` none leaves the latter."""
+    """s (N,) = the sum, or the mean, over a row's steps of log pi - log reference; `against` none leaves the latter.
+
+    `weight`: a constant factor for each step, (N, T), where steps are not to count alike.
+    """
 
     mean: bool = False
-    against: Literal["reference", "old", "none"] = "reference"
+    against: Against = "reference"
+    weight: Part | None = None
 
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"reference_log_prob"} if self.against == "reference" else ())
+        return read_for(self.against)
 
     def __call__(self, batch: Batch) -> Tensor:
-        values = batch.log_prob if self.against == "none" else batch.log_prob - getattr(batch, self.against)
+        values = log_ratio(batch, self.against)
+        if self.weight is not None:
+            values = values * self.weight(batch).detach()
         score = batch.row_sum(values)[:, 0]
         return score / batch.steps[:, 0] if self.mean else score
 
 
+def sides_of(score: Part, batch: Batch, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+    """(P,), (P,) scores of the two sides of each pair; a score with `sides` judges a row by its counterpart too."""
+    sides = getattr(score, "sides", None)
+    if sides is not None:
+        return sides(batch, chosen, rejected)
+    scores = score(batch)
+    return scores[chosen], scores[rejected]
+
+
 class Link(Part):
     """Maps the scores of chosen and rejected rows, each (P,), to a loss (P,); cards_objectives.md section 5.1."""
+
+    def at(self, batch: Batch) -> Link:
+        """The link with its states as they are now."""
+        return self
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
         raise NotImplementedError(f"{type(self).__name__} gives no loss.")
@@ -119,13 +154,17 @@ def pairs_of(reward: Tensor, group: Tensor, sides: Tensor) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True)
 class Pairs(Term):
-    """coefficient * the mean over pairs of link(s_chosen, s_rejected), pairs built within each prompt's group."""
+    """coefficient * the mean over pairs of link(s_chosen, s_rejected), pairs built within each prompt's group.
+
+    `weight` gives every row a constant w (N,), and each pair counts w_chosen w_rejected.
+    """
 
     link: Link = field(default_factory=Logistic)
     score: Part = field(default_factory=SequenceScore)
     pairing: Pairing = field(default_factory=Pairing)
     coefficient: float | State = 1.0
     coupling: Coupling = "groups"
+    weight: Part | None = None
 
     def credit(self, batch: Batch) -> dict[str, Tensor]:
         return {"sides": self.pairing(batch)}
@@ -134,10 +173,72 @@ class Pairs(Term):
         chosen, _ = pairs_of(batch.reward, self.pairing.group(batch)[0], targets["sides"])
         return {"share": torch.full_like(batch.reward, 1.0 / max(len(chosen), 1))}
 
+    def compare(self, batch: Batch, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """(P,) the margin s_chosen - s_rejected of each pair, and its loss."""
+        sides = sides_of(self.score, batch, chosen, rejected)
+        return torch.stack([sides[0] - sides[1], self.link.at(batch)(*sides), 0.5 * (sides[0] + sides[1])])
+
     def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:
-        score, share = self.score(batch), targets["share"]
+        share = targets["share"]
         chosen, rejected = pairs_of(batch.reward, self.pairing.group(batch)[0], targets["sides"])
-        losses = self.link(score[chosen], score[rejected]) * share[chosen]
+        margin, losses, middle = self.compare(batch, chosen, rejected)
+        losses = losses * share[chosen]
+        if self.weight is not None:
+            weight = self.weight(batch).detach()
+            losses = losses * weight[chosen] * weight[rejected]
         value = value_of(self.coefficient, batch) * losses.sum()
-        right = (score[chosen] > score[rejected]).to(score.dtype) * share[chosen]
-        return Loss(value, {"pair_loss": value.detach(), "pair_accuracy": right.sum()})
+        metrics = {
+            "pair_loss": value.detach(),
+            "pair_accuracy": ((margin > 0).to(margin.dtype) * share[chosen]).sum().detach(),
+            "pair_score": (middle * share[chosen]).sum().detach(),
+        }
+        return Loss(value, metrics)
+
+
+@dataclass(frozen=True)
+class SortedPairs(Pairs):
+    """AOT: margins compared as two sorted samples and not pair by pair (Melnyk et al. 2024, arXiv 2406.05882).
+
+    `paired`: the sorted log pi margins of all pairs against the sorted reference margins; else the sorted scores of
+    the chosen rows against those of the rejected. The number of pairs in a minibatch is part of the method.
+    """
+
+    paired: bool = True
+    coupling: Coupling = "batch"
+    reads = frozenset({"reference_log_prob"})
+
+    def compare(self, batch: Batch, chosen: Tensor, rejected: Tensor) -> Tensor:
+        scores = [batch.row_sum(values)[:, 0] for values in (batch.log_prob, batch.reference)]
+        if self.paired:
+            first, second = (score[chosen] - score[rejected] for score in scores)
+        else:
+            ratio = scores[0] - scores[1]
+            first, second = ratio[chosen], ratio[rejected]
+        sides = first.sort().values, second.sort().values
+        return torch.stack([sides[0] - sides[1], self.link.at(batch)(*sides), 0.5 * (sides[0] + sides[1])])
+
+
+@dataclass(frozen=True)
+class ChosenLikelihood(Term):
+    """-coefficient * the mean over the steps of chosen rows of log pi, a row counted once for each pair it wins.
+
+    With `rows` it is the mean over pairs of each chosen row's mean.
+    """
+
+    pairing: Pairing = field(default_factory=Pairing)
+    coefficient: float | State = 1.0
+    rows: bool = False
+
+    def credit(self, batch: Batch) -> dict[str, Tensor]:
+        chosen, _ = pairs_of(batch.reward, self.pairing.group(batch)[0], self.pairing(batch))
+        return {"wins": torch.zeros_like(batch.reward).index_add_(0, chosen, torch.ones_like(batch.reward)[chosen])}
+
+    def plan(self, batch: Batch, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        wins = targets["wins"]
+        weight = wins[:, None] * (batch.mask / batch.steps if self.rows else batch.mask)
+        number = wins.sum() if self.rows else weight.sum()
+        return {"weight": weight / number.clamp(min=1)}
+
+    def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:
+        value = -value_of(self.coefficient, batch) * (targets["weight"] * batch.log_prob).sum()
+        return Loss(value, {"chosen_loss": value.detach()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -34,10 +34,49 @@ class Mixture(Part):
 
 
 @dataclass(frozen=True)
+class PerSource(Part):
+    """One denominator for the policy's own rows, of source 0, and another for all others (demonstrations), (N, T)."""
+
+    other: Part = field(default_factory=Mixture)
+    reads = frozenset({"old_log_prob"})  # of others' rows the stored log-probability is not the old policy's
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return torch.where((batch.rows.source > 0)[:, None], self.other(batch), batch.old)
+
+
+@dataclass(frozen=True)
+class LogClip:
+    """A hook that clips each token's log-ratio x where it has gone on in the direction of its advantage.
+
+    A > 0: min(x, clip(x, -low, high)); A < 0: max(x, clip(x, -low, high)); so x <= high where A > 0 and x >= -low
+    where A < 0, and the gradient of a clipped token is 0 (GMPO, arXiv 2507.20673).
+    """
+
+    low: float = 0.4
+    high: float = 0.4
+
+    def __call__(self, difference: Tensor, advantage: Tensor) -> Tensor:
+        return torch.where(advantage > 0, difference.clamp(max=self.high), difference.clamp(min=-self.low))
+
+
+def runs(mask: Tensor) -> Tensor:
+    """(N, T) the number of the run of trained steps that a step is in, or that comes next: turns between tools' words.
+
+    Example:
+        >>> runs(torch.tensor([[True, True, False, True]])).tolist()
+        [[0, 0, 1, 1]]
+    """
+    trained = mask.bool()
+    before = torch.cat([torch.zeros_like(trained[:, :1]), trained[:, :-1]], 1)
+    return (before & ~trained).long().cumsum(1)
+
+
+@dataclass(frozen=True)
 class Ratio(Part):
     """log r (N, T), the logarithm of pi / denominator, aggregated to a level and copied to its steps.
 
-    level: `token`; `segment` (rows.segment) and `turn` (info's `turn`, or the segment); `sequence`;
+    level: `token`; `segment` (rows.segment) and `turn` (info's `turn`, or the segment, or where neither is told the
+    runs of trained steps between those that are not the policy's own, such as a tool's words); `sequence`;
     `sequence_token`, the value of the sequence with the gradient of the token (GSPO-token). mean: `geometric`, the
     mean of the log-ratios, or `product`, their sum. denominator: `old`, `behaviour`, `none` (the present policy,
     detached: ratio 1 with gradient), or a part such as `Mixture`. `hook` maps (log-ratio, advantage) per token before
@@ -48,6 +87,10 @@ class Ratio(Part):
     mean: Literal["geometric", "product"] = "geometric"
     denominator: Literal["old", "behaviour", "none"] | Part = "old"
     hook: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"segment"} if self.level == "segment" else ())
 
     def __call__(self, batch: Batch, advantage: Tensor | None = None) -> Tensor:
         present, mask = batch.log_prob, batch.mask
@@ -77,8 +120,11 @@ class Ratio(Part):
         return getattr(batch, self.denominator)
 
     def _segments(self, batch: Batch) -> Tensor:
-        has_turns = batch.rows.info is not None and "turn" in batch.rows.info.keys()  # noqa: SIM118
-        return batch.field("turn") if self.level == "turn" and has_turns else batch.field("segment")
+        if self.level == "turn" and batch.rows.info is not None and "turn" in batch.rows.info.keys():  # noqa: SIM118
+            return batch.field("turn")
+        if self.level == "turn" and batch.rows.segment is None:
+            return runs(batch.rows.mask)
+        return batch.field("segment")
 
     def _by_segment(self, difference: Tensor, mask: Tensor, segment: Tensor) -> Tensor:
         number = int(segment.max()) + 1

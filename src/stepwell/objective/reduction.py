@@ -52,6 +52,20 @@ class Reduction(Part):
         raise InputError(f"Reduction has no mode '{self.mode}'; one of {Mode.__args__} is right.")  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
+class PerPrompt(Part):
+    """The mean over prompts of the mean over rows of each row's mean, for own rows and others apart.
+
+    A row's weight is 1 / (n_i K groups), K the number of the prompt's rows of its kind: of source 0, or not. Terms
+    that train the one or the other then weigh alike, however many rows of each there are.
+    """
+
+    def __call__(self, batch: Batch) -> Tensor:
+        kind, kinds = group_index(torch.stack([batch.rows.prompt, (batch.rows.source > 0).long()], 1))
+        size = group_sum(torch.ones_like(batch.mask[:, 0]), kind, kinds)
+        return batch.mask / (batch.steps * size[:, None] * batch.counts.groups)
+
+
 def total(values: Tensor, weight: Tensor) -> Tensor:
     """The weighted sum of (N, T) values; a step of weight 0 counts nothing, whatever its value."""
     return torch.where(weight != 0, values, 0.0).mul(weight).sum()

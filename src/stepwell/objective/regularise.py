@@ -14,7 +14,7 @@ from stepwell.objective.gate import Gate
 from stepwell.objective.reduction import Reduction, total
 from stepwell.objective.state import State, value_of
 from stepwell.objective.term import Loss, Term
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, Part, column
 
 Estimate = Literal["k1", "k2", "k3", "abs", "k3-weighted", "k1+", "k3+", "exact"]
 
@@ -87,18 +87,29 @@ class Entropy(Part):
 
 @dataclass(frozen=True)
 class Regulariser(Term):
-    """coefficient * sum_it W_it quantity_it gate_it, with its own reduction and its own gates."""
+    """coefficient * sum_it W_it quantity_it gate_it, with its own reduction and its own gates.
+
+    `credit_of` is the advantage that its gates read, 0 where there is none; the quantity itself is not multiplied by
+    it.
+    """
 
     quantity: Part = field(default_factory=Divergence)
     coefficient: float | State = 0.04
     reduction: Part = field(default_factory=Reduction)
     gates: tuple[Gate, ...] = ()
     name: str = "kl"
+    credit_of: Part | None = None
+
+    def credit(self, batch: Batch) -> dict[str, Tensor]:
+        if self.credit_of is None:
+            return {}
+        return {"advantage": (column(self.credit_of(batch)) * batch.mask).contiguous()}
 
     def plan(self, batch: Batch, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        weight, nothing = self.reduction(batch), torch.zeros_like(batch.mask)
+        weight = self.reduction(batch)
+        advantage = targets["advantage"] if self.credit_of is not None else torch.zeros_like(batch.mask)
         for gate in self.gates:
-            weight = weight * gate(batch, None, nothing)
+            weight = weight * gate(batch, None, advantage)
         return {"weight": weight}
 
     def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:

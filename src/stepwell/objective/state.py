@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -53,14 +54,30 @@ class AdaptiveCoefficient(State):
 
 @dataclass(frozen=True)
 class Multiplier(State):
-    """A constraint's dual variable: value <- max(0, value + rate (threshold - metric)), for metric >= threshold."""
+    """A constraint's dual variable: value <- max(0, value + rate (threshold - metric)), for metric >= threshold.
+
+    `ceiling` bounds it from above, for constraints that cannot be kept.
+    """
 
     metric: str = "reward"
     threshold: float = 0.0
     rate: float = 0.01
+    ceiling: float = math.inf
 
     def update(self, value: float, metrics: Mapping[str, float]) -> float:
-        return max(0.0, value + self.rate * (self.threshold - _metric(metrics, self.metric)))
+        return min(max(0.0, value + self.rate * (self.threshold - _metric(metrics, self.metric))), self.ceiling)
+
+
+@dataclass(frozen=True)
+class Ramp(State):
+    """value <- `final` by equal steps, over so many updates: a schedule."""
+
+    final: float = 1.0
+    updates: int = 100
+
+    def update(self, value: float, metrics: Mapping[str, float]) -> float:
+        step = (self.final - self.initial) / self.updates
+        return min(value + step, self.final) if step > 0 else max(value + step, self.final)
 
 
 @dataclass(frozen=True)

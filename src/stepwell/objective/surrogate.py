@@ -7,6 +7,7 @@ policy gradient. The table of g is cards_objectives.md section 0.1; `stepwell.ch
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -108,7 +109,7 @@ class Taper(Surrogate):
     negative: float = 1.05
 
     def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
-        tau = torch.where(advantage > 0, self.positive, self.negative)
+        tau = torch.where(advantage > 0, advantage.new_tensor(self.positive), advantage.new_tensor(self.negative))
         return -torch.sigmoid(tau * (ratio_of(log_ratio) - 1)) * 4 / tau * advantage
 
 
@@ -131,6 +132,79 @@ class Drift(Surrogate):
             relu(down - self.b * torch.tanh(down / self.b)),
         )
         return -(ratio * advantage - drift)
+
+
+@dataclass(frozen=True)
+class SignedScore(Surrogate):
+    """-w A log pi, w the ratio clipped to one interval where A >= 0 and to another where A < 0, and constant.
+
+    Intervals (a, b) with a <= 1 <= b. (1, 1) leaves the score as it is, (0, 1) never raises its weight (TOPR's taper
+    of negative examples, arXiv 2503.14286), (0, inf) is importance sampling.
+    """
+
+    positive: tuple[float, float] = (1.0, 1.0)
+    negative: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, (low, high) in (("positive", self.positive), ("negative", self.negative)):
+            if not 0 <= low <= 1 <= high:
+                raise InputError(
+                    f"SignedScore clips ratios to ({low}, {high}) ('{name}'); 0 <= low <= 1 <= high is right."
+                )
+
+    def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
+        ratio = ratio_of(log_ratio.detach())
+        weight = torch.where(advantage >= 0, ratio.clamp(*self.positive), ratio.clamp(*self.negative))
+        return -weight * advantage * batch.log_prob
+
+    def clipped(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        ratio = ratio_of(log_ratio)
+        up, down = (((ratio < low) | (ratio > high)) & (low < high) for low, high in (self.positive, self.negative))
+        return torch.where(advantage >= 0, up, down)
+
+
+@dataclass(frozen=True)
+class GammaScore(Surrogate):
+    """VESPO: -w A log pi with the constant weight w = exp(l + k x - l e^x), x = log r; (k, l) by the sign of A.
+
+    A gamma density in r but for its scale, r^k e^(-l r), highest at r = k / l; w = 1 at r = 1. x is clamped to
+    [log 1e-8, 20]. Made for the ratio of whole sequences, their product. Source: arXiv 2602.10693 and
+    cards_objectives.md section 2.
+    """
+
+    positive: tuple[float, float] = (2.0, 3.0)
+    negative: tuple[float, float] = (3.0, 2.0)
+
+    def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
+        x = log_ratio.detach().clamp(math.log(1e-8), 20.0)
+        up, down = (rate + shape * x - rate * x.exp() for shape, rate in (self.positive, self.negative))
+        return -torch.where(advantage >= 0, up, down).exp() * advantage * batch.log_prob
+
+
+@dataclass(frozen=True)
+class Focused(Surrogate):
+    """-r A (1 - pi)^gamma with 1 - pi constant: steps the policy holds for unlikely count most (RL-PLUS)."""
+
+    gamma: float = 0.5
+
+    def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
+        unlikely = -torch.expm1(batch.log_prob.detach().clamp(max=0.0))
+        return -ratio_of(log_ratio) * advantage * unlikely**self.gamma
+
+
+@dataclass(frozen=True)
+class Shaped(Surrogate):
+    """-A pi / (pi + gamma): LUFFY's shaping of the probability itself, for rows whose law nobody knows.
+
+    The gradient's weight is gamma pi / (pi + gamma)^2, largest at pi = gamma. Source: cards_objectives.md section 2.
+    """
+
+    gamma: float = 0.1
+
+    def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
+        probability = batch.log_prob.exp()
+        return -advantage * probability / (probability + self.gamma)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,11 @@ from stepwell.trajectories import Trajectories
 
 @runtime_checkable
 class Planner(Protocol):
-    """Plans the rollouts of a step. It may remember things between steps; what it remembers is saved."""
+    """Plans the rollouts of a step. It may remember things between steps; what it remembers is saved.
+
+    A planner may also have `note(so_far) -> dict[str, Tensor]`: entries (N,) or (N, T) for the `info` of all rows of
+    this step's rollout, such as what other rows say of a row. They are there when credit is given.
+    """
 
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
         """Requests for the next part of this step, given what it drew so far with rewards; an empty list is done."""

@@ -22,9 +22,10 @@ class Branches(Groups):
     """From a deterministic trunk a prompt, `size` children at each of the steps `at`: one random step, then the ODE.
 
     A child differs from its siblings in one step, so its advantage among them (`keys=("prompt", "origin")`) is that
-    step's own. Steps are counted from `first`, the first that can be random: 1 for flows. `trunks`: how many a prompt,
-    each from noise of its own. `strides`: the rest of a child's steps, each of the strides once; all of them judge
-    the same random step, and are told apart by `source`.
+    step's own. Steps are counted from `first`, the first that can be random: 1 for flows. A trunk that is shorter, as
+    texts may be, has its last step in place of those it lacks. `trunks`: how many a prompt, each from noise of its own.
+    `strides`: the rest of a child's steps, each of the strides once; all of them judge the same random step, and are
+    told apart by `source`.
 
     Source: TempFlow-GRPO, arXiv 2508.04324; with one trunk and several strides G2RPO, arXiv 2510.01982.
     """
@@ -50,20 +51,24 @@ class Branches(Groups):
         if len(so_far) == trunks:
             law = {} if self.strides[0] == 1 else {"stride": self.strides[0]}
             return [
-                self._child(by_id[prompt], self.size, (row, self.first + k), self.first + k, 0, law)
+                self._child(by_id[prompt], self.size, (row, place), place, 0, law)
                 for row, prompt in enumerate(so_far.prompt.tolist())
-                for k in self.at
+                for place in self._places(int(so_far.length[row]))
             ]
         if len(so_far) > trunks + children:
             return []
-        steps = [k for _ in range(trunks) for k in self.at for _ in range(self.size)]
+        lengths = so_far.length[:trunks].tolist()
+        places = [place for length in lengths for place in self._places(length) for _ in range(self.size)]
         again = []
         for source, stride in enumerate(self.strides[1:], 1):
-            for row, k in enumerate(steps, trunks):
-                place = self.first + k
+            for row, place in enumerate(places, trunks):
                 prompt = by_id[int(so_far.prompt[row])]
                 again.append(self._child(prompt, 1, (row, place + 1), place, source, {"stride": stride}))
         return again
+
+    def _places(self, length: int) -> list[int]:
+        """The steps at which a trunk of this length has children."""
+        return [min(self.first + k, length - 1) for k in self.at]
 
     def _child(
         self, prompt: Prompt, count: int, start: tuple[int, int], place: int, source: int, law: dict[str, int]
@@ -86,6 +91,8 @@ class Tree(Groups):
 
     Source: Dynamic-TreeRPO, arXiv 2509.23352, without its noise by layer and its supervised term, whose constants we
     could not establish.
+
+    A row that ended before the tree does, as texts may, is all the leaves that it would have parted into.
     """
 
     branching: int = 2
@@ -126,8 +133,8 @@ class Tree(Groups):
         by_id = {prompt.id: prompt for prompt in prompts.prompts}
         place = begin + level
         return [
-            Request(by_id[prompt], self.branching - 1, start=(row, place), window=window)
-            for row, prompt in enumerate(so_far.prompt.tolist())
+            Request(by_id[prompt], self.branching - 1, start=(row, min(place, length)), window=window)
+            for row, (prompt, length) in enumerate(zip(so_far.prompt.tolist(), so_far.length.tolist(), strict=True))
         ]
 
 
@@ -136,7 +143,8 @@ class Candidates(Checked, Groups):
     """At every step of a row `size` candidates are drawn from the same state and judged; one of them goes on.
 
     `go_on`: which, a `random` one, so that steps stay independent, or the `best`. `steps` of them, from `begin` on.
-    Each candidate is a row that ends after its step, judged by what the process makes of it there.
+    Each candidate is a row that ends after its step, judged by what the process makes of it there. Once a row ended
+    by itself, as texts may, there are no further candidates for it.
 
     Source: SPO, arXiv 2406.04314.
     """
@@ -146,6 +154,11 @@ class Candidates(Checked, Groups):
     begin: int = 0
     go_on: Literal["random", "best"] = "random"
     first: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.begin < self.steps:
+            raise InputError(f"Candidates of {self.steps} steps from step {self.begin} on are none.")
 
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
         place = self.first + self.begin
@@ -169,6 +182,9 @@ class Candidates(Checked, Groups):
             requests.append(self._from(by_id, so_far, rows[chosen], place + layer, self.size))
         return requests
 
+    def keep(self, so_far: Trajectories) -> Tensor:
+        return so_far.mask.any(1).nonzero()[:, 0]
+
     def _candidates(self, number: int, layer: int) -> list[int]:
         """The rows of the candidates of a prompt, the `number`-th of this rollout, in one layer."""
         if layer:
@@ -179,5 +195,5 @@ class Candidates(Checked, Groups):
 
     def _from(self, by_id: dict[int, Prompt], so_far: Trajectories, row: int, place: int, count: int) -> Request:
         """Candidates for the step at `place` of a row."""
-        prompt = by_id[int(so_far.prompt[row])]
-        return Request(prompt, count, start=(row, place), horizon=place + 1, window=(place, place + 1))
+        prompt, begin = by_id[int(so_far.prompt[row])], min(place, int(so_far.length[row]))
+        return Request(prompt, count, start=(row, begin), horizon=place + 1, window=(place, place + 1))

@@ -14,6 +14,8 @@ from stepwell.plan.prompts import PromptStream
 from stepwell.rollout import Request
 from stepwell.trajectories import Trajectories, from_tensors, to_tensors
 
+FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
+
 
 @dataclass
 class Queue(Groups):
@@ -45,7 +47,7 @@ class Queue(Groups):
         by_id = {prompt.id: prompt for prompt in prompts.prompts}
         for row, length in enumerate(self.waiting.length.tolist()):
             start: Any = self.waiting[row : row + 1]
-            ends = length + 1 == self.first + self.steps
+            ends = length + 1 == self.first + self.steps or not bool(start.truncated)  # a text may end before
             prompt = by_id[int(start.prompt)]
             requests.append(Request(prompt, 1, start=start, horizon=length + 1, judged=ends))
         return requests
@@ -67,7 +69,7 @@ class Queue(Groups):
         if not state:
             self.waiting = None
             return
-        kinds = {str(kind): kind for kind in (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool)}
+        kinds = {str(kind): kind for kind in FORMATS}
         tensors = {name: torch.tensor(entry["values"], dtype=kinds[entry["kind"]]) for name, entry in state.items()}
         self.waiting = from_tensors(tensors)
 

@@ -148,11 +148,12 @@ class Backward(Groups):
             return []
         split = self.first + max(self.steps - self.least - step // self.hold, 0)
         by_id = {prompt.id: prompt for prompt in prompts.prompts}
-        window = (split, self.first + self.steps)
-        return [
-            Request(by_id[prompt], self.size, start=(row, split), window=window)
-            for row, prompt in enumerate(so_far.prompt.tolist())
-        ]
+        requests = []
+        for row, (prompt, length) in enumerate(zip(so_far.prompt.tolist(), so_far.length.tolist(), strict=True)):
+            begin = min(split, length - 1)  # a text may be shorter
+            window = (begin, self.first + self.steps)
+            requests.append(Request(by_id[prompt], self.size, start=(row, begin), window=window))
+        return requests
 
     def keep(self, so_far: Trajectories) -> Tensor:
         return torch.arange(min(self.prompts * self.trunks, len(so_far)), len(so_far))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stepwell.errors import CannotFork
+from stepwell.process.shared_prefix import SharedCache, together
 
 
 def empty_cache(model: nn.Module) -> Any:
@@ -37,6 +40,8 @@ def forked(cache: Any, index: Tensor | None) -> Any:
     Only the layer objects are copied where rows stay as they are: the next forward pass concatenates keys and
     values to new tensors, so the cache that was forked never changes.
     """
+    if isinstance(cache, SharedCache):
+        return cache.chosen(index)
     twin = copy.copy(cache)
     twin.layers = [copy.copy(layer) for layer in cache.layers]
     if index is not None:
@@ -44,3 +49,21 @@ def forked(cache: Any, index: Tensor | None) -> Any:
             if layer.keys is not None:
                 layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
     return twin
+
+
+def joined(caches: Sequence[Any]) -> Any:
+    """The rows of caches of as many columns, one after another, in a cache of their own."""
+    if len(caches) == 1:
+        return caches[0]
+    if any(isinstance(cache, SharedCache) for cache in caches):
+        same = together(caches) if all(isinstance(cache, SharedCache) for cache in caches) else None
+        if same is not None:
+            return same
+        caches = [cache.plain() if isinstance(cache, SharedCache) else cache for cache in caches]
+    whole = copy.copy(caches[0])
+    whole.layers = [copy.copy(layer) for layer in caches[0].layers]
+    for place, layer in enumerate(whole.layers):
+        if layer.keys is not None:
+            layer.keys = torch.cat([cache.layers[place].keys for cache in caches])
+            layer.values = torch.cat([cache.layers[place].values for cache in caches])
+    return whole

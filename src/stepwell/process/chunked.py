@@ -167,7 +167,11 @@ class _ChunkedStatistics(torch.autograd.Function):
             slope = slope.to(weight.dtype)
             if hidden_gradient is not None:
                 hidden_gradient[here] = slope @ weight
-            if weight_gradient is not None:
+            if weight_gradient is None:
+                continue
+            if weight_gradient.dtype == hidden.dtype:  # adds in place: a product of its own would be (V, D) once more
+                weight_gradient.addmm_(slope.T, hidden[here])
+            else:
                 weight_gradient += slope.T @ hidden[here]
         return (
             hidden_gradient,

@@ -11,16 +11,21 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from stepwell.distributions import Categorical, Point
-from stepwell.errors import MissingAbility
+from stepwell.errors import InputError, MissingAbility
 from stepwell.meter import Meter
 from stepwell.process.base import Process, Samples, Scores, check_needs
+from stepwell.process.segments import segments
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories, make
 
 END = 0
 """The symbol that ends a string, where strings may end early."""
+
+STOP = 1
+"""The symbol that ends a segment: what a full stop is to a sentence."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class TabularLanguage:
         1.0
     """
 
-    offers = frozenset({"entropy", "value", "sum_of_squares", "kl", "logits"})
+    offers = frozenset({"entropy", "value", "sum_of_squares", "kl", "logits", "hidden"})
 
     def __init__(
         self, logits: Tensor, length: int, order: int | None = 1, end: bool = True, value: Tensor | None = None
@@ -75,6 +80,7 @@ class TabularLanguage:
         self.module.get_parameter("value").requires_grad_(False)
         self.meter = Meter()
         self.reference: Process | None = None
+        self.teacher: Process | None = None
 
     @property
     def logits(self) -> Tensor:
@@ -139,12 +145,27 @@ class TabularLanguage:
                 extra[need] = law.exp().pow(2).sum(-1) * mask
             elif need == "logits":
                 extra[need] = law
+            elif need == "hidden":  # the table is a linear output layer on which context it is
+                extra[need] = one_hot(rows * self.contexts + contexts, self.prompts * self.contexts).to(law.dtype)
             else:
                 reference = self if self.reference is None else self.reference
                 with torch.no_grad():
                     other = reference.score(trajectories, {"logits"}, context)["logits"]
                 extra[need] = steps.kl(Categorical(other.flatten(0, 1))).reshape(mask.shape).masked_fill(~mask, 0.0)
         return Scores(log_prob, extra)
+
+    def segments(self, trajectories: Trajectories) -> Tensor:
+        """(N, T) which segment each step is in: one ends with the symbol `STOP`."""
+        return segments(trajectories.action, torch.tensor([STOP]))
+
+    def encode(self, completion: Sequence[int]) -> Tensor:
+        """(T,) the symbols of a string written elsewhere."""
+        symbols = [int(symbol) for symbol in completion]
+        if not symbols or len(symbols) > self.length or not all(0 <= symbol < self.symbols for symbol in symbols):
+            raise InputError(
+                f"The completion {symbols} is no string of 1 to {self.length} symbols from 0 to {self.symbols - 1}."
+            )
+        return torch.tensor(symbols)
 
     @property
     def horizon(self) -> int:

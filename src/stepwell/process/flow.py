@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,6 +17,16 @@ from stepwell.distributions import Gaussian, Point
 from stepwell.errors import InputError, MissingAbility
 from stepwell.meter import Meter
 from stepwell.process.base import Samples, Scores, check_needs
+from stepwell.process.flow_checks import (
+    check_arguments,
+    check_condition,
+    check_decoded,
+    check_dtype,
+    check_prediction,
+    check_shape,
+    check_unconditional,
+    whole_numbers,
+)
 from stepwell.process.flow_law import Law, law_with
 from stepwell.process.flow_score import scores
 from stepwell.rng import Rng
@@ -88,9 +97,11 @@ class Flow:
     ):
         self.module, self.shape, self.path, self.predicts, self.law = network, tuple(shape), path, predicts, law
         self.encode, self.unconditional, self.decode = encode, unconditional, decode
-        self.states_at_once = states_at_once
+        self.states_at_once, self.learns = states_at_once, True
         first = next(network.parameters(), None)
-        self.dtype = dtype or (torch.get_default_dtype() if first is None else first.dtype)
+        own = torch.get_default_dtype() if first is None else first.dtype
+        self.dtype = dtype or torch.promote_types(own, torch.float32)
+        self.told = own if dtype is None else None  # half precision networks, around states that need more of it
         self.device = torch.device("cpu") if first is None else first.device
         self.meter = Meter()
         self.reference: Flow | None = None
@@ -168,13 +179,7 @@ class Flow:
         """What the network is told of each prompt, one row each; None where it is told nothing."""
         if self.encode is None:
             return None
-        entries = dict(self.encode(prompts))
-        for name, value in entries.items():
-            if not isinstance(value, Tensor) or len(value) != len(prompts):
-                raise InputError(
-                    f"encode gave '{name}' {'of shape ' + str(tuple(value.shape)) if isinstance(value, Tensor) else ''}"
-                    f" for {len(prompts)} prompts; a tensor with one row a prompt is right."
-                )
+        entries = check_condition(self.encode(prompts), len(prompts), self.unconditional)
         return TensorDict(entries, batch_size=[len(prompts)])
 
     def score(
@@ -205,18 +210,21 @@ class Flow:
         self.meter.add(model_evaluations=len(x), forward=len(x))
         if torch.is_grad_enabled():
             self.meter.add(backward=len(x))
-        prediction = self.module(x, time, **entries)
-        if not isinstance(prediction, Tensor) or prediction.shape != x.shape:
-            found = tuple(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
-            raise InputError(f"The network returned {found} for states of {tuple(x.shape)}; the same shape is right.")
+        given = (x, time) if self.told is None else (x.to(self.told), time.to(self.told))
+        prediction = check_prediction(self.module(*given, **entries), x, self._learning())
         if branches == 2:
             with_prompt, without = prediction.chunk(2)
             return without + guidance * (with_prompt - without)
         return prediction
 
+    def _learning(self) -> bool:
+        """Whether gradients are asked for, of parameters that there are."""
+        asked = self.learns and torch.is_grad_enabled()
+        return asked and any(parameter.requires_grad for parameter in self.module.parameters())
+
     def decoded(self, x: Tensor) -> Tensor:
         """What the user sees of final states (N, *D): images, or the states themselves."""
-        return x if self.decode is None else self.decode(x)
+        return x if self.decode is None else check_decoded(self.decode(x), len(x))
 
     # other processes made from this one
 
@@ -233,7 +241,7 @@ class Flow:
         twin = copy.copy(self)
         own = getattr(self.module, "frozen", None)
         twin.module = own() if own is not None else copy.deepcopy(self.module).requires_grad_(False)
-        twin.reference = None
+        twin.reference, twin.learns = None, False
         return twin
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -268,9 +276,9 @@ def flow(
     path: str | Path = "linear",
     predicts: str = "velocity",
     solver: str | Table | Schedule = "euler",
-    steps: int = 20,
+    steps: int | None = None,
     times: Sequence[float] | None = None,
-    shift: float = 1.0,
+    shift: float | None = None,
     guidance: float = 1.0,
     encode: Encode | str | None = None,
     unconditional: Mapping[str, Tensor] | None = None,
@@ -283,8 +291,8 @@ def flow(
     `model` is called as model(x, t, **condition) with states x (N, *shape): a `torch.nn.Module` gets t (N,), a plain
     function t of shape (N, 1, ...), which broadcasts. t is 1 at noise and 0 at data on every `path`
     (`stepwell.solver.path`). `predicts` says what it returns: velocity, noise, data or score. Samples are drawn by
-    `solver`, a name or a `Table`, in `steps` steps, equal in time after the time `shift`, or at the `times` given; or
-    by a `Schedule`, which has its own times.
+    `solver`, a name or a `Table`, in `steps` steps (20), equal in time after the time `shift` (1: none), or at the
+    `times` given; or by a `Schedule`, which has its own times. States are at least in float32, or in `dtype`.
     `encode` maps prompts to the condition, a dictionary of tensors with one row a prompt; a name alone hands whole
     numbers over under that name. `guidance` other than 1 is classifier-free, against the condition `unconditional`
     (one row). `decode` maps final states (N, *shape) to what users and rewards see. `states_at_once` bounds how many
@@ -303,22 +311,29 @@ def flow(
         raise InputError(f"A flow predicts {', '.join(PREDICTIONS)}, not '{predicts}'.")
     if isinstance(path, str):
         path = path_named(path)
+    if not isinstance(path, Path):
+        raise InputError(f"A flow's path is a name or a Path, not {path!r}.")
     if not callable(model):
         raise InputError(f"A flow's model is a function or a torch.nn.Module, not {type(model).__name__}.")
     network = model if isinstance(model, nn.Module) else Function(model)
     if isinstance(encode, str):
-        encode = _numbers(encode)
+        encode = whole_numbers(encode)
+    for name, value in (("encode", encode), ("decode", decode)):
+        if value is not None and not callable(value):
+            raise InputError(f"A flow's {name} is a function, not a {type(value).__name__}.")
     if isinstance(network, Function) and encode is None:
-        _check_arguments(network.function)
+        check_arguments(network.function)
+    check_dtype(dtype)
+    check_unconditional(unconditional, encode)
+    given = {"times": times, "steps": steps, "shift": shift}
     settings: dict[str, Any] = {"solver": solver, "guidance": guidance}
-    if times is not None:
-        settings["times"] = times
-    elif not isinstance(solver, Schedule):
-        settings |= {"steps": steps, "shift": shift}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    if times is None and not isinstance(solver, Schedule):
+        settings.setdefault("steps", 20)
     law = law_with(None, path, settings)
     return Flow(
         network,
-        shape,
+        check_shape(shape),
         path,
         predicts,
         law,
@@ -328,26 +343,3 @@ def flow(
         states_at_once=states_at_once,
         dtype=dtype,
     )
-
-
-def _numbers(name: str) -> Encode:
-    """Prompts that are whole numbers, handed to the network under a name."""
-
-    def encode(prompts: Sequence[Any]) -> dict[str, Tensor]:
-        for prompt in prompts:
-            if not isinstance(prompt, int) or isinstance(prompt, bool):
-                raise InputError(f"The prompt {prompt!r} is no whole number, which this flow takes as its '{name}'.")
-        return {name: torch.tensor(prompts, dtype=torch.long)}
-
-    return encode
-
-
-def _check_arguments(function: Callable[..., Any]) -> None:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return
-    try:
-        signature.bind(None, None)
-    except TypeError:
-        raise InputError(f"A flow's function is called as f(x, t, **condition); this one takes {signature}.") from None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 from stepwell.errors import InputError, UnknownName
@@ -65,8 +67,8 @@ def law_with(law: Law | None, path: Path, settings: Mapping[str, Any]) -> Law:
     solver = table_named(solver) if isinstance(solver, str) else solver
     if not isinstance(solver, Table | Schedule):
         raise InputError(f"A flow's solver is a name, a Table or a Schedule, not {type(solver).__name__}.")
-    guidance = float(settings.get("guidance", 1.0 if law is None else law.guidance))
-    if not guidance >= 0.0:
+    guidance = _number("guidance", settings.get("guidance", 1.0 if law is None else law.guidance))
+    if not 0.0 <= guidance < math.inf:
         raise InputError(f"The guidance scale is {guidance}; 0 or more is right.")
     if isinstance(solver, Schedule):
         for name in ("level", "steps", "times", "shift", "tail", "stride"):
@@ -75,7 +77,7 @@ def law_with(law: Law | None, path: Path, settings: Mapping[str, Any]) -> Law:
         grid.check_grid(solver.times, path)
         return Law(solver, solver, None, guidance)
     if "level" in settings:
-        solver = solver.replace(level=float(settings["level"]))
+        solver = solver.replace(level=_number("level", settings["level"]))
     shift = settings.get("shift", None if law is None else law.shift)
     times = _times(law, path, settings, shift)
     if "times" in settings:
@@ -84,23 +86,39 @@ def law_with(law: Law | None, path: Path, settings: Mapping[str, Any]) -> Law:
     schedule = law.schedule if law is not None and kept else Schedule.of(times, solver)
     answer = Law(schedule, solver, shift, guidance)
     if "stride" in settings:
-        answer = _strided(answer, *settings["stride"])
+        answer = _strided(answer, *_several("stride", settings["stride"], 2))
     if "tail" in settings:
-        answer = _with_tail(answer, path, *settings["tail"])
+        answer = _with_tail(answer, path, *_several("tail", settings["tail"], 3))
     return answer
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputError(f"A flow's {name} is {value!r}; a number is right.")
+    return float(value)
+
+
+def _several(name: str, value: Any, count: int) -> Any:
+    if not isinstance(value, tuple | list) or len(value) != count:
+        raise InputError(f"A flow's {name} is {value!r}; {SETTINGS[name]} is right.")
+    return value
 
 
 def _times(law: Law | None, path: Path, settings: Mapping[str, Any], shift: float | None) -> tuple[float, ...]:
     if "times" in settings:
-        if "steps" in settings or "shift" in settings:
+        try:
+            times = [float(time) for time in settings["times"]]
+        except (TypeError, ValueError):
+            raise InputError(f"A flow's times are {settings['times']!r:.60}; falling numbers are right.") from None
+        if "shift" in settings or settings.get("steps", len(times) - 1) != len(times) - 1:
             raise InputError("A flow takes the times of its grid, or the steps and shift to make one, not both.")
-        return grid.check_grid([float(time) for time in settings["times"]], path)
+        return grid.check_grid(times, path)
     if law is not None and "steps" not in settings and "shift" not in settings:
         return law.times
     steps = settings.get("steps", None if law is None else len(law.times) - 1)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"A flow takes 1 step or more, not {steps!r}.")
-    return grid.shifted(steps, path, 1.0 if shift is None else float(shift))
+    return grid.shifted(steps, path, 1.0 if shift is None else _number("shift", shift))
 
 
 def _strided(law: Law, step: int, stride: int) -> Law:

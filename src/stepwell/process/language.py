@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,17 +19,20 @@ from stepwell.meter import Meter
 from stepwell.process import loading
 from stepwell.process.base import Samples, Scores, check_needs
 from stepwell.process.batching import token_batches
-from stepwell.process.cache import empty_cache, forked
+from stepwell.process.cache import empty_cache, forked, joined
 from stepwell.process.chunked import chunked_statistics, statistics
 from stepwell.process.network import CausalNetwork, LanguageModule
 from stepwell.process.partial_text import LanguageState, Memory, Past
 from stepwell.process.prompts import PromptEncoder, is_chat, left_padded, pack
+from stepwell.process.segments import segments, sentence_ends
 from stepwell.process.truncation import Truncation
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from stepwell.process.turns import Turns
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "accelerator": 2**26}
 """How many logits a chunk holds at most, unless `chunk` says how many steps: 16 and 256 MiB in float32."""
@@ -62,6 +65,7 @@ class Language:
         self.network = CausalNetwork(module, Meter())
         self.module = self.network.module
         self.reference: Language | None = None
+        self.teacher: Language | None = None
         self.encoder, self.tokenizer = encoder, encoder.tokenizer
         self.ends, self.pad = torch.tensor(list(ends)), pad
         self.truncation, self.max_new_tokens = truncation, max_new_tokens
@@ -113,7 +117,7 @@ class Language:
             limit=limit.to(self.device),
             ended=torch.zeros(count, dtype=torch.bool, device=self.device),
             chat=torch.tensor([is_chat(prompt) for prompt in prompts], dtype=torch.bool, device=self.device),
-            memory=Memory(past, slot.to(self.device), 0),
+            memory=Memory((past,), torch.zeros_like(slot).to(self.device), slot.to(self.device), past.columns),
         )
 
     @torch.no_grad()
@@ -123,9 +127,8 @@ class Language:
         Runs the network on tokens it has not read yet, once for rows that share their whole text so far; done
         rows are never read, and their law is a certain padding token.
         """
-        if state.memory.pending:
-            self._bring_up_to_date(state)
-        slot, law = state.memory.slot, state.memory.past.law
+        self._bring_up_to_date(state, ~state.done)
+        slot, law = state.memory.slot, state.memory.pasts[-1].law
         rows = law[slot.clamp(min=0)]
         if bool(state.done.any()):
             certain = torch.full_like(law[:1], -torch.inf).index_fill(1, torch.tensor([self.pad], device=law.device), 0)
@@ -146,7 +149,7 @@ class Language:
             tokens=torch.cat([state.tokens, token[:, None]], 1),
             length=state.length + live,
             ended=state.ended | (live & torch.isin(action, self.ends.to(self.device))),
-            memory=replace(state.memory, pending=state.memory.pending + 1),
+            memory=replace(state.memory, columns=state.memory.columns + 1),
         )
 
     def finish(self, state: LanguageState) -> Samples:
@@ -164,27 +167,51 @@ class Language:
         ]
         return Samples(values, {"completion_ids": ids, "truncated": (~state.ended).tolist()})
 
-    def _bring_up_to_date(self, state: LanguageState) -> None:
-        """Read the pending tokens of all rows that are not done; rows with the same text so far are read once."""
+    def _bring_up_to_date(self, state: LanguageState, wanted: Tensor) -> None:
+        """Read all tokens of the `wanted` rows (N,) bool that were not read yet; equal texts are read once.
+
+        Which rows are wanted is a matter of the state alone. A row that is not, but goes on, keeps what was read of
+        it, and is read on from there when its law is asked for; one that is done is forgotten.
+        """
         memory = state.memory
-        live = (~state.done).nonzero()[:, 0]
-        if len(live) == 0:
+        rows = wanted.nonzero()[:, 0]
+        if len(rows) == 0 or memory.pasts[-1].columns == memory.columns:
             return
-        new = state.tokens[live, -memory.pending :]
-        different, shared = torch.cat([memory.slot[live, None], new], 1).unique(dim=0, return_inverse=True)
-        first = group = torch.arange(len(live), device=live.device)
-        if len(different) < len(live):
+        parts: list[Past] = []
+        found: list[tuple[Tensor, Tensor]] = []
+        texts = 0
+        for number, origin in enumerate(memory.pasts):
+            here = rows if len(memory.pasts) == 1 else rows[memory.past[rows] == number]
+            if len(here):
+                part, group = self._read_rows(state, origin, here)
+                parts.append(part)
+                found.append((here, group + texts))
+                texts += len(part.law)
+        newest = Past(joined([part.cache for part in parts]), memory.columns, torch.cat([part.law for part in parts]))
+        waiting = ~(wanted | state.done)
+        kept = memory.past[waiting].unique().tolist()  # the pasts that some row still has to go on from
+        past, slot = torch.full_like(memory.past, -1), torch.full_like(memory.slot, -1)
+        slot[waiting] = memory.slot[waiting]
+        for number, old in enumerate(kept):
+            past[waiting & (memory.past == old)] = number
+        for here, group in found:
+            past[here], slot[here] = len(kept), group
+        memory.pasts, memory.past, memory.slot = (*(memory.pasts[old] for old in kept), newest), past, slot
+
+    def _read_rows(self, state: LanguageState, past: Past, rows: Tensor) -> tuple[Past, Tensor]:
+        """What `rows` (M,), that all go on from one past, have in common with it and since; the text (M,) of each."""
+        memory = state.memory
+        new = state.tokens[rows, past.columns - memory.columns :]
+        different, shared = torch.cat([memory.slot[rows, None], new], 1).unique(dim=0, return_inverse=True)
+        first = group = torch.arange(len(rows), device=rows.device)
+        if len(different) < len(rows):
             group = shared
-            first = first.new_full((len(different),), len(live)).scatter_reduce(0, group, first, "amin")
-        rows = live[first]
-        origin = memory.slot[rows]
-        same = origin.tolist() == list(range(len(memory.past.law)))
-        cache = forked(memory.past.cache, None if same else origin)
-        columns = torch.arange(memory.past.columns + memory.pending, device=live.device)
-        past = self._read_on(cache, new[first], columns >= state.padding[rows, None])
-        slot = torch.full_like(memory.slot, -1)
-        slot[live] = group
-        memory.past, memory.slot, memory.pending = past, slot, 0
+            first = first.new_full((len(different),), len(rows)).scatter_reduce(0, group, first, "amin")
+        origin = memory.slot[rows[first]]
+        same = origin.tolist() == list(range(len(past.law)))
+        cache = forked(past.cache, None if same else origin)
+        columns = torch.arange(memory.columns, device=rows.device)
+        return self._read_on(cache, new[first], columns >= state.padding[rows[first], None]), group
 
     def _read_on(self, cache: Any, ids: Tensor, mask: Tensor) -> Past:
         """Read `ids` (R, n) after what the cache (changed in place) holds; `mask` (R, columns) covers both."""
@@ -272,7 +299,35 @@ class Language:
             for name, value in answer.items()
         }
 
+    # texts written elsewhere, and what they are made of
+
+    def encode(self, completion: Any) -> Tensor:
+        """(T,) tokens of a completion written elsewhere, a text or an assistant's message, with the end token.
+
+        Raises `InputError` for anything else, and for one of more than `max_new_tokens` tokens.
+        """
+        text = completion[-1]["content"] if is_chat(completion) else completion
+        if not isinstance(text, str):
+            raise InputError(f"A completion is a text or a list of messages, not {completion!r:.60}.")
+        ids = [*self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], int(self.ends[0])]
+        if len(ids) > self.max_new_tokens:
+            raise InputError(
+                f"The completion {text!r:.60} has {len(ids)} tokens; at most max_new_tokens={self.max_new_tokens} is "
+                "right."
+            )
+        return torch.tensor(ids, device=self.device)
+
+    def segments(self, trajectories: Trajectories) -> Tensor:
+        """(N, T) which sentence each step is in, by the text of its tokens (`stepwell.process.segments`)."""
+        return segments(trajectories.action, sentence_ends(trajectories.action, self.tokenizer.decode))
+
     # other models made from this one
+
+    def turns(self, make_environment: Callable[[], Any], **settings: Any) -> Turns:
+        """This model in conversation with environments, on the same parameters and meter; see `Turns`."""
+        from stepwell.process.turns import Turns  # which is built on this file
+
+        return Turns(self, make_environment, **settings)
 
     def add_value_head(self) -> nn.Linear:
         """A linear value head on the last hidden state, (D,) -> 1, starting at zero; a parameter of `module`."""

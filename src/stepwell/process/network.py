@@ -7,7 +7,7 @@ import copy
 import inspect
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from stepwell.errors import InputError
 from stepwell.meter import Meter
+from stepwell.process import attention
 from stepwell.process.chunked import Head, head_of
 from stepwell.process.loading import quiet
 from stepwell.process.prompts import Packed
+from stepwell.process.shared_forward import Line, line
+from stepwell.process.shared_prefix import SharedCache, shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +51,7 @@ class CausalNetwork:
         self.meter = meter
         self.can_learn = True
         self.fast: bool | None = None  # whether the fast path agrees with the plain one; None until first used
+        self.shares: dict[str, bool] = {}  # whether shared prompts agree with the plain path, by "rollout" and "score"
         self.adapted = hasattr(module.model, "disable_adapter")
         self.base_only = False  # the adapter is left out: this is the frozen twin of an adapted model
 
@@ -79,31 +83,70 @@ class CausalNetwork:
     def read_on(self, cache: Any, ids: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
         """Read `ids` (R, n) after what the cache holds: the longer cache, and the logits (R, V) after the last token.
 
-        `mask` (R, columns) says which of all columns, old and new, are real. The layers of `cache` change.
+        `mask` (R, columns) says which of all columns, old and new, are real. The layers of `cache` change. Rows that
+        go on from prompts share what was read of these, for models that can and where it agrees with the plain path.
         """
         new = ids.shape[1]
+        self.meter.add(model_evaluations=len(ids), forward=int(mask[:, -new:].sum()))
+        if isinstance(cache, SharedCache):
+            if not bool(mask[:, cache.mask.shape[1] :].all()) or not self._shares_rollouts(cache, ids, mask):
+                cache = cache.plain()
+        elif cache.get_seq_length() == 0 and self.shares.get("rollout", attention.can_take(self.causal)):
+            longer, logits = self._read_on(cache, ids, mask)
+            return shared(longer, mask), logits
+        return self._read_on(cache, ids, mask)
+
+    def _read_on(self, cache: Any, ids: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
         arguments = {
             "attention_mask": mask.long(),
-            "position_ids": self.position_ids(mask)[:, -new:],
+            "position_ids": self.position_ids(mask)[:, -ids.shape[1] :],
             "past_key_values": cache,
             "use_cache": True,
             "logits_to_keep": 1,
         }
-        self.meter.add(model_evaluations=len(ids), forward=int(mask[:, -new:].sum()))
-        with self._ready():
-            output = self.causal(ids, **_accepted(self.causal, arguments))
+        sharing = isinstance(cache, SharedCache)
+        own: dict[str, Any] = {"own_attention": cache} if sharing else {}
+        with self._ready(), attention.taken_over(self.causal) if sharing else contextlib.nullcontext():
+            output = self.causal(ids, **_accepted(self.causal, arguments), **own)
         return output.past_key_values, output.logits[:, -1]
+
+    def _shares_rollouts(self, cache: SharedCache, ids: Tensor, mask: Tensor) -> bool:
+        """Whether rows that share their prompts get the model's own logits: tried once, on up to 4 rows, unmetered."""
+        if "rollout" not in self.shares:
+            few = torch.linspace(0, len(ids) - 1, min(len(ids), 4), device=ids.device).long()
+            some = cache.chosen(few)
+            plain = self._read_on(some.plain(), ids[few], mask[few])[1]
+            self._try("rollout", lambda: self._read_on(some, ids[few], mask[few])[1], plain)
+        return self.shares["rollout"]
+
+    def _precision(self) -> torch.dtype:
+        device = self.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.causal.dtype
+
+    def _try(self, what: str, fast: Callable[[], Tensor], plain: Tensor) -> None:
+        try:
+            self.shares[what] = attention.near(fast(), plain, TOLERANCE[self._precision()])
+            reason = "it does not agree with the model's own attention"
+        except (NotImplementedError, TypeError, RuntimeError, AttributeError) as error:
+            self.shares[what], reason = False, str(error).splitlines()[0].rstrip(".")
+        if not self.shares[what]:
+            warnings.warn(
+                f"Prompts are not shared by their groups to {what} with {type(self.causal).__name__}: {reason}. The "
+                "plain path is used, which takes longer.",
+                stacklevel=2,
+            )
 
     def read(self, packed: Packed, fast: bool, hidden: bool) -> tuple[Tensor, Tensor | None]:
         """Hidden states (M, D) before each step and, on the plain path only, the model's own logits (M, V) there.
 
         On the plain path the hidden states are empty unless `hidden` asks for them.
         """
-        tokens = int(packed.mask.sum())
+        together = self._line(packed) if fast else None
+        tokens = int(packed.mask.sum()) if together is None else len(together.ids)
         self.meter.add(model_evaluations=len(packed.ids), forward=tokens)
         if torch.is_grad_enabled():
             self.meter.add(backward=tokens)
-        return self._run(packed, fast, hidden)
+        return self._run(packed, fast, hidden) if together is None else (self._run_line(together), None)
 
     def _run(self, packed: Packed, fast: bool, hidden: bool) -> tuple[Tensor, Tensor | None]:
         where = (packed.row, packed.column)
@@ -120,6 +163,33 @@ class CausalNetwork:
             output = self.causal(packed.ids, **_accepted(self.causal, arguments))
         logits = output.logits[where]
         return (output.hidden_states[-1][where] if hidden else logits.new_empty(0)), logits
+
+    def _run_line(self, together: Line) -> Tensor:
+        """Hidden states (M, D) before each step, all rows read in one line."""
+        arguments: dict[str, Any] = {
+            "attention_mask": torch.ones_like(together.ids)[None],
+            "position_ids": together.position[None],
+            "use_cache": False,
+        }
+        base = self.causal.base_model
+        with self._ready(), attention.taken_over(self.causal):
+            output = base(together.ids[None], **_accepted(base, arguments), own_attention=together)
+        return output.last_hidden_state[0, together.at]
+
+    def _line(self, packed: Packed) -> Line | None:
+        """All rows in one line where that pays and agrees with the plain path, which is tried once, unmetered."""
+        if not self.shares.get("score", attention.can_take(self.causal)):
+            return None
+        together = line(packed)
+        if together is not None and "score" not in self.shares:
+            few = _shortened(packed)
+            short = line(few)
+            if short is None:
+                return None
+            with torch.no_grad():
+                plain = self._run(few, fast=True, hidden=False)[0]
+                self._try("score", lambda: self._run_line(short), plain)
+        return together if self.shares.get("score") else None
 
     @torch.no_grad()
     def is_fast(self, packed: Packed) -> bool:
@@ -209,3 +279,15 @@ def _accepted(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
     names = inspect.signature(model.forward).parameters
     always = {"output_hidden_states", "use_cache"}
     return {name: value for name, value in arguments.items() if name in names or name in always}
+
+
+def _shortened(packed: Packed) -> Packed:
+    """Two copies of the first row that has steps, 16 tokens of prompt at most and 8 steps that differ: a small trial."""
+    row = int(packed.row[0])
+    prompt = int(packed.column[0] - packed.step[0]) + 1
+    ids = packed.ids[row, : min(prompt, 16)]
+    own = packed.ids[packed.mask][:8]
+    pair = torch.stack([torch.cat([ids, own]), torch.cat([ids, own.flip(0)])])
+    step = torch.arange(len(own) + 1, device=ids.device).repeat(2)
+    which = torch.arange(2, device=ids.device).repeat_interleave(len(own) + 1)
+    return Packed(pair, torch.ones_like(pair, dtype=torch.bool), which, step, len(ids) - 1 + step, torch.zeros_like(step))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -19,11 +19,16 @@ class Past:
 
 @dataclass
 class Memory:
-    """What is known of a state's laws. The one thing in a state that changes: `propose` brings it up to date."""
+    """What is known of a state's laws. The one thing in a state that changes: `propose` brings it up to date.
 
-    past: Past
-    slot: Tensor  # (N,) the text of `past` that each row goes on from; -1 for rows that were done
-    pending: int  # the last tokens of each row, which the network has not read yet
+    All rows have the same `columns`, of which the network has read some more and some less: a row whose next tokens
+    are known needs no law, and waits until they can be read at once.
+    """
+
+    pasts: tuple[Past, ...]  # the last is that of the laws asked for last
+    past: Tensor  # (N,) the past that each row goes on from; -1 for rows that were done
+    slot: Tensor  # (N,) the text of that past; -1 for rows that were done
+    columns: int  # of the prompts and of all tokens since
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,15 @@ class LanguageState:
     def __len__(self) -> int:
         return len(self.length)
 
-    def __getitem__(self, index: Tensor) -> LanguageState:
+    def __getitem__(self, index: Tensor) -> Self:
         index = index.to(self.length.device)
-        return LanguageState(
+        return replace(
+            self,
             tokens=self.tokens[index],
             length=self.length[index],
             padding=self.padding[index],
             limit=self.limit[index],
             ended=self.ended[index],
             chat=self.chat[index],
-            memory=replace(self.memory, slot=self.memory.slot[index]),
+            memory=replace(self.memory, past=self.memory.past[index], slot=self.memory.slot[index]),
         )

@@ -44,7 +44,7 @@ def load(
     try:
         import diffusers
     except ImportError as error:
-        raise InputError("Pipelines need diffusers, which is not installed: pip install diffusers.") from error
+        raise InputError("Pipelines need diffusers, which is not installed: pip install 'stepwell[flow]'.") from error
     _check_place(model)
     try:
         index = diffusers.DiffusionPipeline.load_config(model)

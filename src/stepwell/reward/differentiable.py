@@ -30,6 +30,11 @@ class Judge:
 
         Raises `RewardError` for a reward that gradients do not pass through, or that is not one number a row.
         """
+        if not samples.requires_grad:
+            raise RewardError(
+                "The samples carry no gradient, which this method needs: the network or the flow's `decode` runs under "
+                "torch.no_grad, detaches what it returns, or rounds it."
+            )
         asked = [self.prompts[number] for number in prompts.tolist()]
         total = samples.new_zeros(len(samples))
         columns = {

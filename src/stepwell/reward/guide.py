@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stepwell.distributions import Distribution, Gaussian
-from stepwell.errors import InputError, MissingAbility
+from stepwell.errors import InputError, MissingAbility, RewardError
 from stepwell.process.base import Process, ability
 from stepwell.rollout import Prompt, Request
 
@@ -60,7 +60,13 @@ class RewardGuide:
                 x = state.x.detach().requires_grad_()
                 samples = process.decoded(data_prediction(state, x))  # type: ignore[attr-defined]
                 ids = torch.tensor([prompt.id for prompt in prompts], device=x.device)
-                (gradient,) = torch.autograd.grad(judge(samples, ids).sum(), x)
+                (gradient,) = torch.autograd.grad(judge(samples, ids).sum(), x, allow_unused=True)
+            if gradient is None:
+                raise RewardError("The reward does not depend on the samples, so that it cannot guide their rollout.")
+            if not bool(torch.isfinite(gradient).all()):
+                raise RewardError(
+                    "The reward's gradient, which guides the rollout, has values that are NaN or infinite."
+                )
             if self.normalise:
                 gradient = gradient / (gradient.norm() + 1e-8)
             strength = law.standard_deviation**2 / (2.0 * self.beta) if self.scale is None else self.scale

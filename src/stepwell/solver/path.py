@@ -291,6 +291,6 @@ def shift_time(t: Time, factor: float) -> Time:
         >>> shift_time(0.5, 3.0)
         0.75
     """
-    if not factor > 0.0:
-        raise InputError(f"A time shift has a positive factor, not {factor}.")
+    if not 0.0 < factor < math.inf:
+        raise InputError(f"A time shift has a positive and finite factor, not {factor}.")
     return factor * t / (1.0 + (factor - 1.0) * t)

@@ -16,6 +16,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from stepwell.errors import InputError, UnknownName
+from stepwell.writing import write_whole
 
 PREDICTS = ("data", "noise", "velocity")
 WEIGHTS = ("exact", "half", "half-linear", "short-second")
@@ -165,7 +166,7 @@ class Table:
 
     def save(self, file: str | FilePath) -> None:
         """Write the table as JSON."""
-        FilePath(file).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_whole(file, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def load(file: str | FilePath) -> Table:

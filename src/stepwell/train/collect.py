@@ -12,9 +12,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from stepwell.errors import RewardError, StepwellError
+from stepwell.objective.distil import teacher_of
 from stepwell.plan.base import Planner
 from stepwell.plan.prompts import PromptStream
-from stepwell.process.base import AT_POINTS, Process, Scores
+from stepwell.process.base import AT_POINTS, Process, Scores, ability
 from stepwell.reward.differentiable import Judge
 from stepwell.reward.guide import RewardGuide
 from stepwell.reward.mixing import Rewards
@@ -107,7 +108,19 @@ def collect(
                 names = other.names
                 seconds = {phase: seconds[phase] + other.seconds[phase] for phase in seconds}
     assert total is not None, "the planner asked for nothing"
-    return Rewarded(total[planner.keep(total.trajectories)], names, seconds)
+    kept = _noted(planner, total)[planner.keep(total.trajectories)]
+    return Rewarded(kept, names, seconds)
+
+
+def _noted(planner: Planner, drawn: Drawn) -> Drawn:
+    """The rows with what the planner notes of them in their `info`."""
+    note = getattr(planner, "note", None)
+    if note is None:
+        return drawn
+    rows = drawn.trajectories
+    known = {} if rows.info is None else dict(rows.info.items())
+    info = TensorDict({**known, **note(rows)}, batch_size=[len(rows)])
+    return Drawn(rows.replace(info=info), drawn.samples, drawn.prompts)
 
 
 def fill(
@@ -115,18 +128,30 @@ def fill(
 ) -> Trajectories:
     """The rows with what credit and losses read of the parameters before the update, and of the reference.
 
-    `value`, `entropy` and `old_x` are scores under the present parameters, `reference_x` under the reference, for any
-    need x (`process.base.NEEDS`). Fields of the rows are filled; of anything else `rows.info` takes what there is of
-    each step, and `rows.points` what was scored at points that a term drew.
+    `value`, `entropy` and `old_x` are scores under the present parameters, `reference_x` under the reference and
+    `teacher_x` under `process.teacher`, for any need x (`process.base.NEEDS`). Fields of the rows are filled; of
+    anything else `rows.info` takes what there is of each step, and `rows.points` what was scored at points that a term
+    drew. `segment` is asked of the process where the rows do not have it.
     """
+    if "segment" in reads:
+        if rows.segment is None:
+            rows = rows.replace(segment=ability(process, "segments", "A method that goes by sentences")(rows))
+        reads = set(reads) - {"segment"}
+    reads = {name for name in reads if rows.points is None or name not in rows.points.keys()}  # noqa: SIM118
     if not reads:
         return rows
-    now = {name: name.removeprefix("old_") for name in sorted(reads) if not name.startswith("reference_")}
-    then = {name: name.removeprefix("reference_") for name in sorted(reads) if name.startswith("reference_")}
+    then, told = (
+        {name: name.removeprefix(prefix) for name in sorted(reads) if name.startswith(prefix)}
+        for prefix in ("reference_", "teacher_")
+    )
+    now = {name: name.removeprefix("old_") for name in sorted(reads) if name not in then | told}
+    if told:
+        teacher_of(process)  # or say that there is none
 
     def scored(index: Tensor) -> dict[str, Tensor]:
         answer: dict[str, Tensor] = {}
-        for scorer, wanted in ((process, now), (getattr(process, "reference", None), then)):
+        others = (getattr(process, name, None) for name in ("reference", "teacher"))
+        for scorer, wanted in zip((process, *others), (now, then, told), strict=True):
             if wanted:
                 assert scorer is not None
                 needs = sorted(set(wanted.values()) - {"log_prob"})
@@ -138,7 +163,7 @@ def fill(
     fields: dict[str, Any] = {name: value for name, value in found.items() if name in Trajectories.__annotations__}
     tables: dict[str, dict[str, Tensor]] = {"info": {}, "points": {}}
     for name in found.keys() - fields.keys():
-        need = {**now, **then}[name]
+        need = {**now, **then, **told}[name]
         tables["points" if need in AT_POINTS else "info"][name] = found[name]
     for table, entries in tables.items():
         if entries:

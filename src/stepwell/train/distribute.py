@@ -85,6 +85,8 @@ class World:
 
         used = [any(flags) for flags in zip(*self.gather([p.grad is not None for p in parameters]), strict=True)]
         parameters = [parameter for parameter, flag in zip(parameters, used, strict=True) if flag]
+        if not parameters:  # a rollout of which no step is trained
+            return
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

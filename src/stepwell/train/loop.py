@@ -15,12 +15,13 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from stepwell.errors import InputError
+from stepwell.errors import InputError, RewardError
 from stepwell.meter import Cost
+from stepwell.objective.distil import teacher_of
 from stepwell.objective.gradient import ClipByNorm, global_norm
 from stepwell.parts import Batch
 from stepwell.plan.prompts import PromptStream
-from stepwell.process.base import Process, ability
+from stepwell.process.base import AT_POINTS, Process, ability
 from stepwell.recipe import Recipe
 from stepwell.reward.differentiable import Judge
 from stepwell.reward.mixing import Rewards
@@ -108,6 +109,8 @@ class Trainer:
                 raise InputError(
                     "The reference of an adapted model is its base, which cannot be synced; train it whole."
                 )
+        if any(name.startswith("teacher_") for name in self.reads):
+            teacher_of(process).meter = process.meter  # what it spends is this run's
         self.parameters = [p for p in process.module.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -197,6 +200,8 @@ class Trainer:
                 part = rows[mine], targets[mine]
                 metrics = accumulate(self.process, self.objective, *part, counts, at.states, tokens, self.judge)
         self.world.sum_gradients(self.parameters)
+        if self.objective.needs & AT_POINTS and all(parameter.grad is None for parameter in self.parameters):
+            raise RewardError("No parameter has a part in the rewards' gradient; they do not depend on the samples.")
         metrics = self.world.sum_metrics(metrics)
         metrics["gradient_norm"] = self.step_optimiser()
         at.metrics = {name: at.metrics.get(name, 0.0) + value for name, value in metrics.items()}

@@ -81,7 +81,8 @@ def accumulate(
         part = rows[piece]
         batch = Batch(part, counts, process.score(part, objective.needs), states, judge)
         loss = objective.loss(batch, targets[piece])
-        loss.value.backward()
+        if loss.value.requires_grad:  # it does not where no step of these rows is trained: a window that is empty
+            loss.value.backward()
         for name, value in loss.metrics.items():
             metrics[name] = metrics.get(name, 0.0) + float(value)
     return metrics
@@ -107,7 +108,9 @@ def _through_scores(
     for piece in token_batches(row_sizes(rows), tokens or len(rows)):
         scores = process.score(rows[piece], objective.needs)
         parts = [
-            (scores[name] * slope[piece]).sum() for name, slope in zip(inputs, slopes, strict=True) if slope is not None
+            (scores[name] * slope[piece]).sum()
+            for name, slope in zip(inputs, slopes, strict=True)
+            if slope is not None and scores[name].requires_grad
         ]
         if parts:
             torch.stack(parts).sum().backward()

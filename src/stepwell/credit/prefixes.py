@@ -1,0 +1,103 @@
+"""Step credit where rows branch from each other at fixed places: subtrees compared, and values of prefixes measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stepwell.credit.group import group_index, group_sum
+from stepwell.credit.shaping import Outcome
+from stepwell.parts import Batch, Part
+
+
+@dataclass(frozen=True)
+class Subtrees(Part):
+    """A_i = mean_d (R_i - mean of R over the rows that share i's first d `segment`s), d = 0 .. depth-1, (N,).
+
+    Depth 0, the prompt, always counts; a deeper subtree only where it has other rows. `by_size`: each depth weighs by
+    the rows of its subtree in place of all the same. Without branches this is the prompt's mean-centred reward.
+
+    Source: TreePO, arXiv 2508.17445; cards_budget.md section 2.1. In a balanced tree that parts into B, steps of
+    segment d < D train with 1/D sum_{j<=d} (1 - B^(j-d-1)) of their policy gradient: early ones with least.
+    """
+
+    segment: int = 16
+    depth: int = 3
+    by_size: bool = False
+    reward: Part = field(default_factory=Outcome)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        reward = self.reward(batch)
+        total, weight = torch.zeros_like(reward), torch.zeros_like(reward)
+        for level in range(self.depth):
+            group, groups = group_index(shared_prefix(batch, level * self.segment))
+            size = group_sum(torch.ones_like(reward), group, groups)
+            here = ((size > 1) | (level == 0)).to(reward.dtype) * (size if self.by_size else 1.0)
+            total = total + here * (reward - group_sum(reward, group, groups) / size)
+            weight = weight + here
+        return total / weight
+
+
+@dataclass(frozen=True)
+class SegmentAdvantages(Part):
+    """A_it = v(segment) - the mean of v over its siblings, (N, T), v the mean reward of the rows that share it.
+
+    Segments have `segment` steps; siblings go on from the same state. From where a row is alone it keeps its last
+    advantage, so that the reward of a row in a plain group is judged against the mean of the others. In a balanced
+    tree the expected gradient, with a row-sum, is the policy gradient at every depth.
+
+    Source: the tree algebra of cards_budget.md section 2.0.
+    """
+
+    segment: int = 16
+    reward: Part = field(default_factory=Outcome)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        reward, answer = self.reward(batch), torch.zeros_like(batch.mask)
+        last, mean, size = torch.zeros_like(reward), *_leaves(reward, batch, 0)
+        for begin in range(0, answer.shape[1], self.segment):
+            own, fewer = _leaves(reward, batch, begin + self.segment)
+            siblings = size - fewer
+            judged = (own - mean) * size / siblings.clamp(min=1)
+            last = torch.where(siblings > 0, judged, torch.where(size == 1, last, 0.0))
+            answer[:, begin : begin + self.segment] = last[:, None]
+            mean, size = own, fewer
+        return answer * batch.mask
+
+
+def _leaves(reward: Tensor, batch: Batch, steps: int) -> tuple[Tensor, Tensor]:
+    """(N,), (N,) the mean reward of the rows that share a row's first steps, and how many they are."""
+    group, groups = group_index(shared_prefix(batch, steps))
+    size = group_sum(torch.ones_like(reward), group, groups)
+    return group_sum(reward, group, groups) / size, size
+
+
+def shared_prefix(batch: Batch, steps: int) -> Tensor:
+    """(N,) equal for rows that share their first `steps` steps, or all that they have: the last node of these.
+
+    For no steps at all it is the prompt.
+    """
+    if steps == 0:
+        return batch.rows.prompt
+    last = (batch.rows.length.clamp(max=steps) - 1).clamp(min=0)
+    return batch.rows.node.gather(1, last[:, None])[:, 0]
+
+
+@dataclass(frozen=True)
+class PrefixValues(Part):
+    """A_it = V_{k+1} - V_k on the steps of segment k, (N, T): `Vines` measures V of each prefix and notes it.
+
+    V_k is the mean reward of rows drawn apart from the state before segment k, and R once the row has ended: every
+    difference is an unbiased advantage of its segment, and they add up to R - V_0.
+
+    Source: VinePPO, arXiv 2410.01679, without its PPO's value head, which it needs none of.
+    """
+
+    reward: Part = field(default_factory=Outcome)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        before, after = (batch.field(name).to(batch.mask.dtype) for name in ("value_before", "value_after"))
+        ends = batch.field("ends") > 0
+        return (torch.where(ends, self.reward(batch)[:, None], after) - before) * batch.mask

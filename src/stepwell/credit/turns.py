@@ -1,0 +1,54 @@
+"""Credit in conversations: each turn by what it and the turns after it earned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stepwell.credit.shaping import Outcome
+from stepwell.credit.traces import step_rewards
+from stepwell.parts import Batch, Part
+
+
+@dataclass(frozen=True)
+class Unpaid(Part):
+    """R - sum_t r_t (N,): what of the outcome the step rewards have not paid yet.
+
+    The outcome for parts that put it at the row's end on top of the step rewards (`RewardToGo`,
+    `GeneralisedAdvantage`), where it is the whole of what a row earned: in conversations R is the sum of what the turns
+    earned, and would be paid twice. Without step rewards it is R.
+    """
+
+    reward: Part = field(default_factory=Outcome)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        outcome, paid = self.reward(batch), batch.rows.step_reward
+        return outcome if paid is None else outcome - batch.row_sum(paid)[:, 0]
+
+
+@dataclass(frozen=True)
+class TurnReturns(Part):
+    """G_k = r_k + gamma G_{k+1} (N, T), on every trained step of turn k: the turns' rewards still to come.
+
+    r_k is the sum of the turn's step rewards, and what they leave of the outcome is earned by the last turn, so that
+    with gamma = 1 the first turn has G_0 = R. Turns are those of `segment`; one without a trained step takes no time.
+    """
+
+    gamma: float = 1.0
+    reward: Part = field(default_factory=Outcome)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        rewards, turn, mask = step_rewards(batch, Unpaid(self.reward)(batch)), batch.field("segment"), batch.mask
+        if not turn.numel():
+            return rewards
+        earned = mask.new_zeros(len(mask), int(turn.max()) + 1)
+        taken = torch.zeros_like(earned).scatter_add(1, turn, mask) > 0
+        earned = earned.scatter_add(1, turn, rewards)
+        carried = mask.new_zeros(len(mask))
+        returns = torch.zeros_like(earned)
+        for place in reversed(range(earned.shape[1])):
+            carried = torch.where(taken[:, place], earned[:, place] + self.gamma * carried, carried)
+            returns[:, place] = carried
+        return returns.gather(1, turn) * mask

@@ -1,0 +1,28 @@
+"""Where sentences end in sampled tokens: the segments that ratios and credit may be aggregated over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+ENDINGS = (".", "!", "?", ";", "\n", "。", "！", "？", "；")
+"""What ends a sentence: a token whose text, but for spaces, ends with one of these."""
+
+
+def segments(action: Tensor, ends: Tensor) -> Tensor:
+    """(N, T) the number of the segment of each step, from 0; a segment ends with a token of `ends`, which it holds.
+
+    Example:
+        >>> segments(torch.tensor([[5, 1, 4, 1, 3]]), torch.tensor([1])).tolist()
+        [[0, 0, 1, 1, 2]]
+    """
+    over = torch.isin(action, ends.to(action.device)).long()
+    return over.cumsum(1) - over
+
+
+def sentence_ends(action: Tensor, decode: Callable[[list[int]], str]) -> Tensor:
+    """Those of the tokens in `action` that end a sentence, by their text alone: the point of 3.14 ends one too."""
+    tokens = action.unique().tolist()
+    return torch.tensor([token for token in tokens if decode([token]).rstrip(" ").endswith(ENDINGS)], dtype=torch.long)
