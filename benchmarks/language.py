@@ -1,114 +1,80 @@
-"""Rollouts and scoring of a language model, beside `transformers` itself, in one run.
+"""Rollouts, training steps and memory of a language model, beside TRL's GRPO trainer, in one run.
 
 The last line is JSON: each ratio is the peer's time or memory over ours, above 1 means ours is better.
-`rollout` draws a group of 8 for prompts of 64 tokens, 32 tokens each, against `generate` on repeated prompts.
-`score` is log-probabilities with their gradient against plain logits; `memory_150k` is the largest tensor held at a
-vocabulary of 150,000.
+
+`rollout_P_C_G`   drawing C tokens for groups of G after prompts of P tokens; TRL's `_generate` (`transformers`' own)
+`step`            a whole training step (rollout, reward, loss, gradient, AdamW) of 256 / 64 / 8
+`memory_V`        peak memory of log-probabilities and their gradient with V thousand tokens; TRL's
+                  `_get_per_token_logps_and_entropies`, as its loss calls it
+`memory_plain_V`  the same against `log_softmax` of all logits of the completion
+
+Both sides have the same random model in float32, and no gradient checkpointing. They take turns, and each one's
+median counts. On one thread (the default; `--threads 2` for more) the seconds are those of the processor, which
+neighbours on a shared machine hardly change; on more threads they are the clock's. Memory is what torch's allocator
+held at most beyond what it held before, by its own record of every allocation.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
-
-from stepwell import Prompt, Request, Rng, language, rollout
-
-PROMPTS, GROUP, LENGTH, NEW = 4, 8, 64, 32
+from language_peer import Pair, Shape, peak
 
 
-def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    known = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, vocabulary)}
-    backend = Tokenizer(models.WordLevel(known, unk_token="w2"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-
-
-def model(vocabulary: int, hidden: int) -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-def seconds(work: Callable[[], object], repeats: int = 3) -> float:
-    """The best of a few runs, after one that warms up."""
-    work()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return min(times)
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor made while it is on."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):  # type: ignore[no-untyped-def]
-        answer = function(*arguments, **(keywords or {}))
-        for value in answer if isinstance(answer, tuple | list) else [answer]:
-            if isinstance(value, torch.Tensor):
-                self.elements = max(self.elements, value.numel())
-        return answer
-
-
-def largest(work: Callable[[], object]) -> int:
-    with Largest() as mode:
-        work()
-    return mode.elements
+def compared(peer: Callable[[], list[float]], ours: Callable[[], list[float]], repeats: int) -> tuple[float, float]:
+    """Median seconds of both, in turns, after one turn that warms up."""
+    taken: tuple[list[float], list[float]] = ([], [])
+    for turn in range(repeats + 1):
+        for seconds, work in zip(taken, (peer, ours), strict=True):
+            found = work()
+            if turn:
+                seconds += found
+    return statistics.median(taken[0]), statistics.median(taken[1])
 
 
 def main() -> None:
-    torch.set_num_threads(2)
-    words = tokenizer(32_000)
-    network = model(32_000, 256)
-    prompts = [" ".join(f"w{2 + (7 * i + j) % 30_000}" for j in range(LENGTH)) for i in range(PROMPTS)]
-    process = language(network, words, max_new_tokens=NEW)
-    requests = [Request(Prompt(i, text), GROUP) for i, text in enumerate(prompts)]
-    ids = torch.tensor([words(text)["input_ids"] for text in prompts]).repeat_interleave(GROUP, 0)
-    options = {"do_sample": True, "max_new_tokens": NEW, "min_new_tokens": NEW, "top_k": 0, "pad_token_id": 0}
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--hidden", type=int, default=256, help="the model's width, a multiple of 64")
+    options.add_argument("--layers", type=int, default=6)
+    given = options.parse_args()
+    torch.set_num_threads(given.threads)
+    clock = time.process_time if given.threads == 1 else time.perf_counter
 
-    def generate() -> object:
-        return network.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    def timed(work: Callable[[], object]) -> Callable[[], list[float]]:
+        def seconds() -> list[float]:
+            begin = clock()
+            work()
+            return [clock() - begin]
 
-    drawn = rollout(process, requests, Rng(0)).trajectories
-    whole = torch.cat([ids, drawn.action], 1)
+        return seconds
 
-    def plain() -> object:
-        logits = network(whole).logits[:, LENGTH - 1 : -1]
-        picked = logits.float().log_softmax(-1).gather(-1, drawn.action[..., None])
-        return picked.sum().backward()
+    size = {"hidden": given.hidden, "layers": given.layers}
+    ratios: dict[str, float] = {}
 
-    def ours() -> object:
-        return process.score(drawn).log_prob.sum().backward()
+    def told(name: str, peer: float, ours: float, unit: str) -> None:
+        ratios[name] = round(peer / ours, 2)
+        print(f"{name:<20} peer {peer:10.2f} {unit}   ours {ours:10.2f} {unit}   ratio {peer / ours:6.2f}", flush=True)
 
-    ratios = {
-        "rollout": seconds(generate) / seconds(lambda: rollout(process, requests, Rng(0))),
-        "score": seconds(plain) / seconds(ours),
-    }
-    words, network = tokenizer(150_000), model(150_000, 32)
-    process = language(network, words, max_new_tokens=NEW)
-    rows = rollout(process, requests, Rng(0)).trajectories
-    whole, drawn = torch.cat([ids, rows.action], 1), rows
-    ratios["memory_150k"] = largest(plain) / largest(ours)
-    print(json.dumps({name: round(value, 2) for name, value in ratios.items()}))
+    for shape in (Shape(256, 64, 8, 4, **size), Shape(1024, 64, 16, 2, **size)):
+        pair = Pair(shape, clock)
+        seconds = compared(timed(pair.peer_rollout), timed(pair.our_rollout), given.repeats)
+        told(f"rollout_{shape.length}_{shape.new}_{shape.group}", *seconds, "s")
+    pair = Pair(Shape(256, 64, 8, 4, **size), clock)
+    told("step", *compared(pair.peer_steps, pair.our_steps, given.repeats), "s")
+    for vocabulary in (32_000, 150_000):
+        pair = Pair(Shape(64, 128, 8, 2, vocabulary=vocabulary, hidden=256, layers=2), clock)
+        peer, ours, plain = pair.scored()
+        held = peak(ours)
+        told(f"memory_{vocabulary // 1000}k", peak(peer) / 2**20, held / 2**20, "MiB")
+        told(f"memory_plain_{vocabulary // 1000}k", peak(plain) / 2**20, held / 2**20, "MiB")
+    print(json.dumps(ratios))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,22 +71,23 @@ def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
 class Clock(TrainerCallback):
     """How long each step of TRL's trainer took, its rollout included."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
         self.seconds: list[float] = []
         self.begin = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.begin = time.perf_counter()
+        self.begin = self.now()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.begin)
+        self.seconds.append(self.now() - self.begin)
 
 
 class Pair:
     """The peer and ours, each with its own copy of one model."""
 
-    def __init__(self, shape: Shape):
-        self.shape = shape
+    def __init__(self, shape: Shape, now: Callable[[], float]):
+        self.shape, self.clock = shape, Clock(now)
         self.words, network = tokenizer(shape.vocabulary), model(shape)
         span = shape.vocabulary - 2
         self.texts = [
@@ -115,7 +116,6 @@ class Pair:
             disable_tqdm=True,
             logging_strategy="no",
         )
-        self.clock = Clock()
         data = Dataset.from_list([{"prompt": text} for text in self.texts])
         with quiet():
             return GRPOTrainer(
@@ -143,7 +143,7 @@ class Pair:
         return list(self.clock.seconds)
 
     def our_steps(self) -> list[float]:
-        seconds: list[float] = []
+        seconds = [self.clock.now()]
         stepwell.train(
             self.process,
             [{"prompt": text} for text in self.texts],
@@ -152,9 +152,9 @@ class Pair:
             steps=2,
             prompts_per_step=self.shape.prompts,
             group_size=self.shape.group,
-            on_step=lambda metrics: seconds.append(time.perf_counter()),
+            on_step=lambda metrics: seconds.append(self.clock.now()),
         )
-        return seconds
+        return [end - begin for begin, end in itertools.pairwise(seconds)]  # what comes before the first step included
 
     # log-probabilities and their gradient, of the same rows
 

@@ -328,10 +328,13 @@ PLANTED = [
     ("weighted_matching", "awm", parts(credit_of=GroupCredit("mean")), "no deviation"),
     ("weighted_matching", "awm", parts(weight="uniform"), "a weight that is not heard of"),
     ("weighted_matching", "awm", parts(coefficient=-1.0), "the other sign"),
+    ("adjoint_gradient", "implicit-diffusion", parts(pinned=False), "states that move with the parameters"),
 ]
 
 
-@pytest.mark.parametrize(("name", "method", "change", "mistake"), PLANTED, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "method", "change", "mistake"), PLANTED, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_an_oracle_catches_the_planted_mistake(name, method, change, mistake):
     assert oracle(name)(planted(method, change)) > 1000 * TOLERANCE, mistake
 

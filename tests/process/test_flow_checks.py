@@ -47,7 +47,7 @@ class Net(nn.Module):
         ({"times": 0.5}, "times are 0.5; falling numbers"),
         ({"times": [1, 0], "steps": 5}, "or the steps and shift to make one, not both"),
         ({"times": [1, 0], "shift": 3.0}, "or the steps and shift to make one, not both"),
-        ({"shift": float("inf")}, "a positive and finite factor"),
+        ({"shift": float("inf")}, "a positive factor, not inf"),
         ({"shift": "x"}, "shift is 'x'; a number is right"),
         ({"guidance": "x"}, "guidance is 'x'; a number is right"),
         ({"unconditional": {"label": torch.zeros(1)}}, "give `encode` as well"),

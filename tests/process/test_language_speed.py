@@ -111,15 +111,17 @@ def test_scores_and_gradients_are_those_of_rows_side_by_side(small_language: Bui
     fast, slow = (small_language(architecture, dtype="float64", top_p=0.9) for _ in range(2))
     rows = draw(fast)
     answers = []
+    weight = torch.linspace(-1, 1, rows.mask.numel()).view(rows.mask.shape)
     for process in (fast, plain(slow)):
         scores = process.score(rows, {"entropy"})
-        (scores.log_prob * torch.linspace(-1, 1, rows.mask.numel()).view(rows.mask.shape) + scores["entropy"]).sum().backward()
+        (scores.log_prob * weight + scores["entropy"]).sum().backward()
         answers.append((scores.log_prob.detach(), [p.grad for p in process.module.parameters() if p.grad is not None]))
     assert fast.network.shares == {"rollout": True, "score": True}
     assert float((answers[0][0] - answers[1][0]).abs().max()) < 1e-10
     assert len(answers[0][1]) == len(answers[1][1]) > 0
+    rounding = 1e-10 if architecture == "gpt2" else 1e-6  # all others' norms round to float32, also a double model's
     for mine, theirs in zip(answers[0][1], answers[1][1], strict=True):
-        assert float((mine - theirs).abs().max()) < 1e-9 * max(float(theirs.abs().max()), 1.0)
+        assert float((mine - theirs).abs().max()) < rounding * max(float(theirs.abs().max()), 1.0)
 
 
 @pytest.mark.parametrize("architecture", SHARING)
@@ -208,9 +210,11 @@ def test_a_fast_path_that_is_wrong_gives_way_with_a_warning(
     honest = part.attend  # type: ignore[attr-defined]
     monkeypatch.setattr(part, "attend", lambda self, layer, q, k, v, s, cap: honest(self, layer, q, k, v, 1.3 * s, cap))
     process = small_language("qwen2")
-    with pytest.warns(UserWarning, match="does not agree"):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         rows = draw(process)
         scores = process.score(rows).log_prob.detach()
+    assert sum("does not agree" in str(warning.message) for warning in told) == 1
     assert list(process.network.shares.values()).count(False) == 1
     assert float((scores - rows.log_prob).abs().max()) < 1e-5
 

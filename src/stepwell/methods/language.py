@@ -5,6 +5,7 @@ from __future__ import annotations
 from stepwell.credit.group import Best, GroupCredit
 from stepwell.credit.shaping import DivergencePenalty, Outcome, Overlong
 from stepwell.credit.traces import GeneralisedAdvantage, Whitened
+from stepwell.credit.turns import Unpaid
 from stepwell.methods.registry import method
 from stepwell.objective.policy import Policy
 from stepwell.objective.ratio import Ratio
@@ -146,7 +147,7 @@ def ppo(
     epochs: int = 2,
     minibatches: int = 2,
 ) -> Recipe:
-    estimator = GeneralisedAdvantage(gamma, lam, kl)
+    estimator = GeneralisedAdvantage(gamma, lam, kl, Unpaid())
     policy = Policy(Whitened(estimator), surrogate=Clip(clip, clip))
     objective = policy + ValueLoss(estimator, value_clip, coefficient=value_coefficient)
     objective = objective + entropy_bonus(entropy) if entropy else objective

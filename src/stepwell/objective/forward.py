@@ -71,7 +71,7 @@ def _weight(batch: Batch, kind: Weighting) -> Tensor:
 
 @dataclass(frozen=True)
 class DenoisingScore(Part):
-    """s (N,) = -D mean_k w (|v - u|^2 - |v_ref - u|^2), means over dimensions: Diffusion-DPO's stand-in for log pi / ref.
+    """s (N,) = -D mean_k w (|v - u|^2 - |v_ref - u|^2), squares averaged over dimensions, for log pi / ref.
 
     u is the velocity of the line that the point lies on (Wallace et al. 2023, arXiv 2311.12908, equation 14, where D
     stands for the number of steps T).

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 NAME = "stepwell"
 """What our attention is called among those of `transformers`."""
 
-IGNORED = {"dropout", "scaling", "is_causal", "position_ids", "use_cache", "output_attentions", "cache_position"}
-"""What attention is told that changes nothing here: no dropout is on, and every attention is causal."""
+REFUSED = ("sliding_window", "position_bias", "s_aux", "cache")
+"""What attention may be told that changes who sees whom, or how much, in a way that is not known here."""
 
 
 class Attention(Protocol):
@@ -39,9 +39,9 @@ def _forward(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    unknown = [name for name, given in others.items() if name not in IGNORED and given is not None and given is not False]
+    unknown = [name for name in REFUSED if others.get(name) is not None]
     if own_attention is None or unknown or attention_mask is not None:
-        raise NotImplementedError(f"{type(module).__name__} asks for what shared prefixes do not know: {unknown}.")
+        raise NotImplementedError(f"{type(module).__name__} has {' and '.join(unknown) or 'a mask of its own'}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: Any = module.layer_idx
     return own_attention.attend(layer, query, key, value, scaling, softcap), None

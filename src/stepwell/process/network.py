@@ -123,7 +123,7 @@ class CausalNetwork:
         device = self.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.causal.dtype
 
-    def _try(self, what: str, fast: Callable[[], Tensor], plain: Tensor) -> None:
+    def _try(self, what: str, fast: Callable[[], Any], plain: Tensor) -> None:
         try:
             self.shares[what] = attention.near(fast(), plain, TOLERANCE[self._precision()])
             reason = "it does not agree with the model's own attention"
@@ -141,42 +141,34 @@ class CausalNetwork:
 
         On the plain path the hidden states are empty unless `hidden` asks for them.
         """
-        together = self._line(packed) if fast else None
+        together = self._line(packed, fast)
         tokens = int(packed.mask.sum()) if together is None else len(together.ids)
         self.meter.add(model_evaluations=len(packed.ids), forward=tokens)
         if torch.is_grad_enabled():
             self.meter.add(backward=tokens)
-        return self._run(packed, fast, hidden) if together is None else (self._run_line(together), None)
+        return self._run(packed, fast, hidden, together)
 
-    def _run(self, packed: Packed, fast: bool, hidden: bool) -> tuple[Tensor, Tensor | None]:
-        where = (packed.row, packed.column)
-        arguments: dict[str, Any] = {
-            "attention_mask": packed.mask.long(),
-            "position_ids": self.position_ids(packed.mask),
-            "use_cache": False,
-        }
-        with self._ready():
+    def _run(
+        self, packed: Packed, fast: bool, hidden: bool, together: Line | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `read` answers, from rows side by side or from all of them `together` in one line."""
+        if together is None:
+            ids, mask, positions = packed.ids, packed.mask.long(), self.position_ids(packed.mask)
+            where, own = (packed.row, packed.column), {}
+        else:
+            ids, positions, own = together.ids[None], together.position[None], {"own_attention": together}
+            mask, where = torch.ones_like(ids), (torch.zeros_like(together.at), together.at)
+        arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+        with self._ready(), contextlib.nullcontext() if together is None else attention.taken_over(self.causal):
             if fast:
                 base = self.causal.base_model
-                return base(packed.ids, **_accepted(base, arguments)).last_hidden_state[where], None
+                return base(ids, **_accepted(base, arguments), **own).last_hidden_state[where], None
             arguments["output_hidden_states"] = hidden
-            output = self.causal(packed.ids, **_accepted(self.causal, arguments))
+            output = self.causal(ids, **_accepted(self.causal, arguments), **own)
         logits = output.logits[where]
         return (output.hidden_states[-1][where] if hidden else logits.new_empty(0)), logits
 
-    def _run_line(self, together: Line) -> Tensor:
-        """Hidden states (M, D) before each step, all rows read in one line."""
-        arguments: dict[str, Any] = {
-            "attention_mask": torch.ones_like(together.ids)[None],
-            "position_ids": together.position[None],
-            "use_cache": False,
-        }
-        base = self.causal.base_model
-        with self._ready(), attention.taken_over(self.causal):
-            output = base(together.ids[None], **_accepted(base, arguments), own_attention=together)
-        return output.last_hidden_state[0, together.at]
-
-    def _line(self, packed: Packed) -> Line | None:
+    def _line(self, packed: Packed, fast: bool) -> Line | None:
         """All rows in one line where that pays and agrees with the plain path, which is tried once, unmetered."""
         if not self.shares.get("score", attention.can_take(self.causal)):
             return None
@@ -186,9 +178,10 @@ class CausalNetwork:
             short = line(few)
             if short is None:
                 return None
+            which = 0 if fast else 1
             with torch.no_grad():
-                plain = self._run(few, fast=True, hidden=False)[0]
-                self._try("score", lambda: self._run_line(short), plain)
+                plain: Any = self._run(few, fast, hidden=False)[which]
+                self._try("score", lambda: self._run(few, fast, False, short)[which], plain)
         return together if self.shares.get("score") else None
 
     @torch.no_grad()
@@ -282,7 +275,7 @@ def _accepted(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shortened(packed: Packed) -> Packed:
-    """Two copies of the first row that has steps, 16 tokens of prompt at most and 8 steps that differ: a small trial."""
+    """A small trial: the first row that has steps twice, at most 16 tokens of its prompt and 8 more that differ."""
     row = int(packed.row[0])
     prompt = int(packed.column[0] - packed.step[0]) + 1
     ids = packed.ids[row, : min(prompt, 16)]
@@ -290,4 +283,5 @@ def _shortened(packed: Packed) -> Packed:
     pair = torch.stack([torch.cat([ids, own]), torch.cat([ids, own.flip(0)])])
     step = torch.arange(len(own) + 1, device=ids.device).repeat(2)
     which = torch.arange(2, device=ids.device).repeat_interleave(len(own) + 1)
-    return Packed(pair, torch.ones_like(pair, dtype=torch.bool), which, step, len(ids) - 1 + step, torch.zeros_like(step))
+    real = torch.ones_like(pair, dtype=torch.bool)
+    return Packed(pair, real, which, step, len(ids) - 1 + step, torch.zeros_like(step))

@@ -45,13 +45,13 @@ class Line:
         device, kind = query.device.type, value.dtype
         if torch.is_autocast_enabled(device):  # which would cast what attention of torch's own is given
             kind = torch.get_autocast_dtype(device)
-        parts = (x[0].transpose(0, 1).to(kind) for x in (query, key, value))
-        attention = _Fused.apply if device == "cpu" else joint_attention
-        return attention(*parts, self, scaling)[None]
+        q, k, v = (x[0].transpose(0, 1).to(kind) for x in (query, key, value))
+        attention: Any = _Fused.apply if device == "cpu" else joint_attention
+        return attention(q, k, v, self, scaling)[None]
 
 
 def line(packed: Packed) -> Line | None:
-    """The rows of `packed` that have steps, with equal prompts once; None where that saves too little to be worth it."""
+    """The rows of `packed` that have steps, equal prompts once; None where that saves too little to be worth it."""
     count, width = packed.ids.shape
     if len(packed.row) == 0 or count < 2:
         return None
@@ -89,11 +89,11 @@ def line(packed: Packed) -> Line | None:
     filled = torch.arange(arranged.shape[1]) < in_group[:, None]
     number = torch.full((count,), -1)
     number[kept] = torch.arange(len(kept))
-    row, step = number[packed.row.cpu()], packed.step.cpu()
-    last = prompts.gather(1, (prompt_lengths - 1)[:, None])[:, 0][group[row]]
-    at = torch.where(step == 0, last, rows[row, (step - 1).clamp(min=0)])
-    parts = (torch.tensor(tokens), position, prompts, prompt_real, rows, row_real)
-    parts += (group, arranged, filled, group * arranged.shape[1] + place, at)
+    of_step, step = number[packed.row.cpu()], packed.step.cpu()
+    last = prompts.gather(1, (prompt_lengths - 1)[:, None])[:, 0][group[of_step]]
+    at = torch.where(step == 0, last, rows[of_step, (step - 1).clamp(min=0)])
+    read = (torch.tensor(tokens), position, prompts, prompt_real, rows, row_real)
+    parts = (*read, group, arranged, filled, group * arranged.shape[1] + place, at)
     return Line(*(part.to(device) for part in parts))
 
 
@@ -142,9 +142,7 @@ class _Fused(torch.autograd.Function):
         ):
             d, q, k, v = (_padded(x, places, heads) for x in (slope, query, key, value))
             d = d * real[:, None, :, None]
-            for gradient, part in zip(
-                gradients, flash(d, q, k, v, o, lse, 0.0, True, scale=scaling), strict=True
-            ):
+            for gradient, part in zip(gradients, flash(d, q, k, v, o, lse, 0.0, True, scale=scaling), strict=True):
                 _add(gradient, part, places, real)
         k, v = (_padded(x, line.prompts, kv_heads) for x in (key, value))
         reading = d, q, seen, total[..., None]  # of the rows, which came last

@@ -292,5 +292,5 @@ def shift_time(t: Time, factor: float) -> Time:
         0.75
     """
     if not 0.0 < factor < math.inf:
-        raise InputError(f"A time shift has a positive and finite factor, not {factor}.")
+        raise InputError(f"A time shift has a positive factor, not {factor}.")
     return factor * t / (1.0 + (factor - 1.0) * t)

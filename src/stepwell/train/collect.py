@@ -45,7 +45,7 @@ def draw_rewarded(
     version: int = 0,
     first_node: int = 0,
 ) -> Rewarded:
-    """Draw the requests and judge the rows: `reward` (N,) and `rewards` (N, K) are filled, 0 where there is no outcome."""
+    """Draw the requests and judge the rows: `reward` (N,) and `rewards` (N, K) are filled, 0 without an outcome."""
     begin = time.monotonic()
     origin = {"version": version, "first_node": first_node}
     drawn = rollout(process, requests, rng, so_far=so_far, rows_at_once=rows_at_once, **origin)

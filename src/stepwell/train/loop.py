@@ -15,7 +15,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from stepwell.errors import InputError, RewardError
+from stepwell.errors import InputError, RewardError, StepwellError
 from stepwell.meter import Cost
 from stepwell.objective.distil import teacher_of
 from stepwell.objective.gradient import ClipByNorm, global_norm
@@ -140,7 +140,7 @@ class Trainer:
                             self.save()
                         stopped = any(self.world.gather(bool(stop)))  # together, or the others would wait for ever
         except Exception as error:
-            if self.at.update or not isinstance(error, InputError):  # a mistake in the request leaves nothing behind
+            if self.at.update or not isinstance(error, StepwellError):  # before any update there is nothing to keep
                 self.save(together=False)
             raise
         finally:
