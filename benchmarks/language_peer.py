@@ -197,7 +197,6 @@ def peak(work: Callable[[], object]) -> int:
     """Bytes that torch's CPU allocator held at most, beyond what it held before, from every allocation and release."""
     from torch.profiler import ProfilerActivity, profile
 
-    work()  # what is made once and kept is no cost of this call
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
     found = seen.profiler.kineto_results.events()  # type: ignore[union-attr]

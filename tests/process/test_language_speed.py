@@ -227,3 +227,12 @@ def test_half_precision_of_autocast_is_near_and_keeps_the_fast_paths(small_langu
     scores.sum().backward()
     assert process.network.shares == {"rollout": True, "score": True}
     assert float((scores.detach() - rows.log_prob).abs().max()) < 0.2  # as for a model in bfloat16
+
+
+def test_the_first_call_takes_the_path_of_all_others(small_language: Build) -> None:
+    process = small_language("qwen2")  # or a run that is resumed in the middle would not repeat itself bit for bit
+    rows = rollout(process, [Request(Prompt(0, "e"), 12)], Rng(0)).trajectories  # a prompt as short as they come
+    with torch.no_grad():
+        first, second = process.score(rows).log_prob, process.score(rows).log_prob
+    assert process.network.shares["score"]
+    assert torch.equal(first, second)

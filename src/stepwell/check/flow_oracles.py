@@ -138,7 +138,7 @@ def _policy(recipe: Recipe) -> Policy:
 
 def _mean_ratios(card: Provable, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """E_old[r] by quadrature, |mu - mu_old|^2 and q of every trained step, after a move, through the method's ratio."""
-    recipe = card.recipe(**options, **known(card, {"steps": 5}))
+    recipe = card.recipe(**options, **known(card, {"steps": 6}))
     steps = steps_by_hand(card, options, recipe.law["steps"])
     process = affine_flow(recipe)
     rows, mass = _quadrature(process, recipe, steps)

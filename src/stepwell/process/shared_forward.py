@@ -50,8 +50,8 @@ class Line:
         return attention(q, k, v, self, scaling)[None]
 
 
-def line(packed: Packed) -> Line | None:
-    """The rows of `packed` that have steps, equal prompts once; None where that saves too little to be worth it."""
+def line(packed: Packed, worth: float = WORTH) -> Line | None:
+    """The rows of `packed` that have steps, equal prompts once; None where more than `worth` of the tokens are left."""
     count, width = packed.ids.shape
     if len(packed.row) == 0 or count < 2:
         return None
@@ -65,7 +65,7 @@ def line(packed: Packed) -> Line | None:
     for row in kept:
         origin.append(places.setdefault(tuple(ids[row][: prompt_sizes[row]]), len(places)))
     own = [whole[row] - prompt_sizes[row] for row in kept]
-    if sum(map(len, places)) + sum(own) > WORTH * count * width or not any(own):
+    if sum(map(len, places)) + sum(own) > worth * count * width or not any(own):
         return None
     device = packed.ids.device
     prompt_lengths, own_lengths = torch.tensor([len(p) for p in places]), torch.tensor(own)

@@ -143,7 +143,7 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, cap: float | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """softmax(s) v (..., n, D) and log sum exp(s) (..., n), in full precision, with s = scaling q k."""
-    scores = in_full(query @ key.transpose(-1, -2)) * scaling
+    scores = in_full((query * scaling) @ key.transpose(-1, -2))
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
     if mask is not None:
