@@ -26,6 +26,7 @@ _HOMES = {
     "language": "stepwell.process.language",
     "flow": "stepwell.process.flow",
     "pipeline": "stepwell.process.pipeline",
+    "environment_return": "stepwell.process.turns",
     "sample": "stepwell.api",
     "solvers": "stepwell.api",
     "method": "stepwell.methods.registry",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from stepwell.process.flow import flow as flow
     from stepwell.process.language import language as language
     from stepwell.process.pipeline import pipeline as pipeline
+    from stepwell.process.turns import environment_return as environment_return
     from stepwell.recipe import Recipe as Recipe
     from stepwell.reward.mixing import Rewards as Rewards
     from stepwell.rng import Replay as Replay
