@@ -30,6 +30,7 @@ from stepwell.process.flow_checks import (
 from stepwell.process.flow_law import Law, law_with
 from stepwell.process.flow_score import scores
 from stepwell.rng import Rng
+from stepwell.solver.integrate import Predict
 from stepwell.solver.path import PREDICTIONS, Path
 from stepwell.solver.path import path as path_named
 from stepwell.solver.schedule import Past, Schedule
@@ -164,10 +165,7 @@ class Flow:
         if state.step == 0:
             scale = math.hypot(self.path.alpha(times[0]), self.path.sigma(times[0]))  # for data of variance one
             return Gaussian(x, x.new_tensor(scale), trained=False)
-
-        def predict(x: Tensor, time: float) -> Tensor:
-            return self.predict(x, x.new_full((len(x),), time), state.condition, self.law.guidance)
-
+        predict = self.predictor(state.condition)
         with torch.no_grad():
             law, past = schedule.propose(predict, x, state.step - 1, self.path, state.past, output=self.predicts)
         state.following[:] = [past] if self.law.remembers else []
@@ -216,6 +214,10 @@ class Flow:
             with_prompt, without = prediction.chunk(2)
             return without + guidance * (with_prompt - without)
         return prediction
+
+    def predictor(self, condition: TensorDict | None) -> Predict:
+        """The network as solvers call it, at one time for all rows, with the law's guidance."""
+        return lambda x, time: self.predict(x, x.new_full((len(x),), time), condition, self.law.guidance)
 
     def _learning(self) -> bool:
         """Whether gradients are asked for, of parameters that there are."""

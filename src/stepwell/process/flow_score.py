@@ -139,10 +139,7 @@ def _replayed(flow: Flow, rows: Trajectories, condition: TensorDict | None) -> S
     """The laws of trained steps of a solver that remembers: every row is gone through from its noise on."""
     past, parts = None, []
     last = int(rows.mask.nonzero()[:, 1].max())
-
-    def predict(x: Tensor, time: float) -> Tensor:
-        return flow.predict(x, x.new_full((len(x),), time), condition, flow.law.guidance)
-
+    predict = flow.predictor(condition)
     for k in range(last):
         x, table = rows.action[:, k].to(flow.dtype), flow.law.tables[k]
         trained = rows.mask[:, k + 1]
@@ -213,10 +210,7 @@ def _chain(flow: Flow, rows: Trajectories, condition: TensorDict | None, depth: 
     if not 1 <= depth <= last:
         raise InputError(f"Gradients pass through 1 to {last} steps of this law, not {depth}.")
     begin, past = last - depth, None
-
-    def predict(x: Tensor, time: float) -> Tensor:
-        return flow.predict(x, x.new_full((len(x),), time), condition, flow.law.guidance)
-
+    predict = flow.predictor(condition)
     x = rows.action[:, begin].to(flow.dtype)
     for k in range(begin, last):
         trained = rows.mask[:, k + 1]

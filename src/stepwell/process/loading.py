@@ -159,11 +159,21 @@ def with_adapter(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
     except ImportError as error:
         raise InputError("LoRA needs peft, which is not installed: pip install 'stepwell[lora]'.") from error
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with fixed_start():
             return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **options}))  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise InputError(f"The LoRA options {dict(options)} do not fit this model: {_first_sentence(error)}") from error
+
+
+@contextlib.contextmanager
+def fixed_start() -> Iterator[None]:
+    """Adapters made in here begin alike: peft draws their start from torch's global generator and takes no other.
+
+    The generator is put back as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 @contextlib.contextmanager

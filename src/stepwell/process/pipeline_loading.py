@@ -199,8 +199,7 @@ def add_adapter(pipeline: Any, part: str, lora: Mapping[str, Any] | str | os.Pat
     else:
         default = {"target_modules": ATTENTION if part == "unet" else JOINT_ATTENTION}
         try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+            with loading.fixed_start():
                 model.add_adapter(LoraConfig(**{**default, **lora}))  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             reason = _first_sentence(error)

@@ -228,6 +228,22 @@ def sample(
         raise InputError(
             f"The grid ends at t = {times[-1]:.6g}, where noise is left; end it at 0, or say partial=True."
         )
+
+    def law(counted: Predict, state: Tensor, step: int, memory: History | None) -> tuple[Gaussian | Point, History]:
+        return propose(counted, state, step, times, path, table, memory, output=output)
+
+    return walk(law, predict, x, len(times) - 1, rng, history)
+
+
+def walk(
+    law: Callable[[Predict, Tensor, int, Any], tuple[Gaussian | Point, Any]],
+    predict: Predict,
+    x: Tensor,
+    steps: int,
+    rng: Rng,
+    memory: Any = None,
+) -> Sampled:
+    """All steps from x (N, *D): `law(predict, state, step, memory)` gives each step's law and what to remember."""
     calls = 0
 
     def counted(state: Tensor, time: float) -> Tensor:
@@ -236,9 +252,9 @@ def sample(
         return predict(state, time)
 
     states, log_probs, random = [x], [], []
-    for step in range(len(times) - 1):
-        law, history = propose(counted, states[-1], step, times, path, table, history, output=output)
-        states.append(law.sample(rng))
-        log_probs.append(law.log_prob(states[-1]))
-        random.append(isinstance(law, Gaussian))
+    for step in range(steps):
+        drawn_from, memory = law(counted, states[-1], step, memory)
+        states.append(drawn_from.sample(rng))
+        log_probs.append(drawn_from.log_prob(states[-1]))
+        random.append(isinstance(drawn_from, Gaussian))
     return Sampled(tuple(states), torch.stack(log_probs, 1), torch.tensor(random), calls)

@@ -13,14 +13,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stepwell.distributions import Gaussian, Point
 from stepwell.errors import InputError
 from stepwell.rng import Rng
 from stepwell.solver.grid import check_order
-from stepwell.solver.integrate import History, Predict, Sampled, propose
+from stepwell.solver.integrate import History, Predict, Sampled, propose, walk
 from stepwell.solver.path import Path
 from stepwell.solver.table import Table
 from stepwell.writing import write_whole
@@ -138,20 +137,11 @@ class Schedule:
 
     def sample(self, predict: Predict, x: Tensor, path: Path, rng: Rng, *, output: str = "velocity") -> Sampled:
         """All steps, from x (N, *D) at times[0]; see `integrate.sample`, which it equals where the tables are one."""
-        calls = 0
 
-        def counted(state: Tensor, time: float) -> Tensor:
-            nonlocal calls
-            calls += 1
-            return predict(state, time)
+        def law(counted: Predict, state: Tensor, step: int, past: Past | None) -> tuple[Gaussian | Point, Past]:
+            return self.propose(counted, state, step, path, past, output=output)
 
-        past, states, log_probs, random = Past(), [x], [], []
-        for step in range(self.steps):
-            law, past = self.propose(counted, states[-1], step, path, past, output=output)
-            states.append(law.sample(rng))
-            log_probs.append(law.log_prob(states[-1]))
-            random.append(isinstance(law, Gaussian))
-        return Sampled(tuple(states), torch.stack(log_probs, 1), torch.tensor(random), calls)
+        return walk(law, predict, x, self.steps, rng)
 
 
 def _translated(history: History, past: Past, before: str, path: Path, output: str, kind: str) -> History:
