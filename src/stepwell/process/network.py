@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import os
 import warnings
@@ -100,7 +101,7 @@ class CausalNetwork:
         arguments = {
             "attention_mask": mask.long(),
             "position_ids": self.position_ids(mask)[:, -ids.shape[1] :],
-            "past_key_values": cache,
+            self._cache_name: cache,
             "use_cache": True,
             "logits_to_keep": 1,
         }
@@ -108,7 +109,16 @@ class CausalNetwork:
         own: dict[str, Any] = {"own_attention": cache} if sharing else {}
         with self._ready(), attention.taken_over(self.causal) if sharing else contextlib.nullcontext():
             output = self.causal(ids, **_accepted(self.causal, arguments), **own)
-        return output.past_key_values, output.logits[:, -1]
+        return cache, output.logits[:, -1]
+
+    @functools.cached_property
+    def _cache_name(self) -> str:
+        """What the model calls its cache; transformers 5.24 gave it another name."""
+        names = inspect.signature(self.causal.forward).parameters
+        for name in ("cache", "past_key_values"):
+            if name in names:
+                return name
+        raise InputError(f"{type(self.causal).__name__} takes no cache, without which it cannot be read token by token.")
 
     def _shares_rollouts(self, cache: SharedCache, ids: Tensor, mask: Tensor) -> bool:
         """Whether rows that share their prompts get the model's own logits: tried once, on up to 4 rows, unmetered."""
