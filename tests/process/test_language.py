@@ -31,7 +31,7 @@ TRUNCATIONS: dict[str, dict[str, Any]] = {
 
 
 SINGLE = 256 * 2**-23
-"""Float32's rounding of a log-probability: logits of up to 16, each a unit of 1e-6 off, through some dozen such sums."""
+"""Float32's rounding of a log-probability: logits of up to 16, each 1e-6 off, through a dozen such sums."""
 
 
 def draw(process: Process, seed: int = 0, count: int = 4, branch: bool = False) -> Drawn:

@@ -118,7 +118,7 @@ class CausalNetwork:
         for name in ("cache", "past_key_values"):
             if name in names:
                 return name
-        raise InputError(f"{type(self.causal).__name__} takes no cache, without which it cannot be read token by token.")
+        raise InputError(f"{type(self.causal).__name__} takes no cache, so it cannot be read token by token.")
 
     def _shares_rollouts(self, cache: SharedCache, ids: Tensor, mask: Tensor) -> bool:
         """Whether rows that share their prompts get the model's own logits: tried once, on up to 4 rows, unmetered."""
