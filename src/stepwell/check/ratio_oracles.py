@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepwell.check import ratio_demonstrations, ratio_slopes
+from stepwell.check import ratio_demonstrations, ratio_slopes, ratio_trl
 from stepwell.check.expected import all_groups, expected_gradient, policy_gradient
 from stepwell.check.provable import Provable, deviation
-from stepwell.check.ratio_rows import seen
+from stepwell.check.ratio_rows import HORIZON, seen
 from stepwell.check.ratio_slopes import STATED
 from stepwell.credit.group import GroupCredit
 from stepwell.objective.minibatch_gate import EntropyChange, HiddenReward
@@ -30,7 +30,7 @@ from stepwell.rollout import Completion, Prompt, Request, rollout
 from stepwell.trajectories import Trajectories, count
 
 NEEDS = ("entropy", "hidden", "logits")
-DEFINED = (ratio_slopes, ratio_demonstrations)
+DEFINED = (ratio_slopes, ratio_demonstrations, ratio_trl)
 """Where the slopes are written out; each registers its own."""
 
 
@@ -40,7 +40,7 @@ def stale(far: float = 0.5) -> tuple[TabularLanguage, Trajectories]:
     Every third step of a row is not the policy's own; the last rows of two prompts are of source 1, and one of those
     prompts has no success.
     """
-    process = markov(symbols=4, length=6, prompts=3, seed=21)
+    process = markov(symbols=4, length=HORIZON, prompts=3, seed=21)
     process.module.get_parameter("value").data.copy_(Rng(22).normal(3, process.contexts, dtype=torch.float64))
     rows = rollout(process, [Request(Prompt(p, p), size) for p, size in enumerate((5, 4, 4))], Rng(27)).trajectories
     mask = rows.mask & (torch.arange(rows.mask.shape[1]) % 4 != 2)
@@ -94,6 +94,20 @@ WAYS: dict[str, tuple[dict[str, Any], ...]] = {
     "rec-one-side": ({"importance": True},),
     "rec-two-side": ({"importance": True},),
     "rec-ring": ({"importance": True}, {"far_low": 0.3, "far_high": 0.4}),
+    "trl-grpo": tuple(
+        {"loss_type": loss, "importance_sampling_level": level, "epsilon_high": 5.0 if loss == "cispo" else None}
+        | ({} if loss in ("sapo", "vespo", "cispo") else {"epsilon": 0.1, "delta": 1.3})
+        | way
+        for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+        for level, way in (
+            ("token", {"beta": 0.3, "off_policy_mask_threshold": -0.3}),
+            ("sequence", {"beta": 0.3, "scale_rewards": "batch"}),
+            ("token", {"vllm_importance_sampling_mode": "token_mask", "use_bias_correction_kl": False, "beta": 0.3}),
+            ("sequence", {"vllm_importance_sampling_mode": "token_truncate", "scale_rewards": "none"}),
+            ("token", {"top_entropy_quantile": 0.4, "entropy_coef": 0.1}),
+            ("sequence", {"top_entropy_quantile": 0.4}),
+        )
+    ),
     "hpt": ({"gate": -1.0}, {"gate": 1.0}, {"gate": 0.5, "success": -0.5}),
 }
 """Options that the slopes are held at besides the defaults."""

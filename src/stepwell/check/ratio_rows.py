@@ -59,6 +59,8 @@ class Row:
 
 
 Slopes = dict[tuple[int, int], float]
+HORIZON = 6
+"""Steps of the process that the rows are drawn from, at most."""
 
 
 def seen(rows: Trajectories, scores: Scores, turns: Tensor) -> list[Row]:
@@ -127,10 +129,11 @@ def clipped(x: float, advantage: float, low: float, high: float) -> float:
 def each(
     rows: Sequence[Row], credit: Sequence[float], gain: Callable[[Row, Step, float], float], by: str = "token"
 ) -> Slopes:
-    """-W g A, W the reduction's: 1 / all steps, 1 / (n rows) or 1 / rows."""
+    """-W g A, W the reduction's: 1 / all steps, 1 / (n rows), 1 / rows or 1 / (rows * the horizon of the process)."""
     total = sum(len(row.steps) for row in rows)
     answer: Slopes = {}
     for row, advantage in zip(rows, credit, strict=True):
-        weight = {"token": 1 / total, "row": 1 / (len(row.steps) * len(rows)), "row-sum": 1 / len(rows)}[by]
-        answer |= {step.place: -weight * gain(row, step, advantage) * advantage for step in row.steps}
+        weight = {"token": 1 / total, "row": 1 / (len(row.steps) * len(rows)), "row-sum": 1 / len(rows)}
+        weight["fixed"] = weight["row-sum"] / HORIZON
+        answer |= {step.place: -weight[by] * gain(row, step, advantage) * advantage for step in row.steps}
     return answer

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from stepwell.credit.group import Best, GroupCredit
 from stepwell.credit.shaping import DivergencePenalty, Outcome, Overlong
 from stepwell.credit.traces import GeneralisedAdvantage, Whitened
 from stepwell.credit.turns import Unpaid
 from stepwell.methods.registry import method
+from stepwell.methods.semantics import semantics_of
 from stepwell.objective.policy import Policy
 from stepwell.objective.ratio import Ratio
 from stepwell.objective.reduction import Mode, Reduction
-from stepwell.objective.regularise import Divergence, Estimate, Regulariser, entropy_bonus
+from stepwell.objective.regularise import Divergence, Regulariser, entropy_bonus
 from stepwell.objective.surrogate import Clip, Score
 from stepwell.objective.term import Objective, Term
 from stepwell.objective.value import ValueLoss
@@ -19,11 +22,9 @@ from stepwell.plan.groups import DynamicSampling
 from stepwell.recipe import Recipe
 
 
-def penalised(policy: Policy, kl: float, estimate: Estimate = "k3", reduction: Mode = "token") -> Term | Objective:
+def penalised(policy: Policy, kl: float, divergence: Divergence, reduction: Mode = "token") -> Term | Objective:
     """A policy term, with a divergence penalty in the loss where its coefficient is not zero."""
-    if not kl:
-        return policy
-    return Objective((policy, Regulariser(Divergence(estimate), kl, Reduction(reduction))))
+    return Objective((policy, Regulariser(divergence, kl, Reduction(reduction)))) if kl else policy
 
 
 def reward_with(kl: float) -> Part:
@@ -51,11 +52,15 @@ def reinforce(kl: float = 0.0) -> Recipe:
     arxiv="2402.14740",
     year=2024,
     differs="Each sample's baseline is the mean reward of the others; one clipped ratio a sequence, their product.",
+    note="TRL's is the paper's. semantics='verl' has token ratios, bounded and always clipped dually, the mean over "
+    "tokens, and the reward itself for a prompt with one sample: it is ppo with this credit.",
     proof=("exact_gradient",),
 )
-def rloo(clip: float = 0.2, kl: float = 0.0) -> Recipe:
-    credit = GroupCredit("leave-one-out", reward=reward_with(kl))
-    return Recipe(Policy(credit, Ratio("sequence", "product"), Clip(clip, clip), reduction=Reduction("row")))
+def rloo(clip: float = 0.2, kl: float = 0.0, semantics: str = "paper") -> Recipe:
+    library, tokens = semantics_of("rloo", semantics, "paper verl"), semantics == "verl"
+    credit = library.credit("leave-one-out", "none", reward_with(kl))
+    ratio = library.ratio() if tokens else library.ratio("sequence", "product")
+    return Recipe(Policy(credit, ratio, library.clip(clip, clip), reduction=Reduction("token" if tokens else "row")))
 
 
 @method(
@@ -65,11 +70,17 @@ def rloo(clip: float = 0.2, kl: float = 0.0) -> Recipe:
     arxiv="2402.03300",
     year=2024,
     differs="Rewards standardised within the group; token ratios, clipped; the mean of each row's mean.",
+    note="`epsilon` is added to a group's deviation; 0 is the library's own, 1e-4 (verl: 1e-6). semantics='trl' "
+    "weights the divergence with the ratio, so that its gradient is the reverse divergence's. semantics='verl' takes "
+    "the mean over tokens, clips dually at 3, bounds log-ratios by 20, and gives a lone sample its reward itself.",
     proof=("standardised_gradient", "length_weighted_gradient"),
 )
-def grpo(clip: float = 0.2, kl: float = 0.0, epsilon: float = 1e-4) -> Recipe:
-    policy = Policy(GroupCredit("mean", "std", epsilon=epsilon), surrogate=Clip(clip, clip), reduction=Reduction("row"))
-    return Recipe(penalised(policy, kl, reduction="row"))
+def grpo(clip: float = 0.2, kl: float = 0.0, epsilon: float = 0.0, semantics: str = "paper") -> Recipe:
+    library = semantics_of("grpo", semantics)
+    mode: Mode = "token" if semantics == "verl" else "row"
+    credit, ratio = library.credit(epsilon=epsilon), library.ratio()
+    policy = Policy(credit, ratio, library.clip(clip, clip), reduction=Reduction(mode))
+    return Recipe(penalised(policy, kl, library.divergence(), mode))
 
 
 @method(
@@ -93,11 +104,16 @@ def dr_grpo(clip: float = 0.2, length: int = 0) -> Recipe:
     arxiv="2503.14476",
     year=2025,
     differs="grpo with a wider upper clip, the mean over tokens, groups of equals replaced, and long answers punished.",
+    note="TRL's loss type dapo is the clip and the mean alone: dynamic sampling and punishment are left to its user. "
+    "semantics='verl' clips dually at 3 and bounds log-ratios by 20.",
     proof=("standardised_gradient", "refilled_gradient", "overlong_schedule"),
 )
-def dapo(low: float = 0.2, high: float = 0.28, buffer: float = 0.2, refill: float = 4.0) -> Recipe:
+def dapo(
+    low: float = 0.2, high: float = 0.28, buffer: float = 0.2, refill: float = 4.0, semantics: str = "paper"
+) -> Recipe:
+    library = semantics_of("dapo", semantics, "paper verl")
     reward = Outcome() + Overlong(buffer=buffer) if buffer else Outcome()
-    policy = Policy(GroupCredit("mean", "std", reward=reward), surrogate=Clip(low, high))
+    policy = Policy(library.credit(reward=reward), library.ratio(), library.clip(low, high))
     return Recipe(policy, DynamicSampling(limit=refill))
 
 
@@ -108,10 +124,15 @@ def dapo(low: float = 0.2, high: float = 0.28, buffer: float = 0.2, refill: floa
     arxiv="2507.18071",
     year=2025,
     differs="grpo with one ratio a sequence: the geometric mean of its token ratios, clipped far more tightly.",
+    note="TRL's is the paper's. semantics='verl' gives each token the sequence's ratio with its own gradient, which is "
+    "the same where a row's tokens share their advantage and stay below e^10. Its clip is 0.2 unless set.",
     proof=("first_update_of_grpo", "one_token_is_ppo"),
 )
-def gspo(low: float = 3e-4, high: float = 4e-4) -> Recipe:
-    return grpo().replace(ratio=Ratio("sequence"), surrogate=Clip(low, high))
+def gspo(low: float = 3e-4, high: float = 4e-4, semantics: str = "paper") -> Recipe:
+    library, ratio = semantics_of("gspo", semantics, "paper verl"), Ratio("sequence")
+    if semantics == "verl":
+        ratio = Ratio("sequence_token", bounds=(-inf, 10.0))
+    return grpo().replace(credit_of=library.credit(), ratio=ratio, surrogate=Clip(low, high))
 
 
 @method(
@@ -121,10 +142,13 @@ def gspo(low: float = 3e-4, high: float = 4e-4) -> Recipe:
     arxiv="2506.13585",
     year=2025,
     differs="The ratio is a weight, clipped from above, on the score function: no token loses its gradient.",
+    note="The cap is TRL's. The paper's is 1 + epsilon; verl's bounds are [0.8, 1.2] unless set, far tighter: "
+    "semantics='verl' with maximum=1.2, minimum=0.8. It also bounds log-ratios by 20.",
     proof=("gradient_multiplier", "standardised_gradient"),
 )
-def cispo(maximum: float = 5.0) -> Recipe:
-    return Recipe(Policy(GroupCredit("mean", "std"), surrogate=Score(maximum=maximum)))
+def cispo(maximum: float = 5.0, minimum: float = 0.0, semantics: str = "paper") -> Recipe:
+    library = semantics_of("cispo", semantics, "paper verl")
+    return Recipe(Policy(library.credit(), library.ratio(), Score(minimum or None, maximum)))
 
 
 @method(
@@ -134,6 +158,7 @@ def cispo(maximum: float = 5.0) -> Recipe:
     arxiv="1707.06347",
     year=2017,
     differs="A value head's generalised advantages, whitened over tokens, in place of a group's statistics.",
+    note="semantics='verl' clips dually at 3 and bounds log-ratios by 20.",
     proof=("exact_critic_gradient",),
 )
 def ppo(
@@ -146,9 +171,10 @@ def ppo(
     entropy: float = 0.0,
     epochs: int = 2,
     minibatches: int = 2,
+    semantics: str = "paper",
 ) -> Recipe:
-    estimator = GeneralisedAdvantage(gamma, lam, kl, Unpaid())
-    policy = Policy(Whitened(estimator), surrogate=Clip(clip, clip))
+    library, estimator = semantics_of("ppo", semantics, "paper verl"), GeneralisedAdvantage(gamma, lam, kl, Unpaid())
+    policy = Policy(Whitened(estimator), library.ratio(), library.clip(clip, clip))
     objective = policy + ValueLoss(estimator, value_clip, coefficient=value_coefficient)
     objective = objective + entropy_bonus(entropy) if entropy else objective
     return Recipe(objective, epochs=epochs, minibatches=minibatches)

@@ -18,6 +18,7 @@ from stepwell.objective.constraint import Priced, Watch
 from stepwell.objective.policy import Policy
 from stepwell.objective.ratio import Ratio
 from stepwell.objective.reduction import Reduction
+from stepwell.objective.regularise import Divergence
 from stepwell.objective.selection import Agreement, Influence, MostSpread
 from stepwell.objective.state import Multiplier, Ramp
 from stepwell.objective.surrogate import Clip, Score
@@ -60,7 +61,7 @@ def reinforce_plus_plus(clip: float = 0.2, kl: float = 0.0) -> Recipe:
 )
 def reinforce_plus_plus_baseline(clip: float = 0.2, kl: float = 0.0) -> Recipe:
     policy = Policy(Whitened(GroupCredit("mean", singleton="reward")), surrogate=Clip(clip, clip))
-    return Recipe(penalised(policy, kl, "k2"))
+    return Recipe(penalised(policy, kl, Divergence("k2")))
 
 
 @method(

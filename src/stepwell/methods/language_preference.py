@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stepwell.errors import InputError
 from stepwell.methods.registry import method
+from stepwell.methods.semantics import semantics_of
 from stepwell.objective.links import OF_MARGINS, PER_STEP, Classifier, link
 from stepwell.objective.pairs import ChosenLikelihood, Hinge, Logistic, Pairing, Pairs, SequenceScore, SortedPairs
 from stepwell.objective.scores import ImplicitReward, LengthDesensitised, OnPolicyWeight
@@ -73,8 +74,7 @@ def dpo(
     proof=("loss_by_hand",),
 )
 def ipo(beta: float = 0.1, semantics: str = "paper") -> Recipe:
-    if semantics not in ("paper", "trl"):
-        raise InputError(f"ipo has the semantics paper and trl, not '{semantics}'.")
+    semantics_of("ipo", semantics, "paper trl")
     return Recipe(Pairs(link("ipo", beta), SequenceScore(mean=semantics == "trl")))
 
 

@@ -7,6 +7,7 @@ from stepwell.credit.shaping import Outcome
 from stepwell.credit.sources import AgainstOwn
 from stepwell.methods.language import grpo, penalised, ppo
 from stepwell.methods.registry import method
+from stepwell.methods.semantics import semantics_of
 from stepwell.objective.gate import (
     HighEntropy,
     OffPolicyRows,
@@ -20,7 +21,7 @@ from stepwell.objective.gate import (
 )
 from stepwell.objective.minibatch_gate import DropCovariance, EntropyChange, HiddenReward, SecondMoment, TopCovariance
 from stepwell.objective.policy import Policy
-from stepwell.objective.ratio import LogClip, Mixture, PerSource, Ratio
+from stepwell.objective.ratio import LogBound, LogClip, Mixture, PerSource, Ratio
 from stepwell.objective.reduction import PerPrompt, Reduction
 from stepwell.objective.regularise import Divergence, Regulariser
 from stepwell.objective.surrogate import (
@@ -51,11 +52,13 @@ STANDARD = GroupCredit("mean", "std")
     differs="grpo with the mean over all trained tokens of the update in place of the mean of each row's mean.",
     note="TRL takes the token mean of each micro-batch and then the mean of those, so that its gradient depends on how "
     "the rows are cut: with micro-batches of two rows, of 1 to 5 tokens each, it is 48 % of its norm away on average, "
-    "and with one row each it is grpo. Ours is the same however it is cut.",
+    "and with one row each it is grpo. Ours is the same however it is cut. semantics='trl' weights the divergence with "
+    "the ratio.",
     proof=("standardised_gradient", "stated_slopes"),
 )
-def bnpo(clip: float = 0.2, kl: float = 0.0) -> Recipe:
-    return Recipe(penalised(Policy(STANDARD, surrogate=Clip(clip, clip)), kl))
+def bnpo(clip: float = 0.2, kl: float = 0.0, semantics: str = "paper") -> Recipe:
+    divergence = semantics_of("bnpo", semantics, "paper trl").divergence()
+    return Recipe(penalised(Policy(STANDARD, surrogate=Clip(clip, clip)), kl, divergence))
 
 
 @method(
@@ -186,14 +189,21 @@ def sapo(positive: float = 1.0, negative: float = 1.05) -> Recipe:
     arxiv="2602.10693",
     year=2026,
     differs="The score function, weighted by a smooth bump of the whole sequence's ratio, its product.",
-    note="TRL also clamps each token's log-ratio to 20, and multiplies a sampler's ratio into the sequence's.",
+    note="semantics='trl' also bounds each token's log-ratio by 20. Where the sampler is not the policy TRL multiplies "
+    "its ratio into the sequence's, which trl-grpo does too.",
     proof=("leave_one_out_gradient", "stated_slopes"),
 )
 def vespo(
-    positive_shape: float = 2.0, positive_rate: float = 3.0, negative_shape: float = 3.0, negative_rate: float = 2.0
+    positive_shape: float = 2.0,
+    positive_rate: float = 3.0,
+    negative_shape: float = 3.0,
+    negative_rate: float = 2.0,
+    semantics: str = "paper",
 ) -> Recipe:
+    semantics_of("vespo", semantics, "paper trl")
     surrogate = GammaScore((positive_shape, positive_rate), (negative_shape, negative_rate))
-    return Recipe(Policy(STANDARD, Ratio("sequence", "product"), surrogate))
+    ratio = Ratio("sequence", "product", hook=LogBound() if semantics == "trl" else None)
+    return Recipe(Policy(STANDARD, ratio, surrogate))
 
 
 @method(

@@ -201,6 +201,7 @@ def _load_own() -> None:
     importlib.import_module("stepwell.methods.language_comparison")
     importlib.import_module("stepwell.methods.language_target")
     importlib.import_module("stepwell.methods.language_ratio")
+    importlib.import_module("stepwell.methods.language_trl")
     importlib.import_module("stepwell.methods.language_credit")
     importlib.import_module("stepwell.methods.flow")
     for entry in importlib.metadata.entry_points(group="stepwell.plugins"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stepwell.credit.group import group_index, group_sum
+from stepwell.errors import InputError
 from stepwell.parts import Batch, Part
 
 When = Literal["rows", "minibatch", "step"]
@@ -65,6 +66,11 @@ class HighEntropy(Gate):
     top: float = 0.2
     when = "minibatch"
     present = frozenset({"entropy"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.top <= 1:
+            raise InputError(f"The share of steps with the highest entropy is {self.top}; above 0 and up to 1 is right.")
 
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
         entropy = batch.present("entropy")

@@ -59,6 +59,17 @@ class LogClip:
         return torch.where(advantage > 0, difference.clamp(max=self.high), difference.clamp(min=-self.low))
 
 
+@dataclass(frozen=True)
+class LogBound:
+    """A hook that keeps each token's log-ratio in [low, high]; there is no gradient outside."""
+
+    low: float = -20.0
+    high: float = 20.0
+
+    def __call__(self, difference: Tensor, advantage: Tensor) -> Tensor:
+        return difference.clamp(self.low, self.high)
+
+
 def runs(mask: Tensor) -> Tensor:
     """(N, T) the number of the run of trained steps that a step is in, or that comes next: turns between tools' words.
 
@@ -80,19 +91,25 @@ class Ratio(Part):
     `sequence_token`, the value of the sequence with the gradient of the token (GSPO-token). mean: `geometric`, the
     mean of the log-ratios, or `product`, their sum. denominator: `old`, `behaviour`, `none` (the present policy,
     detached: ratio 1 with gradient), or a part such as `Mixture`. `hook` maps (log-ratio, advantage) per token before
-    aggregation (GMPO, clamps). Steps with mask 0 have log r = 0. Source: cards_objectives.md sections 0 and 2.
+    aggregation (GMPO, clamps); `bounds` are those of the log-ratio after it, with no gradient outside (verl). Steps
+    with mask 0 have log r = 0. Source: cards_objectives.md sections 0 and 2.
     """
 
     level: Level = "token"
     mean: Literal["geometric", "product"] = "geometric"
     denominator: Literal["old", "behaviour", "none"] | Part = "old"
     hook: Callable[[Tensor, Tensor], Tensor] | None = None
+    bounds: tuple[float, float] | None = None
 
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"segment"} if self.level == "segment" else ())
 
     def __call__(self, batch: Batch, advantage: Tensor | None = None) -> Tensor:
+        log_ratio = self._aggregated(batch, advantage)
+        return log_ratio if self.bounds is None else log_ratio.clamp(*self.bounds)
+
+    def _aggregated(self, batch: Batch, advantage: Tensor | None) -> Tensor:
         present, mask = batch.log_prob, batch.mask
         difference = (present - self._denominator(batch)) * mask
         if self.hook is not None:

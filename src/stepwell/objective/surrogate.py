@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from stepwell.errors import InputError
+from stepwell.objective.gate import SamplerCorrection
 from stepwell.parts import Batch, Part
 
 LARGEST = 80.0
@@ -169,15 +170,21 @@ class GammaScore(Surrogate):
     """VESPO: -w A log pi with the constant weight w = exp(l + k x - l e^x), x = log r; (k, l) by the sign of A.
 
     A gamma density in r but for its scale, r^k e^(-l r), highest at r = k / l; w = 1 at r = 1. x is clamped to
-    [log 1e-8, 20]. Made for the ratio of whole sequences, their product. Source: arXiv 2602.10693 and
-    cards_objectives.md section 2.
+    [log 1e-8, 20]. Made for the ratio of whole sequences, their product. With a `sampler` correction the logarithms of
+    its steps' factors, each clamped likewise, are added to x, as TRL has it: one step that it masks makes the row count
+    for nothing. Source: arXiv 2602.10693 and cards_objectives.md section 2.
     """
 
     positive: tuple[float, float] = (2.0, 3.0)
     negative: tuple[float, float] = (3.0, 2.0)
+    sampler: SamplerCorrection | None = None
 
     def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
-        x = log_ratio.detach().clamp(math.log(1e-8), 20.0)
+        x, lowest = log_ratio.detach(), math.log(1e-8)
+        if self.sampler is not None:
+            rho = self.sampler(batch, None, advantage).log().clamp(lowest, 20.0)
+            x = x + (rho if self.sampler.level == "sequence" else batch.row_sum(rho))
+        x = x.clamp(lowest, 20.0)
         up, down = (rate + shape * x - rate * x.exp() for shape, rate in (self.positive, self.negative))
         return -torch.where(advantage >= 0, up, down).exp() * advantage * batch.log_prob
 
