@@ -67,7 +67,7 @@ def test_a_missing_second_reward_is_named():
         sw.train(model, [{"prompt": 0}], long, method="constrained-rlhf", **SMALL)
 
 
-@pytest.mark.parametrize("name", ["remax", "otb", "treepo", "vineppo", "guide", "d3s"])
+@pytest.mark.parametrize("name", ["remax", "otb", "treepo", "vineppo", "guide", "d3s", "empg"])
 def test_a_causal_language_model_is_trained_too(small_language, name):
     """Greedy answers, branches and hints go through the caches of a transformer, and scores equal what was stored."""
     model = small_language("qwen2", max_new_tokens=6, dtype="float64")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stepwell.check import (
     credit_columns,
+    credit_entropy,
     credit_oracles,
     credit_risk,
     credit_rollouts,
@@ -289,6 +290,7 @@ ORACLES: dict[str, Callable[[Provable], float]] = {
         *credit_columns.ORACLES,
         *credit_risk.ORACLES,
         *credit_rollouts.ORACLES,
+        *credit_entropy.ORACLES,
     )
 }
 
