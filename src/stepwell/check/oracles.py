@@ -26,6 +26,7 @@ from stepwell.check import (
     flow_oracles,
     flow_rewards,
     preference_oracles,
+    preference_steps,
     ratio_oracles,
 )
 from stepwell.check.expected import all_groups, expected_gradient, policy_gradient
@@ -285,6 +286,7 @@ ORACLES: dict[str, Callable[[Provable], float]] = {
         flow_losses.negative_aware_minimum,
         flow_losses.weighted_matching,
         *preference_oracles.ORACLES,
+        *preference_steps.ORACLES,
         *ratio_oracles.ORACLES,
         *credit_oracles.ORACLES,
         *credit_columns.ORACLES,
