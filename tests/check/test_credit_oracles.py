@@ -19,6 +19,7 @@ from stepwell.credit.baseline import GreedyBaseline, Informative, LengthBaseline
 from stepwell.credit.branches import TreeCredit
 from stepwell.credit.columns import AcrossPrompts, Stratified, answer_entropy
 from stepwell.credit.contest import WinnerTakesAll, WinRate, pairs_within
+from stepwell.credit.entropy import EntropyModulated
 from stepwell.credit.group import GroupCredit
 from stepwell.credit.prefixes import PrefixValues, SegmentAdvantages, Subtrees
 from stepwell.credit.risk import MixedRisk
@@ -248,6 +249,48 @@ class Late2(PrefixValues):
 
 
 @dataclass(frozen=True)
+class LooksBack(EntropyModulated):
+    """The bonus is for the turn before."""
+
+    def __call__(self, batch):
+        return super().__call__(dataclasses.replace(batch, rows=batch.rows.replace(segment=-batch.rows.segment)))
+
+
+@dataclass(frozen=True)
+class ByToken(EntropyModulated):
+    """Every token is a turn by itself."""
+
+    def __call__(self, batch):
+        steps = torch.arange(batch.mask.shape[1]).expand_as(batch.mask).contiguous()
+        return super().__call__(dataclasses.replace(batch, rows=batch.rows.replace(segment=steps)))
+
+
+@dataclass(frozen=True)
+class Overheard(EntropyModulated):
+    """Tokens that are not trained count in a turn's entropy."""
+
+    def __call__(self, batch):
+        rows = batch.rows.replace(mask=torch.ones_like(batch.rows.mask))
+        return super().__call__(dataclasses.replace(batch, rows=rows)) * batch.mask
+
+
+@dataclass(frozen=True)
+class Doubled(EntropyModulated):
+    """The mean of the gains is 2."""
+
+    def __call__(self, batch):
+        return EntropyModulated(2.0 * self.credit, self.k, self.k_future, self.zeta)(batch)
+
+
+@dataclass(frozen=True)
+class Unsure(EntropyModulated):
+    """The least sure turns count most."""
+
+    def __call__(self, batch):
+        return EntropyModulated(self.credit, -self.k, self.k_future, self.zeta)(batch)
+
+
+@dataclass(frozen=True)
 class Falls(Multiplier):
     """The price falls while the constraint is broken."""
 
@@ -371,6 +414,14 @@ PLANTED = [
     ("vine_gradient", "vineppo", parts(credit_of=Late2()), "a baseline that sees its segment"),
     ("hinted_gradient", "guide", parts(ratio=Ratio(denominator="old")), "no correction for the hint"),
     ("hinted_gradient", "guide", planner(AlwaysHinted), "hints without need"),
+    ("entropy_by_hand", "empg", as_kind(LooksBack), "the bonus of the turn before"),
+    ("entropy_by_hand", "empg", as_kind(ByToken), "every token a turn"),
+    ("entropy_by_hand", "empg", as_kind(Overheard), "entropies of what is not trained"),
+    ("entropy_by_hand", "empg", parts(reduction=Reduction()), "a mean over tokens"),
+    ("gains_average_to_one", "empg", as_kind(Doubled), "gains of mean 2"),
+    ("unmodulated_is_grpo", "empg", credit(zeta=0.1), "a bonus all the same"),
+    ("unmodulated_is_grpo", "empg", credit(k=0.1), "a gain all the same"),
+    ("larger_scores_are_damped", "empg", as_kind(Unsure), "the least sure count most"),
 ]
 
 
@@ -409,6 +460,16 @@ def test_verl_counts_rows_that_all_succeed():
     batch = dataclasses.replace(batch, rows=rows)
     paper, verl = (float(Informative(nonzero)(batch)[0]) for nonzero in (False, True))
     assert (paper, verl) == (5.0, 2.0)
+
+
+def test_a_row_of_one_turn_has_no_bonus_so_that_empg_without_a_gain_is_grpo():
+    process, reward = uneven()
+    one = torch.zeros(len(reward), process.length, dtype=torch.long)
+    found, plain = (
+        group_gradient(process, policy, 2, reward, segment=one)
+        for policy in (policy_of(methods.get("empg"), k=0.0), policy_of(methods.get("grpo")))
+    )
+    assert deviation(found, plain) < TOLERANCE
 
 
 def test_cards_state_what_their_oracles_prove():

@@ -67,7 +67,8 @@ class Mutant:
         return self.card.recipe(**{**options, self.option: changed})
 
 
-NOT_IN_THE_LOSS = {"accept", "epochs", "minibatches", "rounds", "decay", "rate", "reference"}
+NOT_IN_THE_LOSS = {"accept", "epochs", "minibatches", "rounds", "decay", "reference", "segment", "vines"}
+NOT_IN_THE_LOSS |= {"trajectory-balance rate"}
 OTHER = {"threshold": 0.9, "limit": 0.3, "pairs": "mean", "semantics": "trl", "anchor": "down", "estimate": "k3"}
 OTHER |= {"loss": "ipo", "divergence": "forward-kl", "to_go": True, "failing": True, "ratio": True, "weighted": True}
 
@@ -75,7 +76,7 @@ OTHER |= {"loss": "ipo", "divergence": "forward-kl", "to_go": True, "failing": T
 def mutants():
     for name in LOSSES:
         for option, value in get(name).options.items():
-            if option not in NOT_IN_THE_LOSS:
+            if not {option, f"{name} {option}"} & NOT_IN_THE_LOSS:
                 yield name, option, OTHER[option] if option in OTHER else 0.99 * value if value else 0.01
 
 
@@ -198,7 +199,7 @@ def test_every_oracle_has_a_planted_mistake():
 
 
 def ways():
-    for name in ("dpo", "ipo", "f-dpo", "disco", "kdrl", "on-policy-distillation", "step-dpo", "gkd"):
+    for name in ("dpo", "ipo", "f-dpo", "disco", "kdrl", "on-policy-distillation", "step-dpo", "full-step-dpo", "gkd"):
         for way in WAYS.get(name, [{"beta": 0.0}, {"beta": 1.0, "scaled": True}, {"top": 2}]):
             yield pytest.param(name, way, id=f"{name}-{'-'.join(str(value) for value in way.values())}")
 

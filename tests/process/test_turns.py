@@ -481,5 +481,5 @@ def test_training_moves_the_model_and_its_copies_stay(small_language: Build, tmp
     run = sw.train(process, data, environment_return, "grpo", out=tmp_path / "run", **settings)
     assert run.steps == 2
     assert isinstance(run.process.frozen(), Turns)
-    for method in ("ppo", "gspo"):
+    for method in ("ppo", "gspo", "empg", "full-step-dpo"):
         sw.train(talk(small_language, max_new_tokens=20), data, environment_return, method, **settings)

@@ -29,7 +29,7 @@ def run(name, folder=None, steps=2, resume=False, options=None):
     return model, sw.train(model, data, [long, odd], method=method, **settings, **out)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "full-step-dpo"])
 def test_every_method_of_credit_trains_with_any_group_size(name):
     before = sw.exact.markov(symbols=3, length=4, prompts=4, seed=2).logits.detach().clone()
     model, found = run(name)
@@ -53,7 +53,7 @@ def test_the_shares_of_down_sampling_grow_to_one():
     assert [m["state/tokens_kept"] for m in found.history] == pytest.approx([0.8, 1.0, 1.0])
 
 
-@pytest.mark.parametrize("name", ["remax", "vineppo", "constrained-rlhf", "guide"])
+@pytest.mark.parametrize("name", ["remax", "vineppo", "constrained-rlhf", "guide", "full-step-dpo"])
 def test_a_run_that_is_resumed_is_the_run_that_never_stopped(name, tmp_path):
     whole, _ = run(name, tmp_path / "whole", steps=4)
     run(name, tmp_path / "parts", steps=2)
@@ -67,12 +67,12 @@ def test_a_missing_second_reward_is_named():
         sw.train(model, [{"prompt": 0}], long, method="constrained-rlhf", **SMALL)
 
 
-@pytest.mark.parametrize("name", ["remax", "otb", "treepo", "vineppo", "guide", "d3s"])
+@pytest.mark.parametrize("name", ["remax", "otb", "treepo", "vineppo", "guide", "d3s", "empg", "full-step-dpo"])
 def test_a_causal_language_model_is_trained_too(small_language, name):
     """Greedy answers, branches and hints go through the caches of a transformer, and scores equal what was stored."""
     model = small_language("qwen2", max_new_tokens=6, dtype="float64")
     before = [parameter.detach().clone() for parameter in model.module.parameters()]
-    options = {"segment": 2} if name in ("treepo", "vineppo") else {}
+    options = {"segment": 2} if name in ("treepo", "vineppo", "full-step-dpo") else {}
     data = [{"prompt": "a b c", "hinted": "a b c d e"}, {"prompt": "f", "hinted": "f g"}]
 
     def even(completions, **columns):
@@ -81,5 +81,5 @@ def test_a_causal_language_model_is_trained_too(small_language, name):
     found = sw.train(model, data, even, method=methods.get(name).recipe(**options), **SMALL)
     assert found.steps == 2
     assert any(not bool((a == b).all()) for a, b in zip(before, model.module.parameters(), strict=True))
-    if name not in ("guide", "d3s"):  # on policy, once: the ratio is one
+    if name not in ("guide", "d3s", "full-step-dpo"):  # on policy, once: the ratio is one
         assert max(metrics["old_kl"] for metrics in found.history) < 1e-12

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stepwell.check import (
     credit_columns,
+    credit_entropy,
     credit_oracles,
     credit_risk,
     credit_rollouts,
@@ -25,6 +26,7 @@ from stepwell.check import (
     flow_oracles,
     flow_rewards,
     preference_oracles,
+    preference_steps,
     ratio_oracles,
 )
 from stepwell.check.expected import all_groups, expected_gradient, policy_gradient
@@ -284,11 +286,13 @@ ORACLES: dict[str, Callable[[Provable], float]] = {
         flow_losses.negative_aware_minimum,
         flow_losses.weighted_matching,
         *preference_oracles.ORACLES,
+        *preference_steps.ORACLES,
         *ratio_oracles.ORACLES,
         *credit_oracles.ORACLES,
         *credit_columns.ORACLES,
         *credit_risk.ORACLES,
         *credit_rollouts.ORACLES,
+        *credit_entropy.ORACLES,
     )
 }
 

@@ -37,6 +37,8 @@ class Numbers:
     action: np.ndarray
     segment: np.ndarray
     kept: np.ndarray
+    value_after: np.ndarray
+    ends: np.ndarray
     reward: np.ndarray
     prompt: np.ndarray
     length: np.ndarray
@@ -79,6 +81,11 @@ def some_rows(seed: int = 1) -> tuple[Trajectories, dict[str, torch.Tensor]]:
     present, reference, teacher, old, value = (
         (rng.normal(count, steps, dtype=torch.float64) - 1.5).clamp(max=-0.05) * mask for _ in range(5)
     )
+    segment = (torch.arange(steps) // 2).expand(count, steps).contiguous()
+    vines = {
+        "value_after": rng.split("vines").normal(count, 3, dtype=torch.float64).gather(1, segment),
+        "ends": (segment == ((length - 1) // 2)[:, None]).double(),
+    }
     rows = make(
         (rng.uniform(count, steps) * 2).long(),
         old,
@@ -86,11 +93,11 @@ def some_rows(seed: int = 1) -> tuple[Trajectories, dict[str, torch.Tensor]]:
         length=length,
         prompt=prompt,
         reward=rng.normal(count, dtype=torch.float64),
-        segment=(torch.arange(steps) // 2).expand(count, steps).contiguous(),
+        segment=segment,
         old_log_prob=old,
         reference_log_prob=reference,
         value=value,
-        info=TensorDict({"teacher_log_prob": teacher}, batch_size=[count]),
+        info=TensorDict({"teacher_log_prob": teacher, **vines}, batch_size=[count]),
     )
     squares = (0.1 + 0.8 * rng.uniform(count, steps, dtype=torch.float64)) * mask
     return rows, {"log_prob": present, "sum_of_squares": squares, "value": value}
@@ -104,6 +111,7 @@ def numbers(rows: Trajectories, scores: Mapping[str, torch.Tensor]) -> Numbers:
         "log_prob": scores["log_prob"].detach().to(torch.complex128),
         "reference": rows.reference_log_prob,
         "teacher": rows.info["teacher_log_prob"],
+        **{name: rows.info[name] for name in ("value_after", "ends")},
         "old": rows.old_log_prob,
         "squares": scores["sum_of_squares"],
         "value": scores["value"],
@@ -222,6 +230,21 @@ def guided(v: Numbers, i: int, alpha: float, beta: float) -> complex:
     """Row i's score, each step times 1 + alpha beta (log guide - log reference)."""
     gain = alpha * beta * (v.teacher - v.reference)
     return sum((1 + gain[i, t]) * (v.log_prob[i, t] - v.reference[i, t]) for t in v.steps(i))
+
+
+def weighed(v: Numbers, i: int, sign: int, o: Options) -> complex:
+    """Row i's log-probabilities, each times sigmoid(-+rate d) and its softmax of +-temperature times its step's worth.
+
+    The factors are constants: they have no imaginary part.
+    """
+    worth = {t: v.reward[i] if v.ends[i, t] else v.value_after[i, t] for t in v.steps(i)}
+    mass = sum(math.exp(sign * o["temperature"] * s) for s in worth.values())
+    total: complex = 0.0
+    for t, s in worth.items():
+        d = v.log_prob[i, t].real - v.reference[i, t]
+        factor = math.exp(sign * o["temperature"] * s) / mass / (1 + math.exp(sign * o["rate"] * d))
+        total += factor * v.log_prob[i, t]
+    return total
 
 
 def own(v: Numbers, i: int) -> float:

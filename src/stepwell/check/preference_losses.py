@@ -25,6 +25,7 @@ from stepwell.check.preference_by_hand import (
     shaped,
     sigmoid,
     tailed,
+    weighed,
     win_rate,
 )
 
@@ -196,6 +197,14 @@ def teacher_score(v: Numbers, o: Options) -> complex:
     return over_tokens(v, step)
 
 
+def step_pairs(v: Numbers, o: Options) -> complex:
+    losses = []
+    for i, j in v.pairs("all"):
+        weight = 1 / (1 + math.exp(o["beta"] * (v.score(i) - v.score(j)).real))
+        losses.append(-weight * (weighed(v, i, 1, o) - weighed(v, j, -1, o)))
+    return mean_of(losses)
+
+
 LOSSES: dict[str, Callable[[Numbers, Options], complex]] = {
     "dpo": dpo,
     "ipo": lambda v, o: paired(v, link("ipo", o["beta"]), lambda i: v.score(i, mean=o["semantics"] == "trl")),
@@ -251,6 +260,7 @@ LOSSES: dict[str, Callable[[Numbers, Options], complex]] = {
             for i, j in v.pairs("extremes")
         ]
     ),
+    "full-step-dpo": step_pairs,
     "copg": consistency,
     "dno": nash,
     "sppo": self_play,
@@ -288,6 +298,7 @@ WAYS: dict[str, list[Options]] = {
     "online-dpo": [{"loss": "ipo", "beta": 0.7}],
     "pre-dpo": [{"pairs": "all"}],
     "step-dpo": [{"pairs": "extremes"}],
+    "full-step-dpo": [{"beta": 0.7, "temperature": 2.0, "rate": 0.3}, {"temperature": 0.0, "rate": 0.0}],
     "disco": [{"ratio": True, "temperature": 2.0, "threshold": 0.0, "limit": -2.0, "penalty": 0.7}],  # so that it bites
     "kdrl": [{"kl": 0.5, "failing": True, "estimate": "k3"}],
     "on-policy-distillation": [{"to_go": True}, {"front": 0.5, "maximum": 1.1}],

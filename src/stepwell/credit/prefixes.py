@@ -86,11 +86,24 @@ def shared_prefix(batch: Batch, steps: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PrefixValues(Part):
-    """A_it = V_{k+1} - V_k on the steps of segment k, (N, T): `Vines` measures V of each prefix and notes it.
+class StepValues(Part):
+    """V_{k+1} on the steps of segment k, (N, T): what a row is worth with that segment, R once the row has ended.
 
-    V_k is the mean reward of rows drawn apart from the state before segment k, and R once the row has ended: every
-    difference is an unbiased advantage of its segment, and they add up to R - V_0.
+    V_k is the mean reward of rows that `Vines` draws apart from the state before segment k, and notes on the samples.
+    """
+
+    reward: Part = field(default_factory=Outcome)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        after, ends = batch.field("value_after").to(batch.mask.dtype), batch.field("ends") > 0
+        return torch.where(ends, self.reward(batch)[:, None], after) * batch.mask
+
+
+@dataclass(frozen=True)
+class PrefixValues(Part):
+    """A_it = V_{k+1} - V_k on the steps of segment k, (N, T), of the values that `StepValues` reads.
+
+    Every difference is an unbiased advantage of its segment, and they add up to R - V_0.
 
     Source: VinePPO, arXiv 2410.01679, without its PPO's value head, which it needs none of.
     """
@@ -98,6 +111,5 @@ class PrefixValues(Part):
     reward: Part = field(default_factory=Outcome)
 
     def __call__(self, batch: Batch) -> Tensor:
-        before, after = (batch.field(name).to(batch.mask.dtype) for name in ("value_before", "value_after"))
-        ends = batch.field("ends") > 0
-        return (torch.where(ends, self.reward(batch)[:, None], after) - before) * batch.mask
+        before = batch.field("value_before").to(batch.mask.dtype)
+        return StepValues(self.reward)(batch) - before * batch.mask

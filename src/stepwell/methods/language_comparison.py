@@ -9,8 +9,10 @@ from stepwell.methods.registry import method
 from stepwell.objective.links import OddsRatio, link
 from stepwell.objective.pairs import Logistic, Pairing, Pairs, SequenceScore
 from stepwell.objective.scores import ImplicitReward, Parting, TokenGuided
+from stepwell.objective.step_pairs import StepPairs
 from stepwell.objective.unpaired import Prospect, RejectionPairs
 from stepwell.plan.groups import Groups
+from stepwell.plan.measured import Vines
 from stepwell.recipe import Recipe
 
 AVERAGE = SequenceScore(mean=True, against="none")
@@ -162,6 +164,28 @@ def pre_dpo(beta: float = 0.1, pairs: str = "extremes") -> Recipe:
 )
 def step_dpo(beta: float = 0.4, pairs: str = "all") -> Recipe:
     return Recipe(Pairs(Logistic(beta), Parting(), Pairing(pairs)))  # type: ignore[arg-type]
+
+
+@method(
+    "full-step-dpo",
+    title="Full-Step-DPO",
+    paper="Full-Step-DPO: Self-Supervised Preference Optimization with Step-wise Rewards for Mathematical Reasoning",
+    arxiv="2502.14356",
+    year=2025,
+    differs="dpo in which each step weighs by its reward: the best steps of the chosen row, the worst of the rejected.",
+    note="Formula and defaults are those of the authors' code, but for its softmax times n and sum over n, which "
+    "cancel. It masks tokens whose step's reward is exactly 0; here those are masked that are not trained. There each "
+    "prompt's pairs are averaged first; here all pairs count alike. In place of a process reward model, rows drawn "
+    "after each step measure its reward; steps have a number of tokens. At rate = temperature = 0 the slope of a row "
+    "of n tokens is dpo's of all pairs over 2 beta n.",
+    proof=("loss_by_hand", "even_steps_are_dpo", "measured_step_values"),
+    catalogue=170,
+)
+def full_step_dpo(
+    beta: float = 0.05, temperature: float = 0.5, rate: float = 1.0, segment: int = 32, vines: int = 4
+) -> Recipe:
+    pairs = StepPairs(beta=beta, temperature=temperature, rate=rate)
+    return Recipe(pairs, Vines(segment=segment, vines=vines))
 
 
 @method(
