@@ -70,7 +70,7 @@ class HighEntropy(Gate):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.top <= 1:
-            raise InputError(f"The share of steps with the highest entropy is {self.top}; above 0 and up to 1 is right.")
+            raise InputError(f"The share of high-entropy steps is {self.top}; above 0 and up to 1 is right.")
 
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
         entropy = batch.present("entropy")
