@@ -220,3 +220,40 @@ def test_splitting_one_name_twice_is_refused_because_a_real_stream_would_repeat_
     with pytest.raises(Unenumerable, match="repeats"):
         law(lambda rng: (rng.split("a", 1), rng.split("a", 1)))
     law(lambda rng: (rng.split("a").split(1), rng.split("a", 1), rng.split("b").split(1)))
+
+
+@pytest.mark.parametrize("symbols", [1, 3, 255, 256, 257, 1000])
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32])
+def test_a_symbol_is_drawn_through_the_inverse_of_the_distribution_function(symbols, kind):
+    weights = Rng(2).uniform(500, symbols, dtype=kind) * (Rng(3).uniform(500, symbols) < 0.7)
+    weights[:, -1] += 0.1
+    found, uniform = Rng(4).categorical(weights), Rng(4).uniform(500, 1, dtype=torch.float64)
+    below = weights.double().cumsum(1)
+    high, low = (x.gather(1, found[:, None]) for x in (below, torch.nn.functional.pad(below, (1, 0))))
+    point, slack = uniform * below[:, -1:], symbols * torch.finfo(kind).eps * below[:, -1:]
+    assert bool(((low - slack <= point) & (point <= high + slack)).all())
+    assert bool((weights.gather(1, found[:, None]) > 0).all())
+
+
+class Last(Rng):
+    """Uniforms as close to 1 as there are."""
+
+    def uniform(self, *shape, dtype=None):
+        return torch.full(shape, 1 - 2**-53, dtype=dtype)
+
+
+@pytest.mark.parametrize("symbols", [3, 300])
+def test_the_largest_uniform_draws_the_last_symbol_that_there_is(symbols):
+    weights = torch.rand(64, symbols, generator=torch.Generator().manual_seed(0)).double()
+    weights[:, -2:] = 0.0
+    assert Last(0).categorical(weights).tolist() == [symbols - 3] * 64
+
+
+@pytest.mark.parametrize("row", [[0.0, 0.0], [math.nan, 1.0], [-1.0, 2.0], [math.inf, 1.0]])
+def test_what_is_no_law_is_refused(row):
+    with pytest.raises(InputError, match="no law"):
+        Rng(0).categorical(torch.tensor([[0.5, 0.5], row]))
+
+
+def test_no_row_draws_nothing():
+    assert Rng(0).categorical(torch.zeros(0, 3)).shape == (0,)

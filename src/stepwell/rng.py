@@ -14,9 +14,12 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepwell.errors import InputError, Unenumerable
+
+BLOCK = 256
+"""Symbols that are summed up at once, where one is drawn from many."""
 
 
 class Rng:
@@ -36,9 +39,29 @@ class Rng:
         self._generator = torch.Generator(self.device).manual_seed(self.seed)
 
     def categorical(self, probabilities: Tensor) -> Tensor:
-        """One index a row, (N,), from unnormalised probabilities (N, K)."""
-        drawn = torch.multinomial(probabilities.to(self.device), 1, generator=self._generator)[:, 0]
-        return drawn.to(probabilities.device)
+        """One index a row, (N,), from unnormalised probabilities (N, K): one uniform a row, through its inverse CDF.
+
+        Blocks of symbols are summed in the kind of the probabilities, at least float32, and all else in double
+        precision, so that no symbol is lost beside many; one of probability 0 is never drawn.
+
+        Raises `InputError` for a row whose probabilities are not numbers from 0 with a sum above it.
+        """
+        rows, symbols = probabilities.shape
+        values = probabilities if probabilities.dtype == torch.float64 else probabilities.float()
+        if symbols % BLOCK and symbols > BLOCK:
+            values = nn.functional.pad(values, (0, -symbols % BLOCK))
+        blocks = values.unflatten(1, (-1, min(symbols, BLOCK)))
+        sums = blocks.sum(-1).double().cumsum(-1)  # (N, B) first which block, then where in it
+        total = sums[:, -1:]
+        if not bool(((total > 0) & total.isfinite()).all() & (values.amin(-1) >= 0).all()):
+            raise InputError(
+                "A row's probabilities are no law: each has to be a number from 0, and their sum above it."
+            )
+        point = self.uniform(rows, 1, dtype=torch.float64).to(total.device) * total
+        block = _first_above(sums, point)
+        rest = point - nn.functional.pad(sums, (1, 0)).gather(1, block)
+        inside = blocks[torch.arange(rows, device=block.device), block[:, 0]].cumsum(-1, dtype=torch.float64)
+        return (block * BLOCK + _first_above(inside, rest))[:, 0]
 
     def bernoulli(self, probability: Tensor) -> Tensor:
         """True with the given probability, elementwise; a bool tensor of the same shape."""
@@ -97,6 +120,13 @@ def _enough(log_weights: Tensor, count: int) -> None:
 
 LONGEST = 10_000
 """Choices that one run of a `Replay` may make."""
+
+
+def _first_above(rising: Tensor, point: Tensor) -> Tensor:
+    """(N, 1) the first place of each rising row (N, K) that is above the point (N, 1), or where rounding has put the
+    point beyond all of them, the first that is as high as the last."""
+    last = rising[:, -1:]
+    return torch.searchsorted(rising, torch.minimum(point, torch.nextafter(last, -torch.ones_like(last))), right=True)
 
 
 class Replay(Rng):
