@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,67 @@ def curves(
         axes.plot(line.x, scale * line.y, color=tint, linestyle=dashes, linewidth=width, alpha=alpha)
     axes.set_xlabel(x_label)
     axes.margins(x=0.02)
+    _short_numbers(axes, lines)
+    return svg(figure, title)
+
+
+def multiples(
+    lines: Sequence[Line], x_label: str, title: str, *, percent: bool = False, level: float | None = None
+) -> str:
+    """A panel for each line, with its band, over all the others in grey; the axes are the same everywhere."""
+    from matplotlib.figure import Figure
+
+    across = min(4, len(lines))
+    down = -(-len(lines) // across)
+    figure = Figure(figsize=(2.15 * across, 1.55 * down + 0.25), layout="constrained")
+    scale = 100.0 if percent else 1.0
+    panels: Any = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flatten()
+    for place, axes in enumerate(panels):
+        _plain_axes(axes)
+        if place >= len(lines):
+            axes.set_axis_off()
+            continue
+        own = lines[place]
+        for line in lines:
+            axes.plot(line.x, scale * line.y, color=_GRID, linewidth=0.9)
+        if level is not None:
+            axes.axhline(scale * level, color=_MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+        if own.low is not None and own.high is not None:
+            axes.fill_between(
+                own.x, scale * own.low, scale * own.high, color=colour(own.series), alpha=0.2, linewidth=0
+            )
+        axes.plot(own.x, scale * own.y, color=colour(own.series), linewidth=1.9)
+        axes.set_title(own.label, loc="left", color=_INK, fontsize=9)
+        axes.margins(x=0.02)
+        _short_numbers(axes, lines)
+    figure.supxlabel(x_label, color=_MUTED, fontsize=9)
+    return svg(figure, title)
+
+
+def matrix(labels: Sequence[str], bars: Mapping[tuple[int, int], Bar], title: str, *, percent: bool = False) -> str:
+    """Differences of pairs, row less column, where `bars` has them; those without zero in their interval stand out."""
+    size = len(labels)
+    figure, axes = _figure(0.34 * size + 0.9, width=0.62 * size + 1.9)
+    scale, words = (100.0, "{:+.1f}") if percent else (1.0, "{:+.2g}")
+    for (row, column), bar in bars.items():
+        tint = colour(bar.series)
+        if bar.sure:
+            axes.fill_between(
+                [column - 0.46, column + 0.46], row - 0.42, row + 0.42, color=tint, alpha=0.22, linewidth=0
+            )
+        weight = "bold" if bar.sure else "normal"
+        said = "=" if bar.low == bar.high == 0 else words.format(scale * bar.value)
+        ink = _INK if bar.sure else _MUTED
+        axes.text(column, row, said, ha="center", va="center", color=ink, fontsize=8, fontweight=weight)
+    axes.set_xlim(-0.5, size - 0.5)
+    axes.set_ylim(size - 0.5, -0.5)
+    axes.set_xticks(range(size), labels, rotation=35, ha="left")
+    axes.xaxis.set_ticks_position("top")
+    axes.set_yticks(range(size), labels)
+    axes.tick_params(length=0, colors=_INK, labelsize=8.5)
+    axes.grid(visible=False)
+    for side in axes.spines.values():
+        side.set_visible(False)
     return svg(figure, title)
 
 
@@ -122,6 +183,14 @@ def bars(names: Sequence[str], series: Sequence[int], values: Sequence[float], t
     return svg(figure, title)
 
 
+def _short_numbers(axes: Axes, lines: Sequence[Line]) -> None:
+    """Large numbers along x as 100 k and 2 M."""
+    from matplotlib.ticker import EngFormatter
+
+    if max((float(line.x.max()) for line in lines if line.x.size), default=0.0) >= 1e4:
+        axes.xaxis.set_major_formatter(EngFormatter())
+
+
 def smoothed(values: Values, window: int) -> Values:
     """A centred moving average, narrower at both ends, over what is finite: (T,) -> (T,)."""
     kernel = np.ones(window)
@@ -137,6 +206,11 @@ def _figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
+    _plain_axes(axes)
+    return figure, axes
+
+
+def _plain_axes(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -145,7 +219,6 @@ def _figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     axes.tick_params(colors=_MUTED, labelsize=9, length=3, color=_GRID)
     axes.xaxis.label.set(color=_MUTED, size=9)
-    return figure, axes
 
 
 def svg(figure: Any, title: str) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from stepwell.compare.charts import Values
 from stepwell.compare.results import Comparison
 from stepwell.compare.statistics import Interval, difference, interquartile_mean, interval
 
@@ -83,7 +84,22 @@ def find(comparison: Comparison, level: float = 0.95) -> Findings | None:
     start = interval(starts[labels[0]], level=level)
     begins = {trial.seed: trial.measures for trial in every}
     before = {name: over_seeds([begins[seed][name][0] for seed in seeds], level) for name in names}
-    return Findings(start, rows, pairs, _sentences(comparison, start, rows, pairs, len(seeds)), before)
+    sentences = _sentences(comparison, start, rows, pairs, len(seeds))
+    sentences += [_alike(group) for group in same_scores(scores)]
+    return Findings(start, rows, pairs, sentences, before)
+
+
+def same_scores(scores: Mapping[str, Values]) -> list[list[str]]:
+    """The labels, two or more together, whose scores are the same for every seed and prompt.
+
+    Example:
+        >>> same_scores({"a": np.zeros((1, 2)), "b": np.ones((1, 2)), "c": np.zeros((1, 2))})
+        [['a', 'c']]
+    """
+    groups: dict[bytes, list[str]] = {}
+    for label, table in scores.items():
+        groups.setdefault(np.ascontiguousarray(table).tobytes(), []).append(label)
+    return [labels for labels in groups.values() if len(labels) > 1]
 
 
 def over_seeds(values: Sequence[float | None], level: float = 0.95) -> Interval:
@@ -155,6 +171,13 @@ def _sentences(
     for label, error in comparison.errors.items():
         sentences.append(f"{label} failed ({error}).")
     return sentences
+
+
+def _alike(labels: Sequence[str]) -> str:
+    return (
+        f"{_listed(labels)} ended with the very same scores: what they differ in never came into play. Ratios and "
+        "their clips do not where a rollout has one update; the settings minibatches and epochs give it more."
+    )
 
 
 def _gains(rows: Sequence[Row]) -> str:

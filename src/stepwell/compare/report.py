@@ -27,6 +27,8 @@ AXES = {
     "steps": ("steps", lambda point: point["step"]),
 }
 GRID = 80
+FEW = 6
+"""Methods that one chart shows side by side; more get a panel each, and a table of their differences."""
 
 
 def write_report(comparison: Comparison, path: str | Path) -> Path:
@@ -67,6 +69,8 @@ def page(comparison: Comparison) -> dict[str, Any]:
     series = {entry.label: place for place, entry in enumerate(comparison.entries)}
     made = comparison.made
     names = ", ".join(entry.label for entry in comparison.entries)
+    if len(comparison.entries) > FEW:
+        names = f"{len(comparison.entries)} methods"
     samples = comparison.evaluation["samples"]
     judged_on = "held-out prompts"
     if task.get("same_prompts"):
@@ -162,41 +166,10 @@ def _table(comparison: Comparison, findings: Findings, series: Mapping[str, int]
 
 
 def _sections(comparison: Comparison, findings: Findings, series: Mapping[str, int]) -> list[dict[str, Any]]:
-    shown, unit = bool(percent(comparison)), comparison.task["unit"]
     sections = [_figure(comparison)] if comparison.figure else []
-    axes = [comparison.budget_unit, "steps"] if comparison.budget_unit != "steps" else ["steps", "seconds"]
-    drawn = []
-    for axis in axes:
-        name = AXES[axis][0].replace("tokens", comparison.work)
-        lines = [_curve(comparison, entry, series[entry.label], axis) for entry in comparison.complete]
-        title = f"{unit.capitalize()} by {name}"
-        svg = charts.curves(lines, name, title, percent=shown, level=findings.start.value)
-        drawn.append(chart(title, svg, comparison.held_out + (", %" if shown else "")))
-    lines = [_training(comparison, entry, series[entry.label]) for entry in comparison.complete]
-    title = "Reward while training"
-    drawn.append(chart(title, charts.curves(lines, "steps", title, percent=shown), "training prompts, moving average"))
-    one = len(comparison.shared_seeds) == 1
-    band = f"The bands are 95 % intervals over {comparison.held_out}" if one else "The bands span the seeds"
-    sections.append(
-        {
-            "title": "Learning",
-            "note": f"{band}; the dotted line is the common start.",
-            "legend": True,
-            "small": False,
-            "charts": drawn,
-        }
-    )
+    sections.append(_learning(comparison, findings, series))
     if findings.pairs:
-        bars = [
-            Bar(f"{p.first} − {p.second}", 0, p.difference.value, p.difference.low, p.difference.high, sure)
-            for p in findings.pairs
-            for sure in [p.difference.above_zero or p.difference.below_zero]
-        ]
-        axis = f"difference in {unit}" + (", percentage points" if shown else "")
-        svg = charts.forest(bars, axis, "Paired differences", percent=shown)
-        note = "Paired by seed and prompt. Hollow: the interval contains zero, so neither method is shown to be better."
-        forest = chart("Difference of each pair, with its 95 % interval", svg, kind="wide")
-        sections.append({"title": "Differences", "note": note, "legend": False, "small": False, "charts": [forest]})
+        sections.append(_differences(comparison, findings))
     labels = [row.label for row in findings.rows]
     costs = []
     for name in units_spent(findings):
@@ -208,6 +181,61 @@ def _sections(comparison: Comparison, findings: Findings, series: Mapping[str, i
     note = f"What a run spent on average, in every unit; the budget was {comparison.budget}. Evaluation is not in it."
     sections.append({"title": "Cost", "note": note, "legend": False, "small": True, "charts": costs})
     return sections
+
+
+def _learning(comparison: Comparison, findings: Findings, series: Mapping[str, int]) -> dict[str, Any]:
+    """Held-out scores by what was spent, and rewards in training; of many methods the first alone, a panel each."""
+    shown, unit = bool(percent(comparison)), comparison.task["unit"]
+    many, level = len(comparison.complete) > FEW, findings.start.value
+    axes = [comparison.budget_unit, "steps"] if comparison.budget_unit != "steps" else ["steps", "seconds"]
+    drawn = []
+    for axis in axes[:1] if many else axes:
+        name = AXES[axis][0].replace("tokens", comparison.work)
+        lines = [_curve(comparison, entry, series[entry.label], axis) for entry in comparison.complete]
+        title = f"{unit.capitalize()} by {name}"
+        draw = charts.multiples if many else charts.curves
+        about = comparison.held_out + (", %" if shown else "")
+        drawn.append(chart(title, draw(lines, name, title, percent=shown, level=level), about, "full" if many else ""))
+    if not many:
+        lines = [_training(comparison, entry, series[entry.label]) for entry in comparison.complete]
+        title = "Reward while training"
+        svg = charts.curves(lines, "steps", title, percent=shown)
+        drawn.append(chart(title, svg, "training prompts, moving average"))
+    one = len(comparison.shared_seeds) == 1
+    band = f"The bands are 95 % intervals over {comparison.held_out}" if one else "The bands span the seeds"
+    note = f"{band}; the dotted line is the common start" + ("; grey are the others." if many else ".")
+    return {"title": "Learning", "note": note, "legend": not many, "small": False, "charts": drawn}
+
+
+def _differences(comparison: Comparison, findings: Findings) -> dict[str, Any]:
+    """Every two methods' difference with its interval; of many methods the differences alone, in a table."""
+    shown, unit = bool(percent(comparison)), comparison.task["unit"]
+    axis = f"difference in {unit}" + (", percentage points" if shown else "")
+    bars = {
+        (pair.first, pair.second): Bar(f"{pair.first} − {pair.second}", 2, found.value, found.low, found.high, sure)
+        for pair in findings.pairs
+        for found in [pair.difference]
+        for sure in [found.above_zero or found.below_zero]
+    }
+    labels = [row.label for row in findings.rows]
+    if len(labels) > FEW:
+        place = {label: number for number, label in enumerate(labels)}
+        cells = {(place[first], place[second]): bar for (first, second), bar in bars.items()}
+        drawn = chart(
+            f"Row less column: {axis}", charts.matrix(labels, cells, "Paired differences", percent=shown), kind="full"
+        )
+        note = (
+            "Paired by seed and prompt. Filled: the 95 % interval is without zero. Of all others neither is shown "
+            "to be better; of those marked = every score is the same."
+        )
+    else:
+        drawn = chart(
+            "Difference of each pair, with its 95 % interval",
+            charts.forest(list(bars.values()), axis, "Paired differences", percent=shown),
+            kind="wide",
+        )
+        note = "Paired by seed and prompt. Hollow: the interval contains zero, so neither method is shown to be better."
+    return {"title": "Differences", "note": note, "legend": False, "small": False, "charts": [drawn]}
 
 
 def _figure(comparison: Comparison) -> dict[str, Any]:
