@@ -218,3 +218,41 @@ def test_a_folder_without_a_run_is_named(tmp_path):
         report_runs([tmp_path], tmp_path / "report.html")
     with pytest.raises(InputError, match="is not there"):
         report_runs([tmp_path / "nowhere"], tmp_path / "report.html")
+
+
+SEVEN = {"grpo": 0.5, "dr-grpo": 0.6, "rloo": 0.4, "gspo": 0.5, "cispo": 0.45, "dpo": 0.3, "ppo": 0.55}
+
+
+def test_many_methods_have_a_panel_each_and_a_table_of_their_differences():
+    few, many = (page(made({name: SEVEN[name] for name in list(SEVEN)[:count]})) for count in (6, 7))
+    assert few["heading"].endswith("gspo, cispo, dpo")
+    assert many["heading"] == "Fake: 7 methods"
+    for content, charts in ((few, 3), (many, 1)):
+        learning, differences = content["sections"][:2]
+        assert len(learning["charts"]) == charts
+        assert learning["legend"] == (content is few)
+        assert len(differences["charts"]) == 1
+    table = str(many["sections"][1]["charts"][0]["svg"])
+    assert "7 methods" not in table
+    for label in SEVEN:  # as a row and as a column
+        assert len(re.findall(rf">\s*{label}\s*<", table)) == 2
+    assert len(re.findall(r">\s*[+−-]\d+\.\d\s*<", table)) == 7 * 6 // 2
+    ids = re.findall(r'\bid="([^"]+)"', render(many))
+    assert len(ids) == len(set(ids))
+
+
+def test_methods_that_never_differed_are_said_to_be_alike_and_others_are_not():
+    comparison = made(SEVEN)
+    assert not any("very same" in sentence for sentence in find(comparison).sentences)
+    by_label = {entry.label: entry for entry in comparison.entries}
+    for twin in ("gspo", "cispo"):
+        trials = [
+            dataclasses.replace(t, end=o.end)
+            for t, o in zip(*(by_label[n].trials for n in (twin, "grpo")), strict=True)
+        ]
+        by_label[twin] = dataclasses.replace(by_label[twin], trials=trials)
+    comparison = dataclasses.replace(comparison, entries=list(by_label.values()))
+    said = [sentence for sentence in find(comparison).sentences if "very same" in sentence]
+    assert len(said) == 1
+    assert said[0].startswith("grpo, gspo and cispo ended")
+    assert str(page(comparison)["sections"][1]["charts"][0]["svg"]).count(">=<") == 3
