@@ -14,7 +14,7 @@ from stepwell.objective.regularise import Divergence, Estimate, Regulariser, ent
 from stepwell.objective.surrogate import Clip, Score
 from stepwell.objective.term import Objective, Term
 from stepwell.objective.value import ValueLoss
-from stepwell.parts import Part
+from stepwell.parts import NotNegative, Part
 from stepwell.plan.groups import DynamicSampling
 from stepwell.recipe import Recipe
 
@@ -39,7 +39,7 @@ def reward_with(kl: float) -> Part:
     differs="The score function with the reward itself: unbiased, and as noisy as it gets.",
     proof=("exact_gradient",),
 )
-def reinforce(kl: float = 0.0) -> Recipe:
+def reinforce(kl: NotNegative = 0.0) -> Recipe:
     credit = GroupCredit("none", reward=reward_with(kl))
     return Recipe(Policy(credit, surrogate=Score(), reduction=Reduction("row-sum")))
 
@@ -53,7 +53,7 @@ def reinforce(kl: float = 0.0) -> Recipe:
     differs="Each sample's baseline is the mean reward of the others; one clipped ratio a sequence, their product.",
     proof=("exact_gradient",),
 )
-def rloo(clip: float = 0.2, kl: float = 0.0) -> Recipe:
+def rloo(clip: float = 0.2, kl: NotNegative = 0.0) -> Recipe:
     credit = GroupCredit("leave-one-out", reward=reward_with(kl))
     return Recipe(Policy(credit, Ratio("sequence", "product"), Clip(clip, clip), reduction=Reduction("row")))
 
@@ -67,7 +67,7 @@ def rloo(clip: float = 0.2, kl: float = 0.0) -> Recipe:
     differs="Rewards standardised within the group; token ratios, clipped; the mean of each row's mean.",
     proof=("standardised_gradient", "length_weighted_gradient"),
 )
-def grpo(clip: float = 0.2, kl: float = 0.0, epsilon: float = 1e-4) -> Recipe:
+def grpo(clip: float = 0.2, kl: NotNegative = 0.0, epsilon: float = 1e-4) -> Recipe:
     policy = Policy(GroupCredit("mean", "std", epsilon=epsilon), surrogate=Clip(clip, clip), reduction=Reduction("row"))
     return Recipe(penalised(policy, kl, reduction="row"))
 
@@ -140,7 +140,7 @@ def ppo(
     clip: float = 0.2,
     lam: float = 0.95,
     gamma: float = 1.0,
-    kl: float = 0.0,
+    kl: NotNegative = 0.0,
     value_coefficient: float = 0.1,
     value_clip: float = 0.2,
     entropy: float = 0.0,

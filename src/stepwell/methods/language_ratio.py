@@ -35,7 +35,7 @@ from stepwell.objective.surrogate import (
     SignedScore,
     Taper,
 )
-from stepwell.parts import Constant
+from stepwell.parts import Constant, NotNegative
 from stepwell.plan.demonstrations import Demonstrated
 from stepwell.plan.groups import DynamicSampling
 from stepwell.recipe import Recipe
@@ -373,7 +373,7 @@ def asymre(shift: float = -0.1) -> Recipe:
     differs="REINFORCE with the group's mean as baseline, divided by 1 + tau: another learning rate, and no more.",
     proof=("stated_slopes",),
 )
-def opmd(tau: float = 1.0) -> Recipe:
+def opmd(tau: NotNegative = 1.0) -> Recipe:
     return Recipe(Policy(GroupCredit("mean"), surrogate=Score(), coefficient=1 / (1 + tau)))
 
 
@@ -467,7 +467,7 @@ def rl_plus(clip: float = 0.2, gamma: float = 0.5, share: float = 0.25) -> Recip
     "need a column `demonstration`.",
     proof=("either_half", "stated_slopes"),
 )
-def hpt(gate: float = 0.0, success: float = 0.0, clip: float = 0.2, imitation: float = 1.0) -> Recipe:
+def hpt(gate: float = 0.0, success: float = 0.0, clip: float = 0.2, imitation: NotNegative = 1.0) -> Recipe:
     learns = (Sources(), SuccessRate(gate, True, success))
     imitates = (Sources(own=False), SuccessRate(gate, False, success))
     policy = Policy(AgainstOwn(), surrogate=Clip(clip, clip), gates=learns, reduction=PerPrompt())
