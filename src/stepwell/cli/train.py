@@ -85,6 +85,11 @@ class Train(Command):
         from stepwell.train.distribute import World
         from stepwell.train.settings import Settings
 
+        if ":" in self.method:
+            name, _, option = self.method.partition(":")
+            raise InputError(
+                f"--method is '{self.method}'; options have their own argument, --method {name} --set {option}."
+            )
         card, options = registry.get(self.method), options_from(self.set)
         recipe = card.recipe(**options)
         kind = processes.kind_of(self.model)

@@ -148,5 +148,5 @@ def get_task(name: str, **options: Any) -> Task:
     known = {entry.name: entry for entry in tasks()}
     if name not in known:
         raise UnknownName("task", name, known)
-    check_options(f"task {name}", options, known[name].options)
+    check_options(f"task {name}", options, known[name].build)
     return known[name].build(**options)
