@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -23,9 +24,11 @@ from stepwell.objective.gaussian import NoiseAware
 from stepwell.objective.policy import Policy
 from stepwell.objective.reduction import Reduction
 from stepwell.objective.regularise import Divergence, Regulariser
+from stepwell.objective.selection import MostSpread
+from stepwell.objective.state import Ramp
 from stepwell.objective.surrogate import Clip, Score
 from stepwell.objective.term import Loss
-from stepwell.parts import Part
+from stepwell.parts import Checked, Part
 from stepwell.plan.groups import DynamicSampling
 from stepwell.recipe import Recipe
 
@@ -67,6 +70,8 @@ BESIDE: dict[str, dict[str, object]] = {
     "vllm_importance_sampling_clip_max": {"vllm_importance_sampling_mode": "token_mask"},
 }
 """Options without which another means nothing."""
+SHARES = ("gamma", "lam", "decay", "least")
+"""Options of which twice the default may be more than there is: half of it is tried."""
 
 TEN = "cispo dapo dpo dr-grpo gspo grpo ppo raft reinforce rloo".split()
 
@@ -115,7 +120,10 @@ def test_every_option_of_a_method_changes_its_parts(name):
     found = methods.get(name)
     for option, value in found.options.items():
         assert not isinstance(value, str) or option in OTHER, f"say in OTHER what else '{option}' of {name} may be"
-        changed = (not value) if isinstance(value, bool) else OTHER.get(option, value * 2 if value else 1)
+        larger = value * 2 if value else 1
+        if option in SHARES and value:
+            larger = (value // 2 or 2) if isinstance(value, int) else value / 2
+        changed = (not value) if isinstance(value, bool) else OTHER.get(option, larger)
         choices = [choice for choice in (changed if isinstance(changed, tuple) else (changed,)) if choice != value]
         ways = [{}] if option == "variant" else list(variants(found))
         beside = {other: value for other, value in BESIDE.get(option, {}).items() if other in found.options}
@@ -130,6 +138,26 @@ def differs(found, way, option, choice):
         return found.recipe(**way, **{option: choice}) != found.recipe(**way)
     except InputError:
         return False
+
+
+def test_the_types_of_every_part_can_be_read():
+    """Else its numbers and choices would go unchecked, without a word."""
+
+    def below(kind):
+        return {kind, *(each for child in kind.__subclasses__() for each in below(child))}
+
+    own = {kind for kind in below(Checked) if kind.__module__.startswith("stepwell.")}
+    assert len(own) > 80
+    for kind in filter(is_dataclass, own):
+        assert set(get_type_hints(kind)) >= {entry.name for entry in fields(kind)}
+
+
+def test_a_state_begins_with_a_number_that_its_part_may_have():
+    MostSpread(share=Ramp("rows", 0.5))
+    with pytest.raises(InputError, match="'share' of MostSpread is -1; a number above 0 and at most 1 is right"):
+        MostSpread(share=Ramp("rows", -1))
+    with pytest.raises(InputError, match="'share' of MostSpread is None; a number above 0"):
+        MostSpread(share=None)
 
 
 @dataclass(frozen=True)

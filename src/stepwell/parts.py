@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from numbers import Integral, Real
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -104,24 +106,103 @@ class Batch:
         return (values * self.mask).sum(1, keepdim=True)
 
 
+@dataclass(frozen=True)
+class Range:
+    """The numbers that make sense, and the words for them: from `least` to `most`, `above` without `least` itself.
+
+    `whole`: whole numbers only; `endless`: infinity too. A field says so by its type: `gamma: Share = 1.0`, or
+    `p: Annotated[float, Range("a number from -1 to 1", -1, 1)]`.
+    """
+
+    words: str
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False
+    whole: bool = False
+    endless: bool = False
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is such a number.
+
+        Example:
+            >>> fraction = Range("above 0 and at most 1", 0, 1, above=True)
+            >>> [fraction.holds(value) for value in (0.5, 1, 0, float("nan"), True, "1")]
+            [True, True, False, False, False, False]
+        """
+        if isinstance(value, bool) or not issubclass(type(value), Integral if self.whole else Real):
+            return False
+        inside = self.least < value <= self.most or (value == self.least and not self.above)
+        return inside and (self.endless or abs(value) != math.inf)
+
+
+Share = Annotated[float, Range("a number from 0 to 1", 0, 1)]
+Portion = Annotated[float, Range("a number above 0 and at most 1", 0, 1, above=True)]
+Positive = Annotated[float, Range("a finite number above 0", 0, above=True)]
+NotNegative = Annotated[float, Range("a finite number from 0 on", 0)]
+Width = Annotated[float, Range("0 or more", 0, endless=True)]
+Size = Annotated[int, Range("a whole number from 1 on", 1, whole=True)]
+Count = Annotated[int, Range("a whole number from 0 on", 0, whole=True)]
+
+_NUMBERS = {float: Range("a finite number"), int: Range("a whole number", whole=True)}
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a type asks of a value: one of the `choices`, a number in the `range` or one of `others`, or a `part`.
+
+    `bare`: the range is that of a plain `float` or `int`.
+    """
+
+    choices: tuple[Any, ...] = ()
+    range: Range | None = None
+    others: tuple[type, ...] = ()
+    part: type | None = None
+    bare: bool = False
+
+    def refuse(self, what: str, value: Any) -> None:
+        """Raise `InputError` for any other value; of a state, whose values are yet to come, for another first value."""
+        if self.choices and value not in self.choices:
+            raise UnknownName(what, str(value), map(str, self.choices))
+        apart = isinstance(value, self.others)
+        number = getattr(value, "initial", None) if apart else value
+        if self.range and not (apart and number is None) and not self.range.holds(number):
+            raise InputError(f"{what} is {number!r:.60}; {self.range.words} is right.")
+        if self.part and not callable(value):
+            raise InputError(f"{what} is {value!r:.60}; a {self.part.__name__} is right.")
+
+
 @functools.cache
-def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
-    """The values that each `Literal` field of a class may take; none where its annotations name what is not there."""
+def demands(thing: Callable[..., Any]) -> dict[str, Demand]:
+    """What the types of a class's fields, or of a function's arguments, ask for; nothing where they cannot be read."""
     try:
-        hints = typing.get_type_hints(kind)
-    except NameError:
+        hints = typing.get_type_hints(thing, include_extras=True)
+    except (NameError, TypeError, AttributeError):  # annotations that name what is not there; a partial has none
         return {}
-    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is typing.Literal}
+    found: dict[str, Demand] = {}
+    for name, hint in hints.items():
+        alone = typing.get_origin(hint) not in (typing.Union, types.UnionType)
+        kinds = (hint,) if alone else typing.get_args(hint)
+        notes = [note for each in kinds for note in getattr(each, "__metadata__", ()) if isinstance(note, Range)]
+        plain = [_NUMBERS[each] for each in kinds if each in _NUMBERS]
+        others = tuple(each for each in kinds if isinstance(each, type) and each not in _NUMBERS)
+        if typing.get_origin(hint) is typing.Literal:
+            found[name] = Demand(choices=typing.get_args(hint))
+        elif notes or plain:
+            found[name] = Demand(range=(notes + plain)[0], others=others, bare=not notes)
+        elif alone and isinstance(hint, type) and issubclass(hint, Part):
+            found[name] = Demand(part=hint)
+    return found
 
 
 class Checked:
-    """A dataclass whose `Literal` fields are what they say; anything else is refused as it is made."""
+    """A dataclass whose fields are what their types say: one of a `Literal`'s values, a number in its `Range`, a part.
+
+    Anything else is refused as it is made.
+    """
 
     def __post_init__(self) -> None:
-        for name, allowed in _choices(type(self)).items():  # type: ignore[arg-type]
-            value = getattr(self, name)
-            if value not in allowed:
-                raise UnknownName(f"'{name}' of {type(self).__name__}", str(value), allowed)
+        for name, demand in demands(type(self)).items():  # type: ignore[arg-type]
+            demand.refuse(f"'{name}' of {type(self).__name__}", getattr(self, name))
 
 
 class Part(Checked):

@@ -10,14 +10,14 @@ from typing import Any, Literal
 from stepwell.errors import InputError, UnknownName
 from stepwell.objective.gradient import GradientTransform
 from stepwell.objective.term import Objective, Term
-from stepwell.parts import describe
+from stepwell.parts import Checked, describe
 from stepwell.plan.base import Planner
 from stepwell.plan.groups import Groups
 from stepwell.reward.guide import RewardGuide
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Checked):
     """Everything that makes one method another.
 
     objective: a term or a sum of terms. planner: where a step's rollouts go. epochs: passes over a rollout;
@@ -40,6 +40,10 @@ class Recipe:
     guide: RewardGuide | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        for term in self.objective.terms if isinstance(self.objective, Objective) else (self.objective,):
+            if not isinstance(term, Term):
+                raise InputError(f"The objective of a recipe is {term!r:.60}; a Term, such as Policy(), is right.")
         if self.epochs < 1 or self.minibatches < 1 or self.sync_every < 1:
             raise InputError(f"There are {self.epochs} epochs of {self.minibatches} minibatches; 1 or more is right.")
 

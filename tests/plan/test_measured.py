@@ -125,9 +125,9 @@ def test_prompts_without_a_hint_are_left():
     [
         (lambda: SegmentTree(size=6), "has a power of 2 leaves, not 6"),
         (lambda: SegmentTree(size=1), "not 1"),
-        (lambda: SegmentTree(segment=0), "A segment of 0 steps is none"),
-        (lambda: Vines(vines=0), "There are 0 vines"),
-        (lambda: Hinted(hints=-1), "There are -1 hinted samples"),
+        (lambda: SegmentTree(segment=0), "'segment' of SegmentTree is 0; a whole number from 1"),
+        (lambda: Vines(vines=0), "'vines' of Vines is 0; a whole number from 1"),
+        (lambda: Hinted(hints=-1), "'hints' of Hinted is -1; a whole number from 0"),
     ],
 )
 def test_impossible_plans_are_refused(build, words):

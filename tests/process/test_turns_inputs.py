@@ -53,6 +53,10 @@ def raises(*_: Any) -> Any:
     raise KeyError("the key")
 
 
+def raises_exit() -> Any:
+    raise SystemExit(3)
+
+
 async def later(*_: Any) -> Any:
     return "", 0.0, True, False, {}
 
@@ -72,7 +76,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "reset raises": (environment(reset=raises), "raised KeyError .* in reset at test_turns_inputs.py"),
     "reset needs a column": (
         type("Wants", (Parrot,), {"reset": lambda self, prompt, target: None}),
-        "raised TypeError .*'target'.* in reset",
+        "The reset of the environment Wants requires 'target', but the data has no such column; it has none besides",
     ),
     "reset returns a number": (environment(reset=lambda p: 3), "returned 3 as the observation of reset"),
     "reset returns three": (environment(reset=lambda p: ("a", {}, 1)), "a tuple of 3 from reset"),
@@ -83,7 +87,18 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "step returns four": (environment(step=lambda m: ("d", 0.0, False, {})), "returned 4 values from step"),
     "step returns a text": (environment(step=lambda m: "hello"), "returned 'hello' from step"),
-    "step is a coroutine": (environment(step=later), "a value of type coroutine from step"),
+    "step is a coroutine": (environment(step=later), "The step of the environment Broken is async"),
+    "reset is a coroutine": (environment(reset=later), "The reset of the environment Broken is async"),
+    "step takes nothing": (
+        type("Deaf", (Parrot,), {"step": lambda self: GOOD}),
+        r"called as step\(message\), which \(\)",
+    ),
+    "reset takes nothing": (
+        type("Deaf", (Parrot,), {"reset": lambda self: None}),
+        r"called as reset\(prompt, \*\*columns\), which \(\) does not take",
+    ),
+    "observation is half a character": (environment(step=lambda m: ("\ud800", *GOOD[1:])), "holds half a character"),
+    "reward is too large": (environment(step=lambda m: ("d", 10**400, *GOOD[2:])), "a finite number is right"),
     "observation is no text": (
         environment(step=lambda m: (torch.ones(3), *GOOD[1:])),
         "type Tensor as the observation",
@@ -123,11 +138,31 @@ def test_a_broken_environment_is_told_in_one_sentence(small_language: Build, kin
         ({"max_turns": True}, "max_turns=True is not"),
         ({"stop": ["", "a"]}, "not a text, nor texts, that end a turn"),
         ({"stop": [3]}, "not a text, nor texts, that end a turn"),
+        ({"role": ""}, "role='' is not the name of a chat's role"),
+        ({"role": None}, "role=None is not the name of a chat's role"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(small_language: Build, settings: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         talk(small_language, **settings)
+
+
+def test_a_column_in_the_place_of_the_prompt_is_told(small_language: Build) -> None:
+    takes = type("Takes", (Parrot,), {"reset": lambda self, answer: None})
+    with pytest.raises(InputError, match=r"takes the column 'answer' first, where it is given the prompt"):
+        draw(talk(small_language, make=takes), answer="a")
+
+
+@pytest.mark.parametrize("message", [{"role": "tool", "content": 3}, {"role": None, "content": "d"}, {"role": "tool"}])
+def test_a_message_without_a_role_or_a_content_in_words_is_told(small_language: Build, message: Any) -> None:
+    says = environment(step=lambda m: (message, *GOOD[1:]))
+    with pytest.raises(InputError, match="returned a value of type dict as the observation of step"):
+        draw(talk(small_language, chat=True, make=says), 4, [[{"role": "user", "content": "f"}]])
+
+
+def test_an_environment_that_exits_when_it_is_copied_is_one_that_cannot_be_copied(small_language: Build) -> None:
+    exits = type("Exits", (Parrot,), {"__deepcopy__": lambda self, memo: raises_exit()})
+    assert draw(talk(small_language, make=exits)).samples.values == draw(talk(small_language)).samples.values
 
 
 def test_a_conversation_is_held_by_a_language_model_and_only_once(small_language: Build) -> None:

@@ -25,6 +25,7 @@ from stepwell.rollout import Drawn, Prompt, Request, rollout
 from stepwell.trajectories import Trajectories, concatenate, pad_steps
 
 _WALK = 6  # steps along which forks are compared
+_OTHERS = 3  # further actions that a state is advanced by, and must not be changed by
 _OUTCOMES = 1000  # rollouts of one row that an exact law may take
 
 
@@ -70,8 +71,11 @@ def fork(bench: Bench) -> tuple[float, float, bool]:
         sentence = f"after {step} steps, continuing a fork changed the original"
         worst = max(worst, bench.hold_law("fork", process.propose(state), law, sentence))
         action, twin = law.sample(rng.split("act", step)), state[everyone]
-        following = process.advance(state, action, rng.split("advance", step))
         sentence = f"after {step} steps, advancing a state changed the state itself or a fork of it"
+        for other in range(_OTHERS):  # a state that is overwritten may be so with what it held already
+            process.advance(state, law.sample(rng.split("other", step, other)), rng.split("advance", step))
+            worst = max(worst, bench.hold_law("fork", process.propose(state), law, sentence))
+        following = process.advance(state, action, rng.split("advance", step))
         for kept in (state, twin):
             worst = max(worst, bench.hold_law("fork", process.propose(kept), law, sentence))
         before = state

@@ -24,8 +24,10 @@ _LAW = {*LAW, "solver_steps"} - {"steps"}
 _LOADING = {"dtype", "device"}
 _ADAPTER = {"lora_rank", "lora_alpha", "lora_targets", "lora"}
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")
+TURNS = {"max_turns": "max_turns", "turn_role": "role", "turn_stop": "stop"}
+"""The arguments about conversations, which need an environment, and what `Turns` calls them."""
 USED: Mapping[Kind, set[str]] = {
-    "language": {*SAMPLING, "system"} | _LOADING | _ADAPTER,
+    "language": {*SAMPLING, "system", "environment", *TURNS} | _LOADING | _ADAPTER,
     "pipeline": {"height", "width", "negative_prompt"} | _LAW | _LOADING | _ADAPTER,
     "own": {"shape", "path", "predicts", "encode", "weights"} | _LAW,
     "task": {"weights"} | _LAW,
@@ -80,6 +82,22 @@ def refuse_unused(command: Any, kind: Kind) -> None:
         if entry.name in known - USED[kind] and value != entry.default:
             flag = f"--{entry.name.replace('_', '-')}"
             raise InputError(f"{flag} has no meaning for {_CALLED[kind]}; leave it out.")
+        if entry.name in TURNS and value != entry.default and command.environment is None:
+            flag = f"--{entry.name.replace('_', '-')}"
+            raise InputError(f"{flag} is about conversations; name what is talked to with --environment as well.")
+
+
+def environment_from(address: str) -> Any:
+    """The class or function of a user's file that makes environments; it is called without arguments."""
+    from stepwell.reward.loading import load_function
+
+    found = load_function(address, "environment", classes=True)
+    if not _takes(found):
+        raise InputError(
+            f"'{address}' takes the arguments {inspect.signature(found)}; environments are made by a class or a "
+            "function that needs none."
+        )
+    return found
 
 
 def own_process(address: str, options: FlowOptions, law: Mapping[str, Any]) -> Any:

@@ -37,6 +37,10 @@ class Train(Command):
     min_p: float = 0.0  # draw only from tokens at least this probable, relative to the most probable
     max_new_tokens: int = 256  # the length at which a completion is cut
     system: str | None = None  # a system message for chats that have none
+    environment: str | None = None  # what it talks to: my.py:Desk, whose objects have gymnasium's reset and step
+    max_turns: int | None = None  # turns after which a conversation is cut; 8 unless given
+    turn_role: str | None = None  # the role of what the environment says in a chat; user unless given
+    turn_stop: tuple[str, ...] = ()  # texts that end the model's turn, besides its end token
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # what the parameters are held in
     device: str | None = None  # cpu, cuda, ...; the accelerator, if there is one, unless given
     lora: bool = False  # train a LoRA adapter of rank 8 instead of the whole model
@@ -75,11 +79,17 @@ class Train(Command):
         from stepwell import api
         from stepwell.data import load_prompts
         from stepwell.methods import registry
+        from stepwell.process.prompts import is_chat
         from stepwell.reward.mixing import Rewards
         from stepwell.train import loop, saved
         from stepwell.train.distribute import World
         from stepwell.train.settings import Settings
 
+        if ":" in self.method:
+            name, _, option = self.method.partition(":")
+            raise InputError(
+                f"--method is '{self.method}'; options have their own argument, --method {name} --set {option}."
+            )
         card, options = registry.get(self.method), options_from(self.set)
         recipe = card.recipe(**options)
         kind = processes.kind_of(self.model)
@@ -97,15 +107,16 @@ class Train(Command):
             evaluation = load_prompts(self.evaluation, self.prompt_column, anything=anything)
         if bool(settings.evaluate_every) != (evaluation is not None):
             raise InputError("Evaluation needs both --evaluation (what on) and --evaluate-every (how often).")
-        if not self.reward:
-            raise InputError("There is nothing to learn from; give --reward my.py:function, or see its --help.")
-        rewards = Rewards([reward_named(address) for address in self.reward], self.reward_weights or None)
+        make_environment = None if self.environment is None else processes.environment_from(self.environment)
+        if self.turn_role is not None and not any(is_chat(prompt.value) for prompt in [*prompts, *(evaluation or [])]):
+            raise InputError("--turn-role is the role of a chat's messages, and no prompt is a chat; leave it out.")
+        rewards = Rewards([reward_named(address) for address in self._rewards()], self.reward_weights or None)
         config = {"method": card.id, "options": options, "card": card.as_dict()} | self._described(kind)
         if self.out is not None and Path(named(self.out)).resolve() == Path(self.model).resolve():
             raise InputError(f"--out is the folder of the model, '{self.model}', which would be lost; choose another.")
         with removed_if_empty(self.out), in_own_file(self.model if kind == "own" else None):
             saved.prepare(self.out, self.resume)
-            process = self._process(kind, law)
+            process = self._process(kind, law, make_environment)
             registry.check_room(card, registry.room_of(process))
             api.check_prompts(process, prompts, self.data)
             api.check_prompts(process, evaluation or [], self.evaluation or "")
@@ -128,7 +139,16 @@ class Train(Command):
         if run.out is not None:
             print(f"The trained model and the log are in {run.out}; `stepwell report {run.out}` draws the curves.")
 
-    def _process(self, kind: Kind, law: dict[str, Any]) -> Any:
+    def _rewards(self) -> tuple[str, ...]:
+        """The rewards that were named, or else what the environment pays."""
+        paid = "environment_return"
+        if self.environment is None and paid in self.reward:
+            raise InputError(f"The reward '{paid}' is what an environment pays; name one with --environment.")
+        if self.environment is None and not self.reward:
+            raise InputError("There is nothing to learn from; give --reward my.py:function, or see its --help.")
+        return self.reward or (paid,)
+
+    def _process(self, kind: Kind, law: dict[str, Any], make_environment: Any = None) -> Any:
         """The process that is trained, as it is drawn from while it is evaluated."""
         if kind == "own":
             return processes.own_process(self.model, self.flow, law)
@@ -138,15 +158,23 @@ class Train(Command):
         from stepwell.process.language import language
 
         sampling = {name: getattr(self, name) for name in processes.SAMPLING}
-        return language(
+        model = language(
             self.model, dtype=self.dtype, device=self.device, system=self.system, lora=self._lora(), **sampling
+        )
+        if make_environment is None:
+            return model
+        given = {name: getattr(self, argument) for argument, name in processes.TURNS.items()}
+        return model.turns(
+            make_environment, **{name: value for name, value in given.items() if value not in (None, ())}
         )
 
     def _described(self, kind: Kind) -> dict[str, Any]:
         """What run.json says of the arguments: all of a language model's sampling, of a flow's what was given."""
-        about = {name: getattr(self, name) for name in ("model", "data", "reward", "reward_weights", "dtype")}
+        about = {name: getattr(self, name) for name in ("model", "data", "reward_weights", "dtype")}
+        about["reward"] = self._rewards()
         if kind == "language":
-            return about | {name: getattr(self, name) for name in processes.SAMPLING}
+            talk = {"environment": self.environment} if self.environment is not None else {}
+            return about | {name: getattr(self, name) for name in processes.SAMPLING} | talk
         given = {**vars(self), **vars(self.flow)}
         return about | {name: given[name] for name in sorted(processes.USED[kind] & given.keys()) if given[name]}
 
@@ -163,10 +191,12 @@ class Train(Command):
 
 def reward_named(address: str) -> Any:
     """A reward that comes with Stepwell, by name, or a user's own at `file.py:function`."""
+    from stepwell.process.turns import environment_return
     from stepwell.reward import verifiers
     from stepwell.reward.loading import load_reward
 
     plain = {"exact_match": verifiers.exact_match, "numeric": verifiers.numeric, "math_equal": verifiers.math_equal}
+    plain["environment_return"] = environment_return
     name, colon, pattern = address.partition(":")
     if name == "regular_expression":
         if not pattern:

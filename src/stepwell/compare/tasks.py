@@ -22,11 +22,19 @@ Measure = Callable[[list[Prompt], list[Any]], float]
 
 
 def plainly(prompt: Prompt, completion: Any) -> str:
-    """A completion as it is, the content of the last of its chat messages, or a tensor in a few words."""
+    """A completion as it is, the content of its chat message, a conversation line by line, or a tensor in a few words.
+
+    Example:
+        >>> said = [{"role": "assistant", "content": "?c"}, {"role": "user", "content": ":7"}]
+        >>> plainly(Prompt(0, None), said[:1]), plainly(Prompt(0, None), said)
+        ('?c', 'assistant: ?c\\nuser: :7')
+    """
     if isinstance(completion, Tensor):
         return str(described(completion))
-    if isinstance(completion, list) and completion and isinstance(completion[-1], Mapping):
-        return str(completion[-1].get("content"))
+    if isinstance(completion, list) and completion and all(isinstance(message, Mapping) for message in completion):
+        if len(completion) == 1:
+            return str(completion[0].get("content"))
+        return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in completion)
     return str(completion)
 
 
@@ -140,5 +148,5 @@ def get_task(name: str, **options: Any) -> Task:
     known = {entry.name: entry for entry in tasks()}
     if name not in known:
         raise UnknownName("task", name, known)
-    check_options(f"task {name}", options, known[name].options)
+    check_options(f"task {name}", options, known[name].build)
     return known[name].build(**options)

@@ -10,7 +10,7 @@ from torch import Tensor
 from stepwell.credit.group import equal_groups, group_index, group_sum
 from stepwell.credit.shaping import Outcome
 from stepwell.credit.traces import reward_to_go, step_rewards
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, NotNegative, Part
 
 
 def _weighted_mean(values: Tensor, weight: Tensor, group: Tensor, groups: int, others: bool, epsilon: float) -> Tensor:
@@ -56,7 +56,7 @@ class TokenBaseline(Part):
     """
 
     others: bool = True
-    epsilon: float = 1e-8
+    epsilon: NotNegative = 1e-8
     compares = True
     reads = frozenset({"old_log_prob", "old_sum_of_squares"})
     reward: Part = field(default_factory=Outcome)

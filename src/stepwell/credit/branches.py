@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepwell.credit.group import GroupCredit, group_index, group_sum
 from stepwell.credit.shaping import Outcome
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, NotNegative, Part, Positive
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class TreeCredit(Part):
     """
 
     scale: bool = True
-    epsilon: float = 1e-4
+    epsilon: NotNegative = 1e-4
     reward: Part = field(default_factory=Outcome)
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -69,7 +69,7 @@ class BranchExtremes(Part):
 
     positive: float = 0.7
     negative: float = -0.7
-    bound: float = 5.0
+    bound: Positive = 5.0
     reward: Part = field(default_factory=Outcome)
 
     def __call__(self, batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from stepwell.credit.group import GroupCredit, group_index, group_sum
 from stepwell.credit.shaping import Outcome
 from stepwell.errors import InputError
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, Count, NotNegative, Part, Share
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class RewardColumn(Part):
     were made, what a constraint costs.
     """
 
-    column: int = 0
+    column: Count = 0
 
     def __call__(self, batch: Batch) -> Tensor:
         rewards = batch.field("rewards")
@@ -52,8 +52,8 @@ class Stratified(Part):
     """
 
     strata: Part = field(default_factory=RewardColumn)
-    alpha: float = 0.5
-    epsilon: float = 1e-6
+    alpha: Share = 0.5
+    epsilon: NotNegative = 1e-6
     compares = True
     reward: Part = field(default_factory=Outcome)
 
@@ -89,7 +89,7 @@ class AcrossPrompts(Part):
     does not vanish where a prompt's rewards are all equal. Source: COPO, arXiv 2508.04138.
     """
 
-    epsilon: float = 1e-6
+    epsilon: NotNegative = 1e-6
     reward: Part = field(default_factory=Outcome)
 
     def __call__(self, batch: Batch) -> Tensor:

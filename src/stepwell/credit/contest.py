@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepwell.credit.group import group_index, group_sum, top_of_groups
 from stepwell.credit.shaping import Outcome
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, NotNegative, Part
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class WinRate(Part):
     Source: SPO (Swamy et al. 2024, arXiv 2401.04056), equation 5.
     """
 
-    temperature: float = 0.0
+    temperature: NotNegative = 0.0
     beats: Beats | None = None
     compares = True
 

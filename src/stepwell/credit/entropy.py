@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepwell.parts import Batch, Part, column
+from stepwell.parts import Batch, NotNegative, Part, column
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class EntropyModulated(Part):
     credit: Part
     k: float = 1.0
     k_future: float = 1.0
-    zeta: float = 0.1
+    zeta: NotNegative = 0.1
     reads = frozenset({"entropy", "segment"})
 
     def __call__(self, batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepwell.credit.shaping import Outcome
 from stepwell.errors import InputError
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, Count, NotNegative, Part
 
 Center = Literal["none", "mean", "leave-one-out", "batch"]
 Scale = Literal["none", "std", "batch-std", "mean"]
@@ -41,8 +41,8 @@ class GroupCredit(Part):
     center: Center = "mean"
     scale: Scale = "none"
     keys: tuple[str, ...] = ("prompt",)
-    epsilon: float = 1e-4
-    ddof: int = 1
+    epsilon: NotNegative = 1e-4
+    ddof: Count = 1
     singleton: Literal["zero", "reward"] = "zero"
     reward: Part = field(default_factory=Outcome)
 

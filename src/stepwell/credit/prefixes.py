@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepwell.credit.group import group_index, group_sum
 from stepwell.credit.shaping import Outcome
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, Part, Size
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Subtrees(Part):
     segment d < D train with 1/D sum_{j<=d} (1 - B^(j-d-1)) of their policy gradient: early ones with least.
     """
 
-    segment: int = 16
-    depth: int = 3
+    segment: Size = 16
+    depth: Size = 3
     by_size: bool = False
     reward: Part = field(default_factory=Outcome)
 
@@ -51,7 +51,7 @@ class SegmentAdvantages(Part):
     Source: the tree algebra of cards_budget.md section 2.0.
     """
 
-    segment: int = 16
+    segment: Size = 16
     reward: Part = field(default_factory=Outcome)
 
     def __call__(self, batch: Batch) -> Tensor:

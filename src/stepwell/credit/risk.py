@@ -10,7 +10,7 @@ from torch import Tensor
 from stepwell.credit.group import group_index, group_sum
 from stepwell.credit.shaping import Outcome
 from stepwell.errors import InputError
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, NotNegative, Part
 
 
 def tail_credit(values: Tensor, quantile: Tensor | float, level: float) -> Tensor:
@@ -40,10 +40,11 @@ class MixedRisk(Part):
     high: float = 0.9
     weight: float = 1.5
     bundle: int = 1
-    epsilon: float | None = 1e-6
+    epsilon: NotNegative | None = 1e-6
     reward: Part = field(default_factory=Outcome)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.low < self.high <= 1 or self.weight < 0 or self.bundle < 1:
             raise InputError(
                 f"Quantiles {self.low} and {self.high}, a weight of {self.weight} and bundles of {self.bundle} were "

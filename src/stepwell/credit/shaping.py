@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, Part, Portion, Positive, Size
 from stepwell.reward.overlong import overlong_penalty
 
 
@@ -46,8 +46,8 @@ class Overlong(Part):
     Source: DAPO, arXiv 2503.14476, equation 13. Lengths are those of the rows, trained steps or not.
     """
 
-    maximum: int | None = None
-    buffer: float = 0.2
+    maximum: Size | None = None
+    buffer: Portion = 0.2
 
     def __call__(self, batch: Batch) -> Tensor:
         maximum = self.maximum or batch.counts.length
@@ -59,7 +59,7 @@ class Bounded(Part):
     """A part's values clipped to +-bound: how flow repositories keep one lucky sample from ruling a batch."""
 
     part: Part = field(default_factory=Outcome)
-    bound: float = 5.0
+    bound: Positive = 5.0
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.part(batch).clamp(-self.bound, self.bound)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepwell.credit.group import group_index, group_sum
 from stepwell.credit.shaping import Outcome
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, NotNegative, Part
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class AgainstOwn(Part):
     samples. A prompt with fewer than two own rows gives nothing. Source: RL-PLUS, cards_objectives.md section 2.
     """
 
-    epsilon: float = 1e-6
+    epsilon: NotNegative = 1e-6
     reward: Part = field(default_factory=Outcome)
     compares = True
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepwell.credit.shaping import Outcome
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, NotNegative, Part, Share
 
 
 def step_rewards(batch: Batch, outcome: Tensor) -> Tensor:
@@ -61,9 +61,9 @@ class RewardToGo(Part):
     -kl KL(pi || ref) of whole sequences. `gain` (N, T) is added to the step rewards that the rows bring.
     """
 
-    gamma: float = 1.0
+    gamma: Share = 1.0
     reward: Part = field(default_factory=Outcome)
-    kl: float = 0.0
+    kl: NotNegative = 0.0
     gain: Part | None = None
 
     @property
@@ -100,9 +100,9 @@ class Coverage(Part):
 class GeneralisedAdvantage(Part):
     """GAE on the value head's estimates, (N, T); `kl` is the coefficient of a k1 penalty in the step rewards."""
 
-    gamma: float = 1.0
-    lam: float = 0.95
-    kl: float = 0.0
+    gamma: Share = 1.0
+    lam: Share = 0.95
+    kl: NotNegative = 0.0
     reward: Part = field(default_factory=Outcome)
 
     @property

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepwell.credit.shaping import Outcome
 from stepwell.credit.traces import step_rewards
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, Part, Share
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TurnReturns(Part):
     with gamma = 1 the first turn has G_0 = R. Turns are those of `segment`; one without a trained step takes no time.
     """
 
-    gamma: float = 1.0
+    gamma: Share = 1.0
     reward: Part = field(default_factory=Outcome)
 
     def __call__(self, batch: Batch) -> Tensor:

@@ -33,7 +33,7 @@ from stepwell.objective.reduction import Reduction
 from stepwell.objective.regularise import Divergence, Regulariser
 from stepwell.objective.surrogate import Clip, Plain, Score
 from stepwell.objective.term import Objective, Term
-from stepwell.parts import Part
+from stepwell.parts import NotNegative, Part, Share, Size
 from stepwell.plan.branches import Branches, Candidates, Tree
 from stepwell.plan.groups import Groups
 from stepwell.plan.queue import Queue
@@ -132,7 +132,7 @@ def near(policy: Term, kl: float, variant: str) -> Term | Objective:
     differs="REINFORCE on denoising steps drawn as DDPM draws them; rewards standardised within the prompt.",
     proof=("gaussian_gradient", "policy_moment_gradient"),
 )
-def ddpo_sf(steps: int = 10, eta: float = 1.0) -> Recipe:
+def ddpo_sf(steps: Size = 10, eta: NotNegative = 1.0) -> Recipe:
     credit = Bounded(GroupCredit("mean", "std"), 10.0)
     policy = Policy(credit, surrogate=Score(), reduction=Reduction("row-sum"))
     return Recipe(policy, Groups(), law=ancestral(eta, steps))
@@ -149,7 +149,7 @@ def ddpo_sf(steps: int = 10, eta: float = 1.0) -> Recipe:
     note=f"{RATIO}.",
     proof=("gaussian_gradient", "policy_moment_gradient", "mean_ratio"),
 )
-def ddpo_is(steps: int = 10, eta: float = 1.0, clip: float | None = None, variant: str = "corrected") -> Recipe:
+def ddpo_is(steps: Size = 10, eta: NotNegative = 1.0, clip: float | None = None, variant: str = "corrected") -> Recipe:
     policy = clipped(variant, clip, Bounded(GroupCredit("mean", "std"), 10.0))
     return Recipe(policy, Groups(), law=ancestral(eta, steps))
 
@@ -166,10 +166,10 @@ def ddpo_is(steps: int = 10, eta: float = 1.0, clip: float | None = None, varian
     proof=("gaussian_gradient", "policy_moment_gradient", "mean_ratio", "step_divergence"),
 )
 def flow_grpo(
-    level: float = 0.7,
-    steps: int = 10,
+    level: NotNegative = 0.7,
+    steps: Size = 10,
     clip: float | None = None,
-    kl: float = 0.0,
+    kl: NotNegative = 0.0,
     window: int = 0,
     noise: str = "sde",
     variant: str = "corrected",
@@ -191,7 +191,11 @@ def flow_grpo(
     proof=("gaussian_gradient", "policy_moment_gradient", "mean_ratio"),
 )
 def dance_grpo(
-    level: float = 0.3, steps: int = 16, clip: float | None = None, same_noise: bool = True, variant: str = "corrected"
+    level: NotNegative = 0.3,
+    steps: Size = 16,
+    clip: float | None = None,
+    same_noise: bool = True,
+    variant: str = "corrected",
 ) -> Recipe:
     policy = clipped(variant, clip, Bounded(GroupCredit("mean", "std"), 5.0))
     planner = Windows(steps=steps - 1, width=steps - 1, same_noise=same_noise)
@@ -210,10 +214,10 @@ def dance_grpo(
     proof=("guided_step",),
 )
 def euphonium(
-    level: float = 0.3,
-    steps: int = 16,
+    level: NotNegative = 0.3,
+    steps: Size = 16,
     beta: float = 0.1,
-    scale: float = 0.1,
+    scale: NotNegative = 0.1,
     clip: float | None = None,
     variant: str = "corrected",
 ) -> Recipe:
@@ -233,12 +237,12 @@ def euphonium(
     proof=("gaussian_gradient", "policy_moment_gradient", "mean_ratio", "window_schedule"),
 )
 def mix_grpo(
-    level: float = 0.7,
-    steps: int = 10,
+    level: NotNegative = 0.7,
+    steps: Size = 10,
     window: int = 4,
     hold: int = 25,
     schedule: str = "progressive",
-    flash: float = 0.0,
+    flash: Share = 0.0,
     same_noise: bool = True,
     clip: float | None = None,
     variant: str = "corrected",
@@ -262,11 +266,11 @@ def mix_grpo(
     proof=("gaussian_gradient", "branch_gradient", "mean_ratio", "step_divergence"),
 )
 def tempflow_grpo(
-    level: float = 0.7,
-    steps: int = 10,
+    level: NotNegative = 0.7,
+    steps: Size = 10,
     children: int = 6,
     clip: float | None = None,
-    kl: float = 0.0,
+    kl: NotNegative = 0.0,
     variant: str = "corrected",
 ) -> Recipe:
     credit = Bounded(GroupCredit("mean", "std", keys=("prompt", "origin")), 5.0)
@@ -287,11 +291,11 @@ def tempflow_grpo(
     proof=("gaussian_gradient", "branch_gradient", "mean_ratio"),
 )
 def g2rpo(
-    level: float = 0.7,
-    steps: int = 10,
-    branches: int = 5,
+    level: NotNegative = 0.7,
+    steps: Size = 10,
+    branches: Size = 5,
     size: int = 6,
-    strides: int = 2,
+    strides: Size = 2,
     clip: float | None = None,
     variant: str = "corrected",
 ) -> Recipe:
@@ -313,7 +317,7 @@ def g2rpo(
     proof=("gaussian_gradient", "policy_moment_gradient", "regulated_ratio", "step_divergence"),
 )
 def grpo_guard(
-    level: float = 0.7, steps: int = 10, clip: float = 2e-3, reweight: bool = True, kl: float = 0.0
+    level: NotNegative = 0.7, steps: Size = 10, clip: float = 2e-3, reweight: bool = True, kl: NotNegative = 0.0
 ) -> Recipe:
     recipe = flow_grpo(level, steps, kl=kl)
     gates = (PerStepSize(),) if reweight else ()
@@ -332,8 +336,8 @@ def grpo_guard(
     proof=("gaussian_gradient", "branch_gradient", "mean_ratio"),
 )
 def dynamic_treerpo(
-    level: float = 0.7,
-    steps: int = 10,
+    level: NotNegative = 0.7,
+    steps: Size = 10,
     depth: int = 4,
     branching: int = 2,
     hold: int = 25,
@@ -357,10 +361,10 @@ def dynamic_treerpo(
     proof=("gaussian_gradient", "branch_gradient", "mean_ratio"),
 )
 def b2_diffurl(
-    steps: int = 20,
+    steps: Size = 20,
     least: int = 14,
     hold: int = 10,
-    branches: int = 3,
+    branches: Size = 3,
     clip: float | None = None,
     variant: str = "corrected",
 ) -> Recipe:
@@ -376,7 +380,7 @@ def b2_diffurl(
     differs="flow-grpo whose clip is a bound on each step's divergence from the old policy instead of on its ratio.",
     proof=("gaussian_gradient", "policy_moment_gradient", "mean_ratio", "divergence_bound"),
 )
-def flow_dppo(level: float = 0.7, steps: int = 10, threshold: float = 1e-4) -> Recipe:
+def flow_dppo(level: NotNegative = 0.7, steps: Size = 10, threshold: float = 1e-4) -> Recipe:
     return flow_grpo(level, steps).replace(surrogate=Plain(), gates=(DivergenceBound(threshold),))
 
 
@@ -390,7 +394,7 @@ def flow_dppo(level: float = 0.7, steps: int = 10, threshold: float = 1e-4) -> R
     differs="ddpo-is with the mean reward of a prompt's other samples as each one's baseline.",
     proof=("gaussian_gradient", "policy_moment_gradient", "mean_ratio"),
 )
-def loop(steps: int = 10, eta: float = 1.0, clip: float = 0.2) -> Recipe:
+def loop(steps: Size = 10, eta: NotNegative = 1.0, clip: float = 0.2) -> Recipe:
     policy = clipped("corrected", clip, GroupCredit("leave-one-out"), reduction=Reduction("row-sum"))
     return Recipe(policy, Groups(), law=ancestral(eta, steps))
 
@@ -405,7 +409,7 @@ def loop(steps: int = 10, eta: float = 1.0, clip: float = 0.2) -> Recipe:
     differs="The reward's own gradient, through the last `depth` steps of the sampler; 0 is all of them.",
     proof=("truncated_sum",),
 )
-def draft_k(depth: int = 1, steps: int = 10, solver: str = "ddim") -> Recipe:
+def draft_k(depth: int = 1, steps: Size = 10, solver: str = "ddim") -> Recipe:
     return Recipe(DirectReward(depth or None), Groups(), law={"solver": solver, "steps": steps})
 
 
@@ -419,7 +423,7 @@ def draft_k(depth: int = 1, steps: int = 10, solver: str = "ddim") -> Recipe:
     differs="draft-k through one step, averaged over fresh noisings of the sample at the last time.",
     proof=("renoised_gradient",),
 )
-def draft_lv(noises: int = 2, steps: int = 10, solver: str = "ddim") -> Recipe:
+def draft_lv(noises: Size = 2, steps: Size = 10, solver: str = "ddim") -> Recipe:
     return Recipe(DirectReward(renoised=noises), Groups(), law={"solver": solver, "steps": steps})
 
 
@@ -433,7 +437,7 @@ def draft_lv(noises: int = 2, steps: int = 10, solver: str = "ddim") -> Recipe:
     differs="draft-k with a random number of steps for each row, up to all of them.",
     proof=("truncated_sum",),
 )
-def alignprop(least: int = 1, steps: int = 10, solver: str = "ddim") -> Recipe:
+def alignprop(least: int = 1, steps: Size = 10, solver: str = "ddim") -> Recipe:
     return Recipe(DirectReward(least, steps), Groups(), law={"solver": solver, "steps": steps})
 
 
@@ -447,7 +451,9 @@ def alignprop(least: int = 1, steps: int = 10, solver: str = "ddim") -> Recipe:
     differs="At every step candidates of one state are judged; the best against the worst, by a logistic loss.",
     proof=("step_preference",),
 )
-def spo(beta: float = 10.0, candidates: int = 4, steps: int = 10, eta: float = 1.0, go_on: str = "random") -> Recipe:
+def spo(
+    beta: float = 10.0, candidates: int = 4, steps: Size = 10, eta: NotNegative = 1.0, go_on: str = "random"
+) -> Recipe:
     pairing = Pairing("extremes", keys=("prompt", "origin"))
     planner = Candidates(size=candidates, steps=steps - 1, go_on=go_on)  # type: ignore[arg-type]
     law = ancestral(eta, steps)
@@ -464,7 +470,7 @@ def spo(beta: float = 10.0, candidates: int = 4, steps: int = 10, eta: float = 1
     differs="dpo with denoising errors at shared times and noises for log-densities, on pairs of one prompt's samples.",
     proof=("denoising_preference",),
 )
-def diffusion_dpo(beta: float = 2000.0, points: int = 4, steps: int = 10, solver: str = "ddim") -> Recipe:
+def diffusion_dpo(beta: float = 2000.0, points: int = 4, steps: Size = 10, solver: str = "ddim") -> Recipe:
     noised = Noised(points, grid=True, shared=True)
     pairs = ForwardPairs(Logistic(beta), DenoisingScore("uniform"), Pairing("extremes"), noised=noised)
     return Recipe(pairs, Groups(), law={"solver": solver, "steps": steps})
@@ -481,7 +487,7 @@ def diffusion_dpo(beta: float = 2000.0, points: int = 4, steps: int = 10, solver
     proof=("negative_aware_minimum",),
 )
 def diffusion_nft(
-    beta: float = 1.0, bound: float = 1.0, points: int = 4, steps: int = 10, solver: str = "ddim"
+    beta: float = 1.0, bound: float = 1.0, points: int = 4, steps: Size = 10, solver: str = "ddim"
 ) -> Recipe:
     term = NegativeAware(GroupCredit("mean", "std"), beta, bound, noised=Noised(points))
     return Recipe(term, Groups(), law={"solver": solver, "steps": steps})
@@ -497,7 +503,7 @@ def diffusion_nft(
     differs="A clipped policy loss in which flow matching's own error around a sample stands for its log-density.",
     proof=("weighted_matching",),
 )
-def awm(clip: float = 0.2, weight: str = "uniform", points: int = 4, steps: int = 10, solver: str = "ddim") -> Recipe:
+def awm(clip: float = 0.2, weight: str = "uniform", points: int = 4, steps: Size = 10, solver: str = "ddim") -> Recipe:
     credit = GroupCredit("mean", "std")
     term = ForwardPolicy(credit, Clip(clip, clip), weight, Noised(points))  # type: ignore[arg-type]
     return Recipe(term, Groups(), law={"solver": solver, "steps": steps})
@@ -513,7 +519,7 @@ def awm(clip: float = 0.2, weight: str = "uniform", points: int = 4, steps: int 
     differs="REINFORCE on the reward less `kl` times the path's divergence: with many steps its optimum is the tilt.",
     proof=("gaussian_gradient", "path_divergence"),
 )
-def ctrl(kl: float = 0.1, level: float = 0.7, steps: int = 10) -> Recipe:
+def ctrl(kl: NotNegative = 0.1, level: NotNegative = 0.7, steps: Size = 10) -> Recipe:
     credit = GroupCredit("leave-one-out", reward=Outcome() + DivergencePenalty(kl))
     policy = Policy(credit, surrogate=Score(), reduction=Reduction("row-sum"))
     return Recipe(policy, Groups(), law=flow_sde(level, steps, "corrected"))
@@ -529,5 +535,5 @@ def ctrl(kl: float = 0.1, level: float = 0.7, steps: int = 10) -> Recipe:
     differs="draft-k in one loop: each update moves all samples under way by a step, and learns from those that end.",
     proof=("adjoint_gradient",),
 )
-def implicit_diffusion(steps: int = 10, solver: str = "ddim") -> Recipe:
+def implicit_diffusion(steps: Size = 10, solver: str = "ddim") -> Recipe:
     return Recipe(DirectReward(pinned=True), Queue(steps=steps), law={"solver": solver, "steps": steps})

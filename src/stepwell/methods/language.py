@@ -17,7 +17,7 @@ from stepwell.objective.regularise import Divergence, Regulariser, entropy_bonus
 from stepwell.objective.surrogate import Clip, Score
 from stepwell.objective.term import Objective, Term
 from stepwell.objective.value import ValueLoss
-from stepwell.parts import Part
+from stepwell.parts import NotNegative, Part
 from stepwell.plan.groups import DynamicSampling
 from stepwell.recipe import Recipe
 
@@ -40,7 +40,7 @@ def reward_with(kl: float) -> Part:
     differs="The score function with the reward itself: unbiased, and as noisy as it gets.",
     proof=("exact_gradient",),
 )
-def reinforce(kl: float = 0.0) -> Recipe:
+def reinforce(kl: NotNegative = 0.0) -> Recipe:
     credit = GroupCredit("none", reward=reward_with(kl))
     return Recipe(Policy(credit, surrogate=Score(), reduction=Reduction("row-sum")))
 
@@ -56,7 +56,7 @@ def reinforce(kl: float = 0.0) -> Recipe:
     "tokens, and the reward itself for a prompt with one sample: it is ppo with this credit.",
     proof=("exact_gradient",),
 )
-def rloo(clip: float = 0.2, kl: float = 0.0, semantics: str = "paper") -> Recipe:
+def rloo(clip: float = 0.2, kl: NotNegative = 0.0, semantics: str = "paper") -> Recipe:
     library, tokens = semantics_of("rloo", semantics, "paper verl"), semantics == "verl"
     credit = library.credit("leave-one-out", "none", reward_with(kl))
     ratio = library.ratio() if tokens else library.ratio("sequence", "product")
@@ -75,7 +75,7 @@ def rloo(clip: float = 0.2, kl: float = 0.0, semantics: str = "paper") -> Recipe
     "the mean over tokens, clips dually at 3, bounds log-ratios by 20, and gives a lone sample its reward itself.",
     proof=("standardised_gradient", "length_weighted_gradient"),
 )
-def grpo(clip: float = 0.2, kl: float = 0.0, epsilon: float = 0.0, semantics: str = "paper") -> Recipe:
+def grpo(clip: float = 0.2, kl: NotNegative = 0.0, epsilon: NotNegative = 0.0, semantics: str = "paper") -> Recipe:
     library = semantics_of("grpo", semantics)
     mode: Mode = "token" if semantics == "verl" else "row"
     credit, ratio = library.credit(epsilon=epsilon), library.ratio()
@@ -165,7 +165,7 @@ def ppo(
     clip: float = 0.2,
     lam: float = 0.95,
     gamma: float = 1.0,
-    kl: float = 0.0,
+    kl: NotNegative = 0.0,
     value_coefficient: float = 0.1,
     value_clip: float = 0.2,
     entropy: float = 0.0,

@@ -11,6 +11,7 @@ from stepwell.objective.pairs import Logistic, Pairing, Pairs, SequenceScore
 from stepwell.objective.scores import ImplicitReward, Parting, TokenGuided
 from stepwell.objective.step_pairs import StepPairs
 from stepwell.objective.unpaired import Prospect, RejectionPairs
+from stepwell.parts import NotNegative
 from stepwell.plan.groups import Groups
 from stepwell.plan.measured import Vines
 from stepwell.recipe import Recipe
@@ -71,7 +72,7 @@ def alphapo(beta: float = 2.5, gamma: float = 1.375, alpha: float = 0.25) -> Rec
     differs="dpo with a uniform reference, and so without one, plus the likelihood of the chosen rows.",
     proof=("loss_by_hand",),
 )
-def cpo(beta: float = 0.1, likelihood: float = 1.0, smoothing: float = 0.0) -> Recipe:
+def cpo(beta: float = 0.1, likelihood: NotNegative = 1.0, smoothing: float = 0.0) -> Recipe:
     return Recipe(with_likelihood(Pairs(Logistic(beta, smoothing), SequenceScore(against="none")), likelihood))
 
 
@@ -85,7 +86,7 @@ def cpo(beta: float = 0.1, likelihood: float = 1.0, smoothing: float = 0.0) -> R
     note="The likelihood is of the answer; TRL's is of prompt and answer. TRL computes the odds in float32.",
     proof=("loss_by_hand",),
 )
-def orpo(odds: float = 0.1) -> Recipe:
+def orpo(odds: NotNegative = 0.1) -> Recipe:
     return Recipe(with_likelihood(Pairs(OddsRatio(), AVERAGE, coefficient=odds), 1.0))
 
 
@@ -131,9 +132,10 @@ def online_dpo(beta: float = 0.1, loss: str = "sigmoid") -> Recipe:
     proof=("preference_fixed_point", "loss_by_hand"),
     catalogue=68,
 )
-def iterative_dpo(beta: float = 0.1, epochs: int = 2, minibatches: int = 4, reference: str = "start") -> Recipe:
-    kept: Literal["start", "synced"] = reference  # type: ignore[assignment]
-    return Recipe(Pairs(Logistic(beta)), epochs=epochs, minibatches=minibatches, reference=kept)
+def iterative_dpo(
+    beta: float = 0.1, epochs: int = 2, minibatches: int = 4, reference: Literal["start", "synced"] = "start"
+) -> Recipe:
+    return Recipe(Pairs(Logistic(beta)), epochs=epochs, minibatches=minibatches, reference=reference)
 
 
 @method(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from stepwell.credit.baseline import GreedyBaseline, Informative, LengthBaseline, TokenBaseline
 from stepwell.credit.columns import AcrossPrompts, LengthClass, RewardColumn, Stratified
@@ -23,7 +24,7 @@ from stepwell.objective.regularise import Divergence
 from stepwell.objective.selection import Agreement, Influence, MostSpread
 from stepwell.objective.state import Multiplier, Ramp
 from stepwell.objective.surrogate import Clip, Score
-from stepwell.parts import Part
+from stepwell.parts import NotNegative, Part, Size
 from stepwell.plan.hints import Hinted
 from stepwell.plan.measured import Vines, WithGreedy
 from stepwell.plan.trees import SegmentTree
@@ -45,7 +46,7 @@ def score(credit: Part) -> Policy:
     note="Whitening is over tokens, so that long answers weigh more in the mean and the deviation.",
     proof=("penalised_sequence_gradient", "whitened_over_tokens"),
 )
-def reinforce_plus_plus(clip: float = 0.2, kl: float = 0.0) -> Recipe:
+def reinforce_plus_plus(clip: float = 0.2, kl: NotNegative = 0.0) -> Recipe:
     return Recipe(Policy(Whitened(RewardToGo(kl=kl)), surrogate=Clip(clip, clip)))
 
 
@@ -60,7 +61,7 @@ def reinforce_plus_plus(clip: float = 0.2, kl: float = 0.0) -> Recipe:
     "sample keeps its reward, as in verl.",
     proof=("whitened_over_tokens",),
 )
-def reinforce_plus_plus_baseline(clip: float = 0.2, kl: float = 0.0) -> Recipe:
+def reinforce_plus_plus_baseline(clip: float = 0.2, kl: NotNegative = 0.0) -> Recipe:
     policy = Policy(Whitened(GroupCredit("mean", singleton="reward")), surrogate=Clip(clip, clip))
     return Recipe(penalised(policy, kl, Divergence("k2")))
 
@@ -74,7 +75,7 @@ def reinforce_plus_plus_baseline(clip: float = 0.2, kl: float = 0.0) -> Recipe:
     differs="REINFORCE less the reward of the greedy answer to the prompt, which is drawn beside the samples.",
     proof=("greedy_baseline_gradient",),
 )
-def remax(kl: float = 0.0) -> Recipe:
+def remax(kl: NotNegative = 0.0) -> Recipe:
     return Recipe(score(GreedyBaseline(reward_with(kl))), WithGreedy())
 
 
@@ -89,7 +90,7 @@ def remax(kl: float = 0.0) -> Recipe:
     "37 % for three, on strings of one to three symbols.",
     proof=("unbiased_gradient", "length_baseline_by_hand"),
 )
-def opo(kl: float = 0.0, variant: str = "corrected") -> Recipe:
+def opo(kl: NotNegative = 0.0, variant: Literal["corrected", "published"] = "corrected") -> Recipe:
     return Recipe(score(LengthBaseline(variant == "corrected", reward=reward_with(kl))))
 
 
@@ -103,7 +104,7 @@ def opo(kl: float = 0.0, variant: str = "corrected") -> Recipe:
     "for three, on strings of one to three symbols.",
     proof=("unbiased_gradient", "least_variance_by_token"),
 )
-def otb(kl: float = 0.0, variant: str = "corrected") -> Recipe:
+def otb(kl: NotNegative = 0.0, variant: Literal["corrected", "published"] = "corrected") -> Recipe:
     return Recipe(score(TokenBaseline(variant == "corrected", reward=reward_with(kl))))
 
 
@@ -147,7 +148,7 @@ def maxrl(epsilon: float = 1e-6) -> Recipe:
     proof=("largest_of_group_gradient",),
     catalogue=219,
 )
-def poppy(kl: float = 0.0) -> Recipe:
+def poppy(kl: NotNegative = 0.0) -> Recipe:
     return Recipe(score(WinnerTakesAll(reward_with(kl))))
 
 
@@ -272,11 +273,11 @@ def subpo(gain: float = 0.1) -> Recipe:
 def treepo(
     segment: int = 32,
     branching: int = 2,
-    depth: int = 3,
+    depth: Size = 3,
     low: float = 0.2,
     high: float = 0.28,
     dual: float = 10.0,
-    variant: str = "corrected",
+    variant: Literal["corrected", "published"] = "corrected",
 ) -> Recipe:
     tree = SegmentTree(size=branching**depth, branching=branching, segment=segment)
     advantages = SegmentAdvantages(segment)

@@ -10,7 +10,7 @@ from stepwell.objective.pairs import ChosenLikelihood, Hinge, Logistic, Pairing,
 from stepwell.objective.scores import ImplicitReward, LengthDesensitised, OnPolicyWeight
 from stepwell.objective.state import RunningMean
 from stepwell.objective.term import Objective, Term
-from stepwell.parts import Part
+from stepwell.parts import NotNegative, Part, Positive
 from stepwell.recipe import Recipe
 
 
@@ -88,7 +88,7 @@ def ipo(beta: float = 0.1, semantics: str = "paper") -> Recipe:
     note="The likelihood is of the group's best row; the paper's is of a fine-tuning target. Defaults are ours.",
     proof=("loss_by_hand",),
 )
-def slic(margin: float = 1.0, likelihood: float = 0.1) -> Recipe:
+def slic(margin: Positive = 1.0, likelihood: NotNegative = 0.1) -> Recipe:
     pairs = Pairs(Hinge(1 / margin), SequenceScore(against="none"), coefficient=margin)
     return Recipe(with_likelihood(pairs, likelihood))
 

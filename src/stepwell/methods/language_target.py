@@ -25,7 +25,7 @@ from stepwell.objective.regularise import Divergence, Regulariser
 from stepwell.objective.scores import MeanRatio
 from stepwell.objective.state import LogPartition
 from stepwell.objective.surrogate import Clip, Plain, Score
-from stepwell.parts import Part
+from stepwell.parts import NotNegative, Part, Positive
 from stepwell.recipe import Recipe
 
 
@@ -104,7 +104,7 @@ def sppo(beta: float = 0.1, rounds: int = 1) -> Recipe:
 def disco(
     temperature: float = 10.0,
     limit: float = 1e-4,
-    penalty: float = 1e3,
+    penalty: NotNegative = 1e3,
     threshold: float = 0.5,
     ratio: bool = False,
 ) -> Recipe:
@@ -124,7 +124,7 @@ def disco(
     proof=("mirror_minimum", "loss_by_hand"),
     catalogue=332,
 )
-def mdpo(step: float = 1.0, epochs: int = 4) -> Recipe:
+def mdpo(step: Positive = 1.0, epochs: int = 4) -> Recipe:
     policy = Policy(GroupCredit("leave-one-out"), surrogate=Plain(), reduction=Reduction("row-sum"))
     near = Regulariser(Divergence("k3-weighted", "old"), 1 / step, Reduction("row-sum"))
     return Recipe(policy + near, epochs=epochs)
@@ -140,7 +140,7 @@ def mdpo(step: float = 1.0, epochs: int = 4) -> Recipe:
     note="Backward policy: none, for text has one parent. On policy, whatever log Z, the gradient is the divergence's.",
     proof=("tilted_minimum", "loss_by_hand"),
 )
-def trajectory_balance(beta: float = 0.1, rate: float = 0.1) -> Recipe:
+def trajectory_balance(beta: Positive = 0.1, rate: float = 0.1) -> Recipe:
     return Recipe(TrajectoryBalance(Outcome() * (1 / beta), log_partition=LogPartition("log_partition", rate=rate)))
 
 
@@ -154,7 +154,7 @@ def trajectory_balance(beta: float = 0.1, rate: float = 0.1) -> Recipe:
     note="It is copg up to a factor 2 beta^2 (n-1) / n for groups of n.",
     proof=("tilted_minimum", "loss_by_hand"),
 )
-def vargrad(beta: float = 0.1) -> Recipe:
+def vargrad(beta: Positive = 0.1) -> Recipe:
     return Recipe(TrajectoryBalance(Outcome() * (1 / beta), partition="group"))
 
 
@@ -168,7 +168,7 @@ def vargrad(beta: float = 0.1) -> Recipe:
     note="lam to 0 is detailed balance, lam to infinity trajectory balance.",
     proof=("flow_minimum", "loss_by_hand"),
 )
-def sub_trajectory_balance(beta: float = 0.1, lam: float = 0.9) -> Recipe:
+def sub_trajectory_balance(beta: Positive = 0.1, lam: float = 0.9) -> Recipe:
     return Recipe(SubTrajectoryBalance(lam, Outcome() * (1 / beta)))
 
 
@@ -200,7 +200,7 @@ def op_gfn(beta: float = 1.0) -> Recipe:
     proof=("teacher_gradient", "loss_by_hand"),
     catalogue=319,
 )
-def kdrl(clip: float = 0.2, kl: float = 2e-3, failing: bool = False, estimate: str = "k2") -> Recipe:
+def kdrl(clip: float = 0.2, kl: NotNegative = 2e-3, failing: bool = False, estimate: str = "k2") -> Recipe:
     policy = Policy(GroupCredit("mean", "std"), surrogate=Clip(clip, clip))
     gates = (Failing(),) if failing else ()
     return Recipe(policy + Regulariser(TeacherEstimate(estimate), kl, gates=gates, name="teacher_kl"))  # type: ignore[arg-type]

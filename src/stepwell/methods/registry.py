@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import inspect
+import math
+import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from stepwell.errors import InputError, StepwellError, UnknownName
+from stepwell.parts import Demand, demands
 from stepwell.process.exact import TabularLanguage
 from stepwell.process.flow import Flow
 from stepwell.process.language import Language
@@ -52,38 +57,51 @@ class Card:
 
         Raises `InputError` for a function that fails, naming the line in its own file, or that returns no Recipe.
         """
-        check_options(self.id, options, self.options)
+        check_options(self.id, options, self.build)
         try:
             recipe: Any = self.build(**options)
         except StepwellError:
             raise
         except Exception as error:
-            line = _line_in(error, Path(self.build.__code__.co_filename))
+            line = _line_in(error, Path(_code_of(self.build).co_filename))
+            given = " with " + ", ".join(f"{name}={value!r:.40}" for name, value in options.items()) if options else ""
             said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise InputError(f"The method '{self.id}' cannot be built; its function failed{line}: {said}") from error
+            raise InputError(
+                f"The method '{self.id}' cannot be built{given}; its function failed{line}: {said}"
+            ) from error
+        if inspect.iscoroutine(recipe):
+            recipe.close()  # else Python complains of it as well
         if not isinstance(recipe, Recipe):
             raise InputError(f"The method '{self.id}' is no Recipe but {type(recipe).__name__}; return a Recipe.")
         return recipe
 
     def as_dict(self) -> dict[str, Any]:
         """The card for JSON: every field, the options with their defaults, and the parts by default."""
-        fields = ("id", "title", "paper", "arxiv", "year", "room", "differs", "note", "catalogue", "source")
-        answer = {name: getattr(self, name) for name in fields}
+        plain = ("id", "title", "paper", "arxiv", "year", "room", "differs", "note", "catalogue", "source")
+        answer = {name: getattr(self, name) for name in plain}
         return answer | {"proof": list(self.proof), "options": self.options, "parts": self.recipe().parts()}
 
 
-def check_options(owner: str, options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Raise for an option that is not known, or is not of the kind of its default in `known`."""
+def check_options(owner: str, options: Mapping[str, Any], build: Callable[..., Any]) -> None:
+    """Raise for an option that `build` does not have, or that is not what its default and its type say."""
+    known = {name: parameter.default for name, parameter in inspect.signature(build).parameters.items()}
     for name, value in options.items():
         if name not in known:
             raise UnknownName(f"option of {owner}", name, known)
-        default = known[name]
-        number = isinstance(default, int | float) and not isinstance(default, bool)
-        if (isinstance(default, bool) and not isinstance(value, bool)) or (
-            number and (isinstance(value, bool) or not isinstance(value, int | float))
-        ):
-            kind = "true or false" if isinstance(default, bool) else "a number"
-            raise InputError(f"Option '{name}' of {owner} is {kind}, not '{value}'.")
+        default, demand = known[name], demands(build).get(name, Demand())
+        number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        whole = demand.bare and demand.range is not None and demand.range.whole
+        kinds = {
+            "true or false": isinstance(default, bool) and not isinstance(value, bool),
+            "a number": isinstance(default, int | float) and not isinstance(default, bool) and not number,
+            "a whole number": whole and isinstance(value, float),
+            "a text": isinstance(default, str) and isinstance(value, int | float),
+        }
+        for kind, wrong in kinds.items():
+            if wrong:
+                raise InputError(f"Option '{name}' of {owner} is {kind}, not '{value}'.")
+        if not demand.bare:
+            demand.refuse(f"'{name}' of {owner}", value)
 
 
 def check_room(card: Card, room: str | None) -> None:
@@ -125,8 +143,18 @@ def method(id: str, *, title: str, **card: Any) -> Callable[[Callable[..., Recip
     """
 
     def register(build: Callable[..., Recipe]) -> Callable[..., Recipe]:
-        if id in _CARDS and _CARDS[id].build.__code__.co_filename != build.__code__.co_filename:
+        if not isinstance(id, str) or not re.fullmatch(r"[^\s,:=]+", id):
+            raise InputError(f"The id of a method is {id!r:.40}; a text without spaces, commas, colons and = is right.")
+        code, taken = _code_of(build), _code_of(_CARDS[id].build) if id in _CARDS else None
+        if taken is not None and (taken.co_filename, taken.co_qualname) != (code.co_filename, code.co_qualname):
             raise InputError(f"There is a method '{id}' already, from {_CARDS[id].source}; give yours another id.")
+        known = [entry.name for entry in fields(Card) if entry.name not in ("id", "title", "build")]
+        for name in card:
+            if name not in known:
+                raise UnknownName(f"entry of the card of '{id}' named", name, known)
+        proof = card.get("proof", ())
+        if not isinstance(proof, list | tuple) or not all(isinstance(name, str) for name in proof):
+            raise InputError(f"The proof of method '{id}' is {proof!r:.60}; a tuple of oracles' names is right.")
         for name, parameter in inspect.signature(build).parameters.items():
             if parameter.default is inspect.Parameter.empty:
                 raise InputError(f"Option '{name}' of method '{id}' has no default; every option needs one.")
@@ -174,14 +202,26 @@ def load_plugin(path: str | Path) -> None:
         spec.loader.exec_module(module)
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line = _line_in(error, path)
-        raise InputError(f"The plugin '{path}' failed{line}: {type(error).__name__}: {error}") from error
+        said = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise InputError(
+            f"The plugin '{path}' failed{line}: {type(error).__name__}{f': {said}' if said else ''}"
+        ) from error
     finally:
         _loading.pop()
 
 
-def _line_in(error: Exception, path: Path) -> str:
+def _code_of(build: Callable[..., Any]) -> CodeType:
+    """The code of a function that builds, behind `functools.partial` and decorators; of a class, that of its maker."""
+    inner = inspect.unwrap(build.func if isinstance(build, functools.partial) else build)
+    found: CodeType | None = getattr(inner, "__code__", None) or getattr(inner.__init__, "__code__", None)
+    if found is None:
+        raise InputError(f"A method is built by a function, not by {build!r:.60}.")
+    return found
+
+
+def _line_in(error: BaseException, path: Path) -> str:
     if isinstance(error, SyntaxError) and error.lineno:
         return f" at line {error.lineno}"
     trace, line = error.__traceback__, ""

@@ -14,7 +14,7 @@ from stepwell.credit.shaping import Outcome
 from stepwell.objective.pairs import SequenceScore
 from stepwell.objective.state import LogPartition, State, value_of
 from stepwell.objective.term import Loss, Term
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, NotNegative, Part
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SubTrajectoryBalance(Term):
     lam -> 0 is detailed balance, lam -> infinity trajectory balance with log Z = log F_0. Rows must be complete.
     """
 
-    lam: float = 1.0
+    lam: NotNegative = 1.0
     log_reward: Part = field(default_factory=Outcome)
     against: Literal["reference", "none"] = "reference"
     coefficient: float | State = 1.0

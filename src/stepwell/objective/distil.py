@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stepwell.credit.traces import reward_to_go
-from stepwell.errors import InputError, MissingAbility
+from stepwell.errors import MissingAbility
 from stepwell.objective.gate import Gate
 from stepwell.objective.regularise import Regulariser
 from stepwell.objective.state import State
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, Count, NotNegative, Part, Share
 from stepwell.process.base import Process
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories
@@ -34,7 +34,7 @@ class TeacherAdvantage(Part):
     """
 
     to_go: bool = False
-    front: float = 0.0
+    front: NotNegative = 0.0
     reads = frozenset({"teacher_log_prob"})
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -82,21 +82,14 @@ class TeacherDivergence(Part):
     divergence, and needs little of the teacher's law to be kept (`Distillation` draws it).
     """
 
-    beta: float = 0.5
+    beta: Share = 0.5
     scaled: bool = False
-    top: int = 0
+    top: Count = 0
     needs = frozenset({"logits"})
 
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"teacher_ids", "teacher_top"} if self.top else {"teacher_logits"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.beta <= 1:
-            raise InputError(f"The mixture's share beta is {self.beta}; from 0 to 1 is right.")
-        if self.top < 0:
-            raise InputError(f"The teacher's {self.top} likeliest actions are to be told apart; 0 or more is right.")
 
     def __call__(self, batch: Batch) -> Tensor:
         student = batch.present("logits")

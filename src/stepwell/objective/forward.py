@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from stepwell.credit.group import GroupCredit
+from stepwell.errors import InputError
 from stepwell.objective.pairs import Pairs
 from stepwell.objective.state import State, value_of
 from stepwell.objective.surrogate import Clip, Surrogate
 from stepwell.objective.term import Loss, Term
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, Count, Part, Positive, Size
 from stepwell.process.base import Process, ability
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories
@@ -30,7 +31,7 @@ class Noised(Part):
     that they differ in nothing but the sample.
     """
 
-    points: int = 4
+    points: Size = 4
     grid: bool = False
     shared: bool = False
 
@@ -78,7 +79,7 @@ class DenoisingScore(Part):
     """
 
     weight: Weighting = "data"
-    scale: float = 1.0
+    scale: Positive = 1.0
     needs = frozenset({"forward"})
     reads = frozenset({"reference_forward"})
 
@@ -142,8 +143,8 @@ class NegativeAware(Term):
     """
 
     credit_of: Part = field(default_factory=lambda: GroupCredit("mean", "std"))
-    beta: float = 1.0
-    bound: float = 1.0
+    beta: Positive = 1.0
+    bound: Positive = 1.0
     weight: Weighting = "data"
     noised: Noised = field(default_factory=Noised)
     coefficient: float | State = 1.0
@@ -178,11 +179,16 @@ class DirectReward(Term):
     Implicit Diffusion (Marion et al. 2024, arXiv 2402.05468). Source: DRaFT, Clark et al. 2023, arXiv 2309.17400.
     """
 
-    depth: int | None = None
-    up_to: int | None = None
-    renoised: int = 0
+    depth: Size | None = None
+    up_to: Size | None = None
+    renoised: Count = 0
     pinned: bool = False
     coefficient: float | State = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.up_to is not None and self.up_to < (self.depth or 1):
+            raise InputError(f"A depth from {self.depth or 1} to {self.up_to} steps is none; give one from 1 on.")
 
     @property
     def needs(self) -> frozenset[str]:

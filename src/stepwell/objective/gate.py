@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from stepwell.credit.group import group_index, group_sum
-from stepwell.errors import InputError
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, NotNegative, Part, Portion, Width
 
 When = Literal["rows", "minibatch", "step"]
 
@@ -38,8 +37,8 @@ class SamplerCorrection(Gate):
     """
 
     level: Literal["token", "sequence"] = "token"
-    low: float = 0.0
-    high: float = 2.0
+    low: NotNegative = 0.0
+    high: Width = 2.0
     kind: Literal["truncate", "mask"] = "truncate"
     reads = frozenset({"old_log_prob"})
 
@@ -63,14 +62,9 @@ class CompleteRows(Gate):
 class HighEntropy(Gate):
     """Only the share `top` of steps with the highest entropy trains (Wang et al. 2025, "Beyond the 80/20 rule")."""
 
-    top: float = 0.2
+    top: Portion = 0.2
     when = "minibatch"
     present = frozenset({"entropy"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.top <= 1:
-            raise InputError(f"The share of high-entropy steps is {self.top}; above 0 and up to 1 is right.")
 
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
         entropy = batch.present("entropy")
@@ -82,8 +76,8 @@ class HighEntropy(Gate):
 class OneSide(Gate):
     """PPO's gate without its ratio: drop a step once it moved past the bound in the direction of its advantage."""
 
-    low: float = 0.2
-    high: float = 0.2
+    low: Width = 0.2
+    high: Width = 0.2
     when = "step"
 
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
@@ -97,8 +91,8 @@ class OneSide(Gate):
 class TwoSide(Gate):
     """Drop a step outside 1 - low <= r <= 1 + high, whatever its advantage (REC-TwoSide, arXiv 2509.24203)."""
 
-    low: float = 0.2
-    high: float = 0.2
+    low: Width = 0.2
+    high: Width = 0.2
     when = "step"
 
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
@@ -114,10 +108,10 @@ class Ring(Gate):
     That is r <= 1 - far_low where A >= 0, and r >= 1 + far_high where A <= 0 (REC-Ring, arXiv 2509.24203).
     """
 
-    low: float = 0.2
-    high: float = 0.2
-    far_low: float = 0.6
-    far_high: float = 2.0
+    low: Width = 0.2
+    high: Width = 0.2
+    far_low: Width = 0.6
+    far_high: Width = 2.0
     when = "step"
 
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
@@ -137,8 +131,8 @@ class ProbabilityShift(Gate):
     Source: arXiv 2602.04879 (Binary-TV); cards_objectives.md section 2.
     """
 
-    low: float = 0.15
-    high: float = 0.15
+    low: Width = 0.15
+    high: Width = 0.15
     when = "step"
 
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepwell.objective.gate import Gate
 from stepwell.objective.ratio import Ratio
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, Part, Width
 
 
 def step_divergence(batch: Batch) -> Tensor:
@@ -56,7 +56,7 @@ class DivergenceBound(Gate):
     cards_flow.md, A15; the threshold is the user's to choose.
     """
 
-    threshold: float = 1e-4
+    threshold: Width = 1e-4
     when = "step"
     needs = frozenset({"mean", "deviation"})
     reads = frozenset({"old_mean"})

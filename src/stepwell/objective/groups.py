@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 from stepwell.objective.pairs import SequenceScore
 from stepwell.objective.state import State, value_of
 from stepwell.objective.term import Coupling, Loss, Term
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, Part, Positive
 
 
 class GroupFunction(Part):
@@ -30,7 +30,7 @@ class Consistency(GroupFunction):
     On policy its expected gradient is -2 beta that of E R - beta KL(pi || ref); cards_objectives.md section 5.2.
     """
 
-    beta: float = 0.1
+    beta: Positive = 0.1
 
     def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
         x = reward - self.beta * score
@@ -46,7 +46,7 @@ class PosteriorMatching(GroupFunction):
     The score must be against the reference, so that log pi = s + log ref and log ref cancels.
     """
 
-    beta: float = 0.1
+    beta: Positive = 0.1
 
     def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
         target = (reward / self.beta - proposal).softmax(0)
@@ -68,7 +68,7 @@ class NashRegression(GroupFunction):
     2024, arXiv 2404.03715, equation 10 in the notation of cards_objectives.md section 5.1).
     """
 
-    beta: float = 0.1
+    beta: Positive = 0.1
 
     def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
         rate = win_rates(reward)
@@ -83,7 +83,7 @@ class NashRegression(GroupFunction):
 class SelfPlay(GroupFunction):
     """SPPO: the mean over rows of (s - (P - 1/2) / beta)^2, P the row's win rate (arXiv 2405.00675, equation 4.7)."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
 
     def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
         return ((score - (win_rates(reward) - 0.5) / self.beta) ** 2).mean()
@@ -97,7 +97,7 @@ class Discriminative(GroupFunction):
     Source: Li et al. 2025, arXiv 2505.12366.
     """
 
-    temperature: float | None = 10.0
+    temperature: Positive | None = 10.0
     threshold: float = 0.5
 
     def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
@@ -118,7 +118,7 @@ class OrderPreserving(GroupFunction):
     of equals gives 0. Source: Order-Preserving GFlowNets, arXiv 2310.00386, with a certain backward policy.
     """
 
-    beta: float = 1.0
+    beta: Positive = 1.0
 
     def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
         best = reward == reward.max()

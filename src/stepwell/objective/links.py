@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 from stepwell.errors import InputError, UnknownName
 from stepwell.objective.pairs import Hinge, Link, Logistic, Square
 from stepwell.objective.state import State, value_of
-from stepwell.parts import Batch
+from stepwell.parts import Batch, Positive
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Robust(Link):
     probability e is the loss of the true labels (Ray Chowdhury et al. 2024, arXiv 2403.00409). Unbounded below.
     """
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     smoothing: float = 0.1
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class Robust(Link):
 class ExactPair(Link):
     """EXO: KL(q || (1-e, e)) with q = sigmoid(beta x), the reverse divergence (Ji et al. 2024, arXiv 2402.00856)."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     smoothing: float = 1e-3
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class ExactPair(Link):
 class NoiseContrast(Link):
     """NCA on a pair: -log sigmoid(r_w) - [log sigmoid(-r_w) + log sigmoid(-r_l)] / 2, r = beta s (arXiv 2402.05369)."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
         won, lost = self.beta * chosen, self.beta * rejected
@@ -72,7 +72,7 @@ class Classifier(Link):
     `shift` is d: 0 in TRL's pair loss, or a state that follows the metric `pair_score`.
     """
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     shift: float | State = 0.0
 
     def at(self, batch: Batch) -> Link:
@@ -87,7 +87,7 @@ class Classifier(Link):
 class Certain(Link):
     """SPPO with hard labels: (s_w - 1/(2 beta))^2 + (s_l + 1/(2 beta))^2 (Wu et al. 2024, arXiv 2405.00675)."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
         return (chosen - 0.5 / self.beta) ** 2 + (rejected + 0.5 / self.beta) ** 2
@@ -97,7 +97,7 @@ class Certain(Link):
 class AnchoredZero(Link):
     """APO-zero: 1 - sigmoid(beta s_w) + sigmoid(beta s_l); where chosen rows beat the policy's own (2408.06266)."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
         return 1 - torch.sigmoid(self.beta * chosen) + torch.sigmoid(self.beta * rejected)
@@ -107,7 +107,7 @@ class AnchoredZero(Link):
 class AnchoredDown(Link):
     """APO-down: sigmoid(beta s_w) + 1 - sigmoid(beta x); for chosen rows worse than the policy's own (2408.06266)."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
         return torch.sigmoid(self.beta * chosen) + 1 - torch.sigmoid(self.beta * (chosen - rejected))
@@ -117,8 +117,8 @@ class AnchoredDown(Link):
 class Discovered(Link):
     """DiscoPOP: (1 - m) (-log sigmoid u) + m exp(-u), u = beta x, m = sigmoid(u / tau) (Lu et al. 2024, 2406.08414)."""
 
-    beta: float = 0.05
-    tau: float = 0.05
+    beta: Positive = 0.05
+    tau: Positive = 0.05
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
         logit = self.beta * (chosen - rejected)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from stepwell.objective.gate import Gate
-from stepwell.parts import Batch
+from stepwell.parts import Batch, Portion, Range, Width
 from stepwell.rng import Rng
 
 
@@ -36,7 +37,7 @@ class TopCovariance(Gate):
     At least one step; of steps that tie the first drawn are taken, wherever they stand in the batch.
     """
 
-    fraction: float = 2e-4
+    fraction: Portion = 2e-4
     when = "minibatch"
 
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
@@ -59,11 +60,11 @@ class DropCovariance(Gate):
     `seed` and the version of the rows; it is of nodes, so that neither order nor padding matters.
     """
 
-    fraction: float = 2e-4
+    fraction: Portion = 2e-4
     low: float = 1.0
     high: float = 5.0
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: Width = 0.2
+    clip_high: Width = 0.2
     seed: int = 0
     when = "minibatch"
 
@@ -88,7 +89,7 @@ class SecondMoment(Gate):
     train. Of steps that tie at the border all are dropped. Source: arXiv 2510.01161.
     """
 
-    threshold: float = 0.04
+    threshold: Width = 0.04
     when = "minibatch"
 
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
@@ -112,7 +113,7 @@ class EntropyChange(Gate):
     logits. Source: arXiv 2510.10150; cards_objectives.md section 2.
     """
 
-    least: float = 0.8
+    least: Portion = 0.8
     exact: bool = False
     when = "minibatch"
 
@@ -148,7 +149,7 @@ class HiddenReward(Gate):
     states, and compares every two steps of a prompt. Source: arXiv 2510.03669; its threshold on |THR| is left out.
     """
 
-    p: float = 0.1
+    p: Annotated[float, Range("a number from -1 to 1", -1, 1)] = 0.1
     when = "minibatch"
     present = frozenset({"hidden", "logits"})
 

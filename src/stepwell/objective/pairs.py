@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from stepwell.credit.group import group_index, group_sum, top_of_groups
 from stepwell.errors import InputError
 from stepwell.objective.state import State, value_of
 from stepwell.objective.term import Coupling, Loss, Term
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, Part, Positive, Range
 
 Against = Literal["reference", "old", "teacher", "none"]
 
@@ -83,8 +83,8 @@ class Logistic(Link):
     DPO (Rafailov et al. 2023, equation 7); `smoothing` e > 0 is conservative DPO.
     """
 
-    beta: float = 0.1
-    smoothing: float = 0.0
+    beta: Positive = 0.1
+    smoothing: Annotated[float, Range("a number from 0 to 1/2", 0, 0.5)] = 0.0
     margin: float = 0.0
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
@@ -96,7 +96,7 @@ class Logistic(Link):
 class Square(Link):
     """IPO: (x - 1 / (2 beta))^2 (Azar et al. 2023, equation 17)."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
         return (chosen - rejected - 1 / (2 * self.beta)) ** 2
@@ -106,7 +106,7 @@ class Square(Link):
 class Hinge(Link):
     """relu(1 - beta x) (SLiC, Zhao et al. 2023)."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
         return relu(1 - self.beta * (chosen - rejected))

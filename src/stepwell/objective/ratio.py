@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepwell.errors import InputError
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, Checked, Part, Width
 
 Level = Literal["token", "segment", "turn", "sequence", "sequence_token"]
 
@@ -24,6 +24,12 @@ class Mixture(Part):
     """
 
     components: tuple[tuple[str, float], ...] = (("old", 0.5), ("behaviour", 0.5))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights = [weight for _, weight in self.components]
+        if not all(weight >= 0 for weight in weights) or not math.isclose(sum(weights), 1.0):
+            raise InputError(f"The weights of a mixture are {weights}; 0 or more each, and 1 together, is right.")
 
     def __call__(self, batch: Batch) -> Tensor:
         terms = []
@@ -45,15 +51,15 @@ class PerSource(Part):
 
 
 @dataclass(frozen=True)
-class LogClip:
+class LogClip(Checked):
     """A hook that clips each token's log-ratio x where it has gone on in the direction of its advantage.
 
     A > 0: min(x, clip(x, -low, high)); A < 0: max(x, clip(x, -low, high)); so x <= high where A > 0 and x >= -low
     where A < 0, and the gradient of a clipped token is 0 (GMPO, arXiv 2507.20673).
     """
 
-    low: float = 0.4
-    high: float = 0.4
+    low: Width = 0.4
+    high: Width = 0.4
 
     def __call__(self, difference: Tensor, advantage: Tensor) -> Tensor:
         return torch.where(advantage > 0, difference.clamp(max=self.high), difference.clamp(min=-self.low))

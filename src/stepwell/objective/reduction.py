@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepwell.credit.group import group_index, group_sum
 from stepwell.errors import InputError
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, Part, Size
 
 Mode = Literal["token", "row", "row-sum", "group", "fixed", "sum", "edge"]
 
@@ -26,7 +26,7 @@ class Reduction(Part):
     """
 
     mode: Mode = "token"
-    length: int | None = None
+    length: Size | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
         mask, counts = batch.mask, batch.counts

@@ -15,7 +15,7 @@ from stepwell.objective.ratio import Ratio
 from stepwell.objective.reduction import Reduction, total
 from stepwell.objective.state import State, value_of
 from stepwell.objective.term import Loss, Term
-from stepwell.parts import Batch, Part, column
+from stepwell.parts import Batch, Part, column, parts_of
 
 Estimate = Literal["k1", "k2", "k3", "abs", "k3-weighted", "k1+", "k3+", "exact"]
 
@@ -118,6 +118,15 @@ class Regulariser(Term):
     name: str = "kl"
     credit_of: Part | None = None
     kept_only: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        diverges = any(isinstance(part, Divergence) for part in parts_of(self.quantity))
+        if diverges and not isinstance(self.coefficient, State) and self.coefficient < 0:
+            raise InputError(
+                f"The coefficient of a divergence is {self.coefficient}, which would drive the policy away; 0 or more "
+                "is right."
+            )
 
     def credit(self, batch: Batch) -> dict[str, Tensor]:
         if self.credit_of is None:

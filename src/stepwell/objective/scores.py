@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from stepwell.errors import InputError
 from stepwell.objective.pairs import Against, SequenceScore, log_ratio, read_for, sides_of
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, Part, Positive, Share
 
 
 @dataclass(frozen=True)
@@ -56,17 +55,12 @@ class LengthDesensitised(Part):
     `tail` 1 is DPO, 0 leaves the excess out.
     """
 
-    tail: float = 0.5
+    tail: Share = 0.5
     against: Against = "reference"
 
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
         return read_for(self.against)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.tail <= 1:
-            raise InputError(f"Steps beyond the shorter row count {self.tail} times; from 0 to 1 is right.")
 
     def sides(self, batch: Batch, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
         values, place = log_ratio(batch, self.against) * batch.mask, batch.mask.cumsum(1)
@@ -88,7 +82,7 @@ class TokenGuided(Part):
     """
 
     alpha: float = 0.5
-    beta: float = 0.1
+    beta: Positive = 0.1
     reads = frozenset({"reference_log_prob", "teacher_log_prob"})
 
     def sides(self, batch: Batch, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from stepwell.credit.columns import RewardColumn, answer_entropy
 from stepwell.credit.group import GroupCredit, equal_groups, group_index
 from stepwell.objective.gate import Gate
 from stepwell.objective.state import State, value_of
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, Part, Portion, Share
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Influence(Gate):
     `top` may be a State, as in D3S (arXiv 2509.22115), which keeps few steps at first and more as it goes on.
     """
 
-    top: float | State = 0.5
+    top: Share | State = 0.5
     when = "minibatch"
     present = frozenset({"entropy"})
 
@@ -67,7 +67,7 @@ class MostSpread(Part):
     """
 
     credit: Part = field(default_factory=lambda: GroupCredit("mean", "std"))
-    share: float | State = 0.5
+    share: Portion | State = 0.5
 
     def __call__(self, batch: Batch) -> Tensor:
         advantage = self.credit(batch)

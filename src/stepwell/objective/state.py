@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stepwell.errors import UnknownName
-from stepwell.parts import Batch
+from stepwell.parts import Batch, Checked, NotNegative, Positive, Share, Size, Width
 
 
 @dataclass(frozen=True)
-class State:
+class State(Checked):
     """A number by name, kept by the training loop and saved in checkpoints.
 
     `update(value, metrics)` is pure: it gives the next value from the metrics of the update just made. A term whose
@@ -44,8 +44,8 @@ class AdaptiveCoefficient(State):
     """
 
     metric: str = "kl"
-    target: float = 0.1
-    rate: float = 0.1
+    target: Positive = 0.1
+    rate: NotNegative = 0.1
 
     def update(self, value: float, metrics: Mapping[str, float]) -> float:
         error = min(max(_metric(metrics, self.metric) / self.target - 1.0, -0.2), 0.2)
@@ -59,10 +59,11 @@ class Multiplier(State):
     `ceiling` bounds it from above, for constraints that cannot be kept.
     """
 
+    initial: NotNegative = 0.0
     metric: str = "reward"
     threshold: float = 0.0
-    rate: float = 0.01
-    ceiling: float = math.inf
+    rate: NotNegative = 0.01
+    ceiling: Width = math.inf
 
     def update(self, value: float, metrics: Mapping[str, float]) -> float:
         return min(max(0.0, value + self.rate * (self.threshold - _metric(metrics, self.metric))), self.ceiling)
@@ -73,7 +74,7 @@ class Ramp(State):
     """value <- `final` by equal steps, over so many updates: a schedule."""
 
     final: float = 1.0
-    updates: int = 100
+    updates: Size = 100
 
     def update(self, value: float, metrics: Mapping[str, float]) -> float:
         step = (self.final - self.initial) / self.updates
@@ -85,7 +86,7 @@ class RunningMean(State):
     """value <- decay value + (1 - decay) metric."""
 
     metric: str = "reward"
-    decay: float = 0.9
+    decay: Share = 0.9
 
     def update(self, value: float, metrics: Mapping[str, float]) -> float:
         return self.decay * value + (1.0 - self.decay) * _metric(metrics, self.metric)
@@ -96,7 +97,7 @@ class LogPartition(State):
     """Trajectory balance's learned log Z: value <- value - rate * mean residual, its own gradient step."""
 
     metric: str = "residual"
-    rate: float = 0.1
+    rate: NotNegative = 0.1
 
     def update(self, value: float, metrics: Mapping[str, float]) -> float:
         return value - self.rate * _metric(metrics, self.metric)

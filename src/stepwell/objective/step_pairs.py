@@ -14,7 +14,7 @@ from stepwell.objective.pairs import Pairing, log_ratio, pairs_of
 from stepwell.objective.reduction import total
 from stepwell.objective.state import State, value_of
 from stepwell.objective.term import Coupling, Loss, Term
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, NotNegative, Part, Positive
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class StepPairs(Term):
     """
 
     values: Part = field(default_factory=StepValues)
-    beta: float = 0.05
-    temperature: float = 0.5
-    rate: float = 1.0
+    beta: Positive = 0.05
+    temperature: NotNegative = 0.5
+    rate: NotNegative = 1.0
     pairing: Pairing = field(default_factory=lambda: Pairing("all"))
     coefficient: float | State = 1.0
     coupling: Coupling = "groups"

@@ -16,7 +16,7 @@ from torch.nn.functional import relu
 
 from stepwell.errors import InputError
 from stepwell.objective.gate import SamplerCorrection
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, NotNegative, Part, Positive, Width
 
 LARGEST = 80.0
 """The largest log-ratio whose exponential is taken: beyond it float32 overflows, and no gradient passes."""
@@ -56,6 +56,13 @@ class Clip(Surrogate):
         for name, value in (("low", self.low), ("high", self.high)):
             if not value >= 0:
                 raise InputError(f"A ratio cannot be clipped at a distance of {value} ('{name}'); 0 or more is right.")
+        if self.dual is not None and not self.dual > 1:
+            raise InputError(f"The bound of a dual clip is {self.dual} ('dual'); above 1 is right, or None for none.")
+        if self.delta is not None and not self.delta > 1 + self.high:
+            raise InputError(
+                f"The ratio is capped at {self.delta} ('delta'), where it is clipped at 1 + {self.high} already; above "
+                "that is right, or None for no cap."
+            )
 
     def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
         ratio = ratio_of(log_ratio)
@@ -86,8 +93,8 @@ class Score(Surrogate):
     the gradient of clipped steps is kept, at the clipped weight. The value is not an objective, only its gradient.
     """
 
-    minimum: float | None = None
-    maximum: float | None = None
+    minimum: NotNegative | None = None
+    maximum: Width | None = None
 
     def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
         if self.minimum is None and self.maximum is None:
@@ -106,8 +113,8 @@ class Score(Surrogate):
 class Taper(Surrogate):
     """SAPO's soft clip: -(4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A; cards_objectives.md section 2."""
 
-    positive: float = 1.0
-    negative: float = 1.05
+    positive: Positive = 1.0
+    negative: Positive = 1.05
 
     def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
         tau = torch.where(advantage > 0, advantage.new_tensor(self.positive), advantage.new_tensor(self.negative))
@@ -121,8 +128,8 @@ class Drift(Surrogate):
     A >= 0: relu(x - a tanh(x / a)), x = (r - 1) A. A < 0: relu(y - b tanh(y / b)), y = A log r.
     """
 
-    a: float = 2.0
-    b: float = 0.6
+    a: Positive = 2.0
+    b: Positive = 0.6
 
     def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
         ratio = ratio_of(log_ratio)
@@ -179,6 +186,12 @@ class GammaScore(Surrogate):
     negative: tuple[float, float] = (3.0, 2.0)
     sampler: SamplerCorrection | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, pair in (("positive", self.positive), ("negative", self.negative)):
+            if not all(0 <= number < math.inf for number in pair):
+                raise InputError(f"The shape and the rate of GammaScore are {pair} ('{name}'); 0 or more is right.")
+
     def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
         x, lowest = log_ratio.detach(), math.log(1e-8)
         if self.sampler is not None:
@@ -193,7 +206,7 @@ class GammaScore(Surrogate):
 class Focused(Surrogate):
     """-r A (1 - pi)^gamma with 1 - pi constant: steps the policy holds for unlikely count most (RL-PLUS)."""
 
-    gamma: float = 0.5
+    gamma: NotNegative = 0.5
 
     def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
         unlikely = -torch.expm1(batch.log_prob.detach().clamp(max=0.0))
@@ -207,7 +220,7 @@ class Shaped(Surrogate):
     The gradient's weight is gamma pi / (pi + gamma)^2, largest at pi = gamma. Source: cards_objectives.md section 2.
     """
 
-    gamma: float = 0.1
+    gamma: Positive = 0.1
 
     def __call__(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
         probability = batch.log_prob.exp()

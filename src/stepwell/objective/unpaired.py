@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from stepwell.objective.pairs import Pairing, Pairs, SequenceScore
 from stepwell.objective.state import State, value_of
 from stepwell.objective.term import Loss, Term
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, NotNegative, Part, Positive, Range
 from stepwell.process.base import Process
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories
@@ -27,9 +28,9 @@ class Prospect(Term):
     instead. Without `centred` z is 0 (TRL's apo_zero_unpaired). Source: Ethayarajh et al. 2024, arXiv 2402.01306.
     """
 
-    beta: float = 0.1
-    desirable: float = 1.0
-    undesirable: float = 1.0
+    beta: Positive = 0.1
+    desirable: NotNegative = 1.0
+    undesirable: NotNegative = 1.0
     threshold: float = 0.5
     centred: bool = True
     score: Part = field(default_factory=SequenceScore)
@@ -82,8 +83,8 @@ class RejectionPairs(Pairs):
     """
 
     pairing: Pairing = field(default_factory=lambda: Pairing("all"))
-    temperature: float = 0.5
-    keep: int = 4
+    temperature: Positive = 0.5
+    keep: Annotated[int, Range("a whole number from 2 on", 2, whole=True)] = 4
 
     def draw(self, rows: Trajectories, process: Process, rng: Rng) -> dict[str, Tensor]:
         assert rows.reward is not None

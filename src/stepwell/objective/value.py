@@ -12,7 +12,7 @@ from stepwell.credit.traces import GeneralisedAdvantage
 from stepwell.objective.reduction import Reduction, total
 from stepwell.objective.state import State, value_of
 from stepwell.objective.term import Loss, Term
-from stepwell.parts import Batch, Part
+from stepwell.parts import Batch, NotNegative, Part, Width
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class ValueLoss(Term):
     """
 
     estimator: GeneralisedAdvantage = field(default_factory=GeneralisedAdvantage)
-    clip: float | None = 0.2
+    clip: Width | None = 0.2
     reduction: Part = field(default_factory=Reduction)
-    coefficient: float | State = 0.1
+    coefficient: NotNegative | State = 0.1
     needs = frozenset({"value"})
 
     def credit(self, batch: Batch) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stepwell.errors import InputError
-from stepwell.parts import Checked
+from stepwell.parts import Count, Size
 from stepwell.plan.groups import Groups
 from stepwell.plan.prompts import PromptStream
 from stepwell.rollout import Prompt, Request
@@ -31,11 +31,12 @@ class Branches(Groups):
     """
 
     at: tuple[int, ...] = (0, 1, 2)
-    trunks: int = 1
+    trunks: Size = 1
     strides: tuple[int, ...] = (1,)
-    first: int = 1
+    first: Count = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.at or min(self.at) < 0 or min(self.strides, default=0) < 1:
             raise InputError(
                 f"Branches at the steps {self.at} with strides {self.strides} are none; give at least one."
@@ -96,12 +97,13 @@ class Tree(Groups):
     """
 
     branching: int = 2
-    steps: int = 10
+    steps: Size = 10
     begin: int = 0
-    hold: int = 0
-    first: int = 1
+    hold: Count = 0
+    first: Count = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.branching < 2 or self.depth < 1 or self.branching**self.depth != self.size:
             raise InputError(
                 f"A tree that parts into {self.branching} at each step has a power of {self.branching} leaves, "
@@ -139,7 +141,7 @@ class Tree(Groups):
 
 
 @dataclass
-class Candidates(Checked, Groups):
+class Candidates(Groups):
     """At every step of a row `size` candidates are drawn from the same state and judged; one of them goes on.
 
     `go_on`: which, a `random` one, so that steps stay independent, or the `best`. `steps` of them, from `begin` on.
@@ -149,11 +151,11 @@ class Candidates(Checked, Groups):
     Source: SPO, arXiv 2406.04314.
     """
 
-    size: int = 4
-    steps: int = 10
+    size: Size = 4
+    steps: Size = 10
     begin: int = 0
     go_on: Literal["random", "best"] = "random"
-    first: int = 1
+    first: Count = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from stepwell.parts import Checked, NotNegative, Range, Share, Size
 from stepwell.plan.prompts import PromptStream
 from stepwell.rollout import Request
 from stepwell.trajectories import Trajectories
 
 
 @dataclass
-class Groups:
+class Groups(Checked):
     """`prompts` prompts a step, `size` samples each: the plain planner."""
 
-    prompts: int = 8
-    size: int = 8
+    prompts: Size = 8
+    size: Size = 8
 
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
         return [] if so_far is not None else self.ask(prompts, self.prompts)
@@ -53,7 +54,7 @@ class DynamicSampling(Groups):
     rate (cards_objectives.md section 1.2). Source: DAPO, arXiv 2503.14476, section 3.2.
     """
 
-    limit: float = 4.0
+    limit: Annotated[float, Range("a number from 1 on", 1)] = 4.0
 
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
         if so_far is None:
@@ -86,8 +87,8 @@ class WeightedPrompts(Groups):
     prompt has p = 1/2. This samples another distribution of prompts on purpose: the objective is reweighted.
     """
 
-    floor: float = 0.1
-    decay: float = 0.5
+    floor: NotNegative = 0.1
+    decay: Share = 0.5
     low: float = 0.0
     high: float = 1.0
     rates: dict[int, float] = field(default_factory=dict)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stepwell.errors import InputError
+from stepwell.parts import Count
 from stepwell.plan.groups import Groups
 from stepwell.plan.prompts import PromptStream
 from stepwell.rollout import Request
@@ -28,13 +28,9 @@ class Hinted(Groups):
     Source: Guide (Nath et al. 2025, arXiv 2506.13923).
     """
 
-    hints: int = 0
+    hints: Count = 0
     failure: float = 0.0
     column: str = "hinted"
-
-    def __post_init__(self) -> None:
-        if self.hints < 0:
-            raise InputError(f"There are {self.hints} hinted samples of a prompt; 0 or more is right.")
 
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
         if so_far is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepwell.errors import InputError
+from stepwell.parts import Size
 from stepwell.plan.groups import Groups
 from stepwell.plan.prompts import PromptStream
 from stepwell.rollout import Request
@@ -25,8 +25,8 @@ class WithGreedy(Groups):
     that has it. Source: ReMax, arXiv 2310.10505.
     """
 
-    size: int = 1
-    prompts: int = 64
+    size: Size = 1
+    prompts: Size = 64
 
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
         requests = super().plan(step, so_far, prompts)
@@ -51,14 +51,10 @@ class Vines(Groups):
     after the segment that a step belongs to, and whether the row ends with it. Source: VinePPO, arXiv 2410.01679.
     """
 
-    prompts: int = 4
-    size: int = 4
-    segment: int = 16
-    vines: int = 4
-
-    def __post_init__(self) -> None:
-        if self.segment < 1 or self.vines < 1:
-            raise InputError(f"There are {self.vines} vines for segments of {self.segment} steps; 1 or more is right.")
+    prompts: Size = 4
+    size: Size = 4
+    segment: Size = 16
+    vines: Size = 4
 
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
         if so_far is None:

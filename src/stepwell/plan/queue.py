@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepwell.parts import Count, Size
 from stepwell.plan.groups import Groups
 from stepwell.plan.prompts import PromptStream
 from stepwell.rollout import Request
@@ -28,9 +29,9 @@ class Queue(Groups):
     Source: the queue of Implicit Diffusion, Marion et al. 2024, arXiv 2402.05468, algorithm 3.
     """
 
-    size: int = 4
-    steps: int = 10
-    first: int = 1
+    size: Size = 4
+    steps: Size = 10
+    first: Count = 1
     waiting: Trajectories | None = field(default=None, compare=False, repr=False)
 
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:

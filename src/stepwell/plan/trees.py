@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stepwell.errors import InputError
+from stepwell.parts import Size
 from stepwell.plan.groups import Groups
 from stepwell.plan.prompts import PromptStream
 from stepwell.rollout import Request
@@ -24,17 +25,16 @@ class SegmentTree(Groups):
     finished paths, and its random first width.
     """
 
-    size: int = 8
-    branching: int = 2
-    segment: int = 16
+    size: Size = 8
+    branching: Size = 2
+    segment: Size = 16
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.branching < 2 or self.depth < 1 or self.branching**self.depth != self.size:
             raise InputError(
                 f"A tree that parts into {self.branching} has a power of {self.branching} leaves, not {self.size}."
             )
-        if self.segment < 1:
-            raise InputError(f"A segment of {self.segment} steps is none; 1 or more is right.")
 
     @property
     def depth(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stepwell.errors import InputError
-from stepwell.parts import Checked
+from stepwell.parts import Count, NotNegative, Portion, Size
 from stepwell.plan.groups import Groups
 from stepwell.plan.prompts import PromptStream
 from stepwell.rng import Rng
@@ -21,7 +21,7 @@ Schedule = Literal["fixed", "progressive", "random", "decay", "exponential-decay
 
 
 @dataclass
-class Windows(Checked, Groups):
+class Windows(Groups):
     """`width` of `steps` steps are random, from `begin` on at first; outside, rows take the deterministic step.
 
     Steps are counted from `first`, the first that can be random: 1 for flows, whose step 0 is the noise. schedule:
@@ -36,18 +36,18 @@ class Windows(Checked, Groups):
     Source: MixGRPO, arXiv 2507.21802; the schedules of its code in cards_flow.md, A3.
     """
 
-    steps: int = 10
+    steps: Size = 10
     width: int = 4
     begin: int = 0
     schedule: Schedule = "fixed"
-    stride: int = 1
-    hold: int = 25
-    rate: float = 0.1
-    free: int = 13
+    stride: Size = 1
+    hold: Size = 25
+    rate: NotNegative = 0.1
+    free: Count = 13
     roll_back: bool = True
     variant: Literal["corrected", "published"] = "corrected"
     same_noise: bool = False
-    first: int = 1
+    first: Count = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,8 +55,6 @@ class Windows(Checked, Groups):
             raise InputError(
                 f"A window of {self.width} steps from step {self.begin} on does not lie within {self.steps} steps."
             )
-        if self.stride < 1 or self.hold < 1:
-            raise InputError(f"A window moves by {self.stride} steps every {self.hold} rollouts; 1 or more is right.")
 
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
         begin, end = self.window(step, prompts.rng)
@@ -112,7 +110,7 @@ class Tail(Windows):
     """
 
     solver: str = "dpmpp-2m"
-    ratio: float = 0.4
+    ratio: Portion = 0.4
     after: int = 1
 
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
@@ -134,12 +132,12 @@ class Backward(Groups):
     B2-DiffuRL (Hu et al. 2025, arXiv 2503.11240), whose stages grow by a rule of its scripts; here by one step.
     """
 
-    size: int = 3
-    trunks: int = 2
-    steps: int = 20
-    least: int = 14
-    hold: int = 10
-    first: int = 1
+    size: Size = 3
+    trunks: Size = 2
+    steps: Size = 20
+    least: Size = 14
+    hold: Size = 10
+    first: Count = 1
 
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
         if so_far is None:

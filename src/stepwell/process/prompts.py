@@ -35,6 +35,7 @@ class PromptEncoder:
         if isinstance(prompt, str):
             if self.system is not None:
                 raise InputError(f"The prompt {shown} is a plain text; the `system` option needs chat messages.")
+            refuse_half_characters(prompt, f"The prompt {shown}")
             ids = list(self.tokenizer(prompt, verbose=False)["input_ids"])
         elif is_chat(prompt):
             ids = self._chat(prompt, shown)
@@ -66,6 +67,16 @@ class PromptEncoder:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise InputError(f"The tokenizer's chat template refuses the prompt {shown}: {reason}.") from error
         return list(encoded["input_ids"])
+
+
+def refuse_half_characters(text: str, what: str) -> None:
+    """Raise `InputError` for a lone surrogate, as JSON may hold it: no tokenizer reads one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} holds half a character (a lone surrogate, at place {error.start}); mend or remove it."
+        ) from error
 
 
 def is_chat(prompt: Any) -> bool:

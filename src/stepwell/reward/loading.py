@@ -28,19 +28,23 @@ def load_reward(address: str) -> Callable[..., Any]:
     return load_function(address)
 
 
-def load_function(address: str, kind: str = "reward") -> Callable[..., Any]:
+def load_function(address: str, kind: str = "reward", classes: bool = False) -> Callable[..., Any]:
     """The function at `path/to/file.py:name` or `package.module:name`; messages call it a `kind`.
+
+    With `classes` it may as well be a class, which makes what is called the kind.
 
     A file may import its neighbours: its folder is added at the end of `sys.path` (the working folder, for a
     module). A file that has not changed is run once, however many of its functions are loaded.
 
     Raises `InputError` for an address without a colon, a file or module that is not there or fails while it is
-    imported (naming its line), a name that is not in it (with the nearest one that is), and what is no function.
+    imported (naming its line), a name that is not in it (with the nearest one that is), and what cannot be called.
     """
     place, colon, name = address.rpartition(":")
+    sought = "class or function" if classes else "function"
     if not colon or not place or not name:
-        raise InputError(f"The {kind} '{address}' has to name a file and a function in it, such as 'my.py:{kind}'.")
-    if place.endswith(".py") or "/" in place or os.sep in place:
+        example = f"my.py:{kind.capitalize() if classes else kind}"
+        raise InputError(f"The {kind} '{address}' has to name a file and a {sought} in it, such as '{example}'.")
+    if place.endswith(".py") or "/" in place or os.sep in place or Path(place).is_file():
         module = _module_from_file(place, kind)
     else:
         module = _module_by_name(place, kind)
@@ -48,14 +52,16 @@ def load_function(address: str, kind: str = "reward") -> Callable[..., Any]:
         own = [
             key
             for key, value in vars(module).items()
-            if callable(value) and not inspect.isclass(value) and getattr(value, "__module__", None) == module.__name__
+            if callable(value)
+            and (classes or not inspect.isclass(value))
+            and getattr(value, "__module__", None) == module.__name__
         ]
-        raise UnknownName(f"function of {place} named", name, own)
+        raise UnknownName(f"{sought} of {place} named", name, own)
     function = getattr(module, name)
-    if inspect.isclass(function):
+    if inspect.isclass(function) and not classes:
         raise InputError(f"'{name}' in {place} is a class; name a function, or an instance that can be called.")
     if not callable(function):
-        raise InputError(f"'{name}' in {place} is of type {type(function).__name__}; a function is right.")
+        raise InputError(f"'{name}' in {place} is of type {type(function).__name__}; a {sought} is right.")
     return function
 
 
@@ -95,7 +101,7 @@ def _module_by_name(name: str, kind: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise InputError(
-                f"There is no module '{name}'; a {kind} in a file is written with its ending, '{name}.py:...'."
+                f"There is no module '{name}'; a file is named with its ending, as in '{name}.py:...'."
             ) from error
         raise _import_failure(name, None, error, kind) from error
     except (Exception, SystemExit) as error:

@@ -49,6 +49,7 @@ def description(trainer: Trainer, config: dict[str, Any] | None) -> dict[str, An
     return {
         "process": type(trainer.process).__name__,
         **({"work": "latents"} if flow else {}),
+        **getattr(trainer.process, "conversation", {}),
         "parts": trainer.recipe.parts(),
         "settings": trainer.settings.as_dict(),
         "threads": torch.get_num_threads(),
@@ -66,6 +67,7 @@ def fingerprint(trainer: Trainer) -> dict[str, Any]:
         "model": hashlib.sha256("\n".join(shapes).encode()).hexdigest(),
         "data": hashlib.sha256(repr(prompts).encode()).hexdigest(),
         "sampling law": sampling_law(process, trainer.given, trainer.horizon),
+        "environment": conversation(process),
         "method": "\n".join(trainer.recipe.parts()),
         "reward": repr((trainer.rewards.names, trainer.rewards.weights)),
         "settings": {name: getattr(trainer.settings, name) for name in kept},
@@ -84,6 +86,12 @@ def sampling_law(process: Any, evaluated: Any, horizon: float | None) -> str:
         for twin in dict.fromkeys((process, evaluated))
     ]
     return f"{describe(process.path)}, {process.predicts}, {laws}"
+
+
+def conversation(process: Any) -> dict[str, Any] | None:
+    """What a language model talks to, and how: None where it talks to nothing."""
+    settings = getattr(process, "conversation", None)
+    return None if settings is None else {**settings, "source": process.environment_source}
 
 
 def save(trainer: Trainer, meters: list[dict[str, Any]]) -> None:
@@ -159,6 +167,7 @@ def _refuse_another_run(folder: Path, theirs: dict[str, Any], ours: dict[str, An
         ("model", "the model"),
         ("data", "the prompts"),
         ("sampling law", _law_in_words(ours)),
+        ("environment", "the environment (its file, turns, role and stop)"),
         ("reward", "the rewards and weights"),
         ("method", "the method and options"),
     ):

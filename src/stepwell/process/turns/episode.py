@@ -52,7 +52,7 @@ class Seat:
             raise CannotFork(self.reason)
         try:
             return copy.deepcopy(self.environment)
-        except Exception as error:  # whatever an attribute of the user's says to being copied
+        except (Exception, SystemExit) as error:  # whatever an attribute of the user's says to being copied
             own, self.environment = self.environment, None
             said = " ".join(str(error).split()).rstrip(".")
             self.reason = (

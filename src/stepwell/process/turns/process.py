@@ -14,6 +14,7 @@ from stepwell.errors import InputError
 from stepwell.process.base import Samples
 from stepwell.process.language import Language
 from stepwell.process.partial_text import LanguageState
+from stepwell.process.turns.environment import origin
 from stepwell.process.turns.episode import Episode, Seat, Turn
 from stepwell.process.turns.law import Partly
 from stepwell.process.turns.words import ConversationEncoder
@@ -79,6 +80,8 @@ class Turns(Language):
             )
         if isinstance(max_turns, bool) or not isinstance(max_turns, int) or max_turns < 1:
             raise InputError(f"max_turns={max_turns!r} is not a whole number from 1 upwards.")
+        if not isinstance(role, str) or not role.strip():
+            raise InputError(f"role={role!r:.60} is not the name of a chat's role, such as 'user' or 'tool'.")
         stops = (stop,) if isinstance(stop, str) and stop else tuple(stop)
         if not all(isinstance(text, str) and text for text in stops):
             raise InputError(f"stop={stop!r:.60} is not a text, nor texts, that end a turn.")
@@ -86,6 +89,13 @@ class Turns(Language):
         bare = self.encoder
         self.encoder = ConversationEncoder(bare.tokenizer, bare.limit, bare.vocabulary, bare.system, role)
         self.make_environment, self.max_turns, self.stop = make_environment, max_turns, stops
+        self.environment, self.environment_source = origin(make_environment)
+
+    @property
+    def conversation(self) -> dict[str, Any]:
+        """What makes it this conversation and no other, besides the model: the environment's name, and the settings."""
+        settings = {"max_turns": self.max_turns, "role": self.encoder.role, "stop": list(self.stop)}
+        return {"environment": self.environment, **settings}
 
     def start(self, prompts: Sequence[Any], rng: Rng, columns: Sequence[Mapping[str, Any]] | None = None) -> TurnsState:
         """One row and one environment a prompt; `columns` are those of each prompt's data."""

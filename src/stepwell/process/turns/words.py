@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepwell.errors import InputError
-from stepwell.process.prompts import PromptEncoder
+from stepwell.process.prompts import PromptEncoder, refuse_half_characters
 from stepwell.process.turns.environment import Observation
 
 _MESSAGE = "WHATTHEMODELSAID"  # stands for the model's words where a template is asked what comes after them
@@ -85,6 +85,7 @@ class ConversationEncoder(PromptEncoder):
             raise InputError(f"The tokenizer's chat template refuses {what}: {reason}.") from error
 
     def _tokens(self, text: str) -> list[int]:
+        refuse_half_characters(text, f"The text {text!r:.60} of a conversation")
         ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if ids and max(ids) >= self.vocabulary:
             raise InputError(
