@@ -83,6 +83,8 @@ class Budget:
         Budget(amount=2000000.0, unit='tokens')
         >>> Budget.parse("5m").amount
         300.0
+        >>> str(Budget.parse("2M-tokens")), str(Budget.parse("0.5s"))
+        ('2,000,000 tokens', '0.5 seconds')
     """
 
     amount: float
@@ -115,4 +117,5 @@ class Budget:
         return self.spent(cost, steps) / self.amount
 
     def __str__(self) -> str:
-        return f"{self.amount:g} {self.unit}"
+        amount = f"{self.amount:,.0f}" if self.amount == int(self.amount) else f"{self.amount:,g}"
+        return f"{amount} {self.unit}"
