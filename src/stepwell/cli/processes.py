@@ -25,7 +25,7 @@ _LOADING = {"dtype", "device"}
 _ADAPTER = {"lora_rank", "lora_alpha", "lora_targets", "lora"}
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")
 USED: Mapping[Kind, set[str]] = {
-    "language": {*SAMPLING, "system"} | _LOADING | _ADAPTER,
+    "language": {*SAMPLING, "system", "compile"} | _LOADING | _ADAPTER,
     "pipeline": {"height", "width", "negative_prompt"} | _LAW | _LOADING | _ADAPTER,
     "own": {"shape", "path", "predicts", "encode", "weights"} | _LAW,
     "task": {"weights"} | _LAW,

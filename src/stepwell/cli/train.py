@@ -39,6 +39,7 @@ class Train(Command):
     system: str | None = None  # a system message for chats that have none
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # what the parameters are held in
     device: str | None = None  # cpu, cuda, ...; the accelerator, if there is one, unless given
+    compile: bool = False  # compile the model's norms and perceptrons; updates take less memory
     lora: bool = False  # train a LoRA adapter of rank 8 instead of the whole model
     lora_rank: int | None = None  # train a LoRA adapter of this rank
     lora_alpha: int | None = None  # its scale; twice the rank unless given
@@ -137,16 +138,14 @@ class Train(Command):
             return processes.pipeline_process(self.model, self, law, lora=self._lora())
         from stepwell.process.language import language
 
-        sampling = {name: getattr(self, name) for name in processes.SAMPLING}
-        return language(
-            self.model, dtype=self.dtype, device=self.device, system=self.system, lora=self._lora(), **sampling
-        )
+        given = {name: getattr(self, name) for name in (*processes.SAMPLING, "dtype", "device", "system", "compile")}
+        return language(self.model, lora=self._lora(), **given)
 
     def _described(self, kind: Kind) -> dict[str, Any]:
         """What run.json says of the arguments: all of a language model's sampling, of a flow's what was given."""
         about = {name: getattr(self, name) for name in ("model", "data", "reward", "reward_weights", "dtype")}
         if kind == "language":
-            return about | {name: getattr(self, name) for name in processes.SAMPLING}
+            return about | {name: getattr(self, name) for name in (*processes.SAMPLING, "compile")}
         given = {**vars(self), **vars(self.flow)}
         return about | {name: given[name] for name in sorted(processes.USED[kind] & given.keys()) if given[name]}
 
