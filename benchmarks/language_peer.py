@@ -86,7 +86,7 @@ class Clock(TrainerCallback):
 class Pair:
     """The peer and ours, each with its own copy of one model."""
 
-    def __init__(self, shape: Shape, now: Callable[[], float]):
+    def __init__(self, shape: Shape, now: Callable[[], float], compile: bool = False):
         self.shape, self.clock = shape, Clock(now)
         self.words, network = tokenizer(shape.vocabulary), model(shape)
         span = shape.vocabulary - 2
@@ -94,7 +94,7 @@ class Pair:
             " ".join(f"w{2 + (7_919 * i + 31 * j) % span}" for j in range(shape.length)) for i in range(shape.prompts)
         ]
         self.network = copy.deepcopy(network)
-        self.process = language(network, self.words, max_new_tokens=shape.new, device="cpu")
+        self.process = language(network, self.words, max_new_tokens=shape.new, device="cpu", compile=compile)
         self.trainer = self._trainer()
 
     def _trainer(self) -> Any:

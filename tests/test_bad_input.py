@@ -647,6 +647,7 @@ def test_a_solver_that_cannot_be_printed_or_saved(flows, words, said):
         ("--temperature 0.5", "--temperature has no meaning for a model of your own; leave it out."),
         ("--lora-rank 2", "--lora-rank has no meaning for a model of your own; leave it out."),
         ("--lora", "--lora has no meaning for a model of your own; leave it out."),
+        ("--compile", "--compile has no meaning for a model of your own; leave it out."),
         ("--model ./elsewhere", "There is no pipeline folder './elsewhere'."),
         ("--guidance 3", "give `unconditional` to the flow"),
         ("--solver-steps 0", "A flow takes 1 step or more, not 0."),

@@ -18,8 +18,10 @@ import stepwell
 from stepwell.arguments import argument_names, options_from
 from stepwell.cli import COMMANDS, Train, main, reward_named
 from stepwell.cli.command import Command
-from stepwell.cli.processes import FlowOptions
+from stepwell.cli.processes import FlowOptions, refuse_unused
+from stepwell.errors import InputError
 from stepwell.methods import registry
+from stepwell.process import compiled
 from stepwell.train.log import read_lines
 from stepwell.train.settings import Settings
 
@@ -332,6 +334,26 @@ def test_a_run_leaves_a_model_a_log_and_what_it_was_made_of(words, tmp_path, cap
 
     AutoModelForCausalLM.from_pretrained(out)
     AutoTokenizer.from_pretrained(out)
+
+
+def test_a_run_is_compiled_where_it_is_asked_for_and_says_so(words, tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(compiled, "_code", lambda forward: used.append(forward) or forward)
+    command = words("--reward", f"{tmp_path / 'mine.py'}:count", "--steps", "1")
+    assert main(command) == 0
+    assert not used
+    assert main([*command[:-1], "1", "--compile", "--out", str(tmp_path / "compiled")]) == 0
+    assert used
+    for out in ("run", "compiled"):
+        assert json.loads((tmp_path / out / "run.json").read_text())["compile"] == (out == "compiled")
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "own", "task"])
+def test_only_a_language_model_is_compiled(kind):
+    refuse_unused(Train(model="m", data="d"), kind)
+    refuse_unused(Train(model="m", data="d", compile=True), "language")
+    with pytest.raises(InputError, match="--compile has no meaning for a"):
+        refuse_unused(Train(model="m", data="d", compile=True), kind)
 
 
 def test_a_budget_takes_the_place_of_the_steps(words, tmp_path):

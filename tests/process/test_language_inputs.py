@@ -129,6 +129,7 @@ def test_end_and_padding_tokens_that_are_missing(make_model: Any, make_tokenizer
         {"max_new_tokens": 0},
         {"chunk": 0},
         {"tokens_at_once": -1},
+        {"compile": "max-autotune"},
         {"dtype": "int8"},
         {"dtype": torch.int32},
     ],

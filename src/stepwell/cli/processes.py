@@ -27,7 +27,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")
 TURNS = {"max_turns": "max_turns", "turn_role": "role", "turn_stop": "stop"}
 """The arguments about conversations, which need an environment, and what `Turns` calls them."""
 USED: Mapping[Kind, set[str]] = {
-    "language": {*SAMPLING, "system", "environment", *TURNS} | _LOADING | _ADAPTER,
+    "language": {*SAMPLING, "system", "compile", "environment", *TURNS} | _LOADING | _ADAPTER,
     "pipeline": {"height", "width", "negative_prompt"} | _LAW | _LOADING | _ADAPTER,
     "own": {"shape", "path", "predicts", "encode", "weights"} | _LAW,
     "task": {"weights"} | _LAW,

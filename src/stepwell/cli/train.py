@@ -43,6 +43,7 @@ class Train(Command):
     turn_stop: tuple[str, ...] = ()  # texts that end the model's turn, besides its end token
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # what the parameters are held in
     device: str | None = None  # cpu, cuda, ...; the accelerator, if there is one, unless given
+    compile: bool = False  # compile the model's norms and perceptrons; updates take less memory
     lora: bool = False  # train a LoRA adapter of rank 8 instead of the whole model
     lora_rank: int | None = None  # train a LoRA adapter of this rank
     lora_alpha: int | None = None  # its scale; twice the rank unless given
@@ -157,16 +158,12 @@ class Train(Command):
             return processes.pipeline_process(self.model, self, law, lora=self._lora())
         from stepwell.process.language import language
 
-        sampling = {name: getattr(self, name) for name in processes.SAMPLING}
-        model = language(
-            self.model, dtype=self.dtype, device=self.device, system=self.system, lora=self._lora(), **sampling
-        )
+        given = {name: getattr(self, name) for name in (*processes.SAMPLING, "dtype", "device", "system", "compile")}
+        model = language(self.model, lora=self._lora(), **given)
         if make_environment is None:
             return model
-        given = {name: getattr(self, argument) for argument, name in processes.TURNS.items()}
-        return model.turns(
-            make_environment, **{name: value for name, value in given.items() if value not in (None, ())}
-        )
+        talk = {name: getattr(self, argument) for argument, name in processes.TURNS.items()}
+        return model.turns(make_environment, **{name: value for name, value in talk.items() if value not in (None, ())})
 
     def _described(self, kind: Kind) -> dict[str, Any]:
         """What run.json says of the arguments: all of a language model's sampling, of a flow's what was given."""
@@ -174,7 +171,7 @@ class Train(Command):
         about["reward"] = self._rewards()
         if kind == "language":
             talk = {"environment": self.environment} if self.environment is not None else {}
-            return about | {name: getattr(self, name) for name in processes.SAMPLING} | talk
+            return about | {name: getattr(self, name) for name in (*processes.SAMPLING, "compile")} | talk
         given = {**vars(self), **vars(self.flow)}
         return about | {name: given[name] for name in sorted(processes.USED[kind] & given.keys()) if given[name]}
 

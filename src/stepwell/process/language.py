@@ -61,8 +61,9 @@ class Language:
         max_new_tokens: int = 256,
         chunk: int | None = None,
         tokens_at_once: int | None = None,
+        compile: bool = False,
     ):
-        self.network = CausalNetwork(module, Meter())
+        self.network = CausalNetwork(module, Meter(), compile)
         self.module = self.network.module
         self.reference: Language | None = None
         self.teacher: Language | None = None
@@ -374,6 +375,7 @@ def language(
     system: str | None = None,
     chunk: int | None = None,
     tokens_at_once: int | None = None,
+    compile: bool = False,
 ) -> Language:
     """A causal language model of `transformers` as a process.
 
@@ -383,7 +385,8 @@ def language(
     `temperature`, then cut by `top_k`, `top_p` and `min_p` in this order (`Truncation`). `lora` is a dict of
     `peft.LoraConfig`'s options: only the adapter learns, and `frozen()` is the base. `system` is put before chats
     that have no system message. `chunk`: how many steps' logits are held at once when scoring; `tokens_at_once`: how
-    many padded tokens are scored at once where no gradient is asked for.
+    many padded tokens are scored at once where no gradient is asked for. `compile`: score and learn with norms and
+    perceptrons compiled by `torch.compile`, which takes less memory; rollouts gain nothing by it and stay as they are.
 
     `device` is, unless given, that of a built model, else the accelerator if there is one.
 
@@ -392,6 +395,8 @@ def language(
     for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk), ("tokens_at_once", tokens_at_once)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise InputError(f"{name}={value!r} is not a whole number from 1 upwards.")
+    if not isinstance(compile, bool):
+        raise InputError(f"compile={compile!r} is neither True nor False.")
     truncation = Truncation(temperature, top_k, top_p, min_p)
     network: Any = loading.load_model(model, loading.dtype_named(dtype))
     words = loading.load_tokenizer(tokenizer, model)
@@ -416,6 +421,7 @@ def language(
         max_new_tokens=max_new_tokens,
         chunk=chunk,
         tokens_at_once=tokens_at_once,
+        compile=compile,
     )
     head = None if not isinstance(model, (str, os.PathLike)) else Path(model) / "value_head.safetensors"
     if head is not None and head.is_file():

@@ -19,6 +19,7 @@ from stepwell.errors import InputError
 from stepwell.meter import Meter
 from stepwell.process import attention
 from stepwell.process.chunked import Head, head_of
+from stepwell.process.compiled import Compiled
 from stepwell.process.loading import quiet
 from stepwell.process.prompts import Packed
 from stepwell.process.shared_forward import Line, line
@@ -47,12 +48,13 @@ class CausalNetwork:
     are then computed chunk by chunk; the plain path takes the model's own logits, all at once.
     """
 
-    def __init__(self, module: LanguageModule, meter: Meter):
+    def __init__(self, module: LanguageModule, meter: Meter, compile: bool = False):
         self.module: nn.Module = module.eval()
         self.meter = meter
         self.can_learn = True
         self.fast: bool | None = None  # whether the fast path agrees with the plain one; None until first used
         self.shares: dict[str, bool] = {}  # whether shared prompts agree with the plain path, by "rollout" and "score"
+        self.compiled = Compiled() if compile else None
         self.adapted = hasattr(module.model, "disable_adapter")
         self.base_only = False  # the adapter is left out: this is the frozen twin of an adapted model
 
@@ -156,7 +158,16 @@ class CausalNetwork:
         self.meter.add(model_evaluations=len(packed.ids), forward=tokens)
         if torch.is_grad_enabled():
             self.meter.add(backward=tokens)
-        return self._run(packed, fast, hidden, together)
+        run = functools.partial(self._run, packed, fast, hidden, together)
+        if self.compiled is None or len(packed.row) == 0:
+            return run()
+        trial = functools.partial(self._tried, packed, fast)
+        return self.compiled.run(self.causal, run, trial, TOLERANCE[self._precision()])
+
+    def _tried(self, packed: Packed, fast: bool) -> Tensor:
+        """Hidden states, or the model's own logits, of a few tokens; unmetered."""
+        found: Any = self._run(_shortened(packed), fast, hidden=False)[0 if fast else 1]
+        return found
 
     def _run(
         self, packed: Packed, fast: bool, hidden: bool, together: Line | None = None
