@@ -372,6 +372,8 @@ def test_a_checkpoint_of_another_model_or_method(bench, model_folder):
     assert "update-00000002' is of another model; resume with the model it was started with" in line
     line = bench.refused(*bench.words("--resume", "--steps", "3", "--method", "gspo"))
     assert "is of another method; resume with the method and options it was started with" in line
+    line = bench.refused(*bench.words("--resume", "--steps", "3", "--compile"))
+    assert "is of another sampling law; resume with the temperature, truncation, length and choice of compile" in line
     assert {path: path.read_bytes() for path in bench.out.rglob("*") if path.is_file()} == before
 
 

@@ -80,7 +80,8 @@ def sampling_law(process: Any, evaluated: Any, horizon: float | None) -> str:
     A flow is trained under the method's law and `evaluated` under its own; metrics depend on both.
     """
     if not hasattr(getattr(process, "law", None), "tables"):
-        return f"{getattr(process, 'truncation', '')}, at most {horizon} steps"
+        compiled = getattr(getattr(process, "network", None), "compiled", None) is not None
+        return f"{'compiled, ' if compiled else ''}{getattr(process, 'truncation', '')}, at most {horizon} steps"
     laws = [
         [*dict.fromkeys(describe(table) for table in twin.law.tables), twin.law.times, twin.law.guidance]
         for twin in dict.fromkeys((process, evaluated))
@@ -185,7 +186,7 @@ def _refuse_another_run(folder: Path, theirs: dict[str, Any], ours: dict[str, An
 
 def _law_in_words(ours: dict[str, Any]) -> str:
     flow = not ours["sampling law"].endswith(" steps")
-    return "the solver, times and guidance" if flow else "the temperature, truncation and length"
+    return "the solver, times and guidance" if flow else "the temperature, truncation, length and choice of compile"
 
 
 def export(trainer: Trainer) -> None:
