@@ -193,6 +193,7 @@ def test_a_factory_without_a_source_goes_by_its_name_alone() -> None:
     assert origin(namespace["Desk"]) == ("typed_in.Desk", "")
 
 
+@pytest.mark.slow
 def test_of_a_program_only_the_environment_s_own_lines_count(tmp_path: Path) -> None:
     lines = "from stepwell.process.turns.environment import origin\n"
     lines += "class Desk:\n    cost = {}\nprint(origin(Desk)[1])  # {}\n"

@@ -182,7 +182,7 @@ KILLED = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("method", ["grpo", "dapo", "ppo"])
+@pytest.mark.parametrize("method", ["ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grpo", "dapo"))])
 def test_runs_killed_at_random_moments_end_bit_for_bit_alike(method, tmp_path):
     (tmp_path / "script.py").write_text(KILLED)
     done = subprocess.run(

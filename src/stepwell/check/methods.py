@@ -48,7 +48,7 @@ def bench(recipe: Recipe, room: str = "language") -> tuple[Any, Trajectories]:
     count_, steps = drawn.trajectories.mask.shape
     rng = Rng(10)
     noise = rng.normal(count_, steps, dtype=torch.float64) * drawn.trajectories.mask
-    rows = drawn.trajectories.replace(reward=rng.normal(count_, dtype=torch.float64))
+    rows = drawn.trajectories.replace(reward=Rng(19).normal(count_, dtype=torch.float64))
     rows = recipe.whole.draw(rows, process, rng.split("points"))
     rows = fill(process, rows, {"old_log_prob", *recipe.whole.reads}, tokens=None)
     rows = rows.replace(
