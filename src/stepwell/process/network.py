@@ -95,11 +95,12 @@ class CausalNetwork:
             if not bool(mask[:, cache.mask.shape[1] :].all()) or not self._shares_rollouts(cache, ids, mask):
                 cache = cache.plain()
         elif cache.get_seq_length() == 0 and self.shares.get("rollout", attention.can_take(self.causal)):
-            longer, logits = self._read_on(cache, ids, mask)
-            return shared(longer, mask), logits
-        return self._read_on(cache, ids, mask)
+            logits = self._read_on(cache, ids, mask)
+            return shared(cache, mask), logits
+        return cache, self._read_on(cache, ids, mask)
 
-    def _read_on(self, cache: Any, ids: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
+    def _read_on(self, cache: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        """The logits (R, V) after the last token; the cache, changed in place, holds what was read."""
         arguments = {
             "attention_mask": mask.long(),
             "position_ids": self.position_ids(mask)[:, -ids.shape[1] :],
@@ -111,7 +112,8 @@ class CausalNetwork:
         own: dict[str, Any] = {"own_attention": cache} if sharing else {}
         with self._ready(), attention.taken_over(self.causal) if sharing else contextlib.nullcontext():
             output = self.causal(ids, **_accepted(self.causal, arguments), **own)
-        return cache, output.logits[:, -1]
+        last: Tensor = output.logits[:, -1]
+        return last
 
     @functools.cached_property
     def _cache_name(self) -> str:
@@ -127,8 +129,8 @@ class CausalNetwork:
         if "rollout" not in self.shares:
             few = torch.linspace(0, len(ids) - 1, min(len(ids), 4), device=ids.device).long()
             some = cache.chosen(few)
-            plain = self._read_on(some.plain(), ids[few], mask[few])[1]
-            self._try("rollout", lambda: self._read_on(some, ids[few], mask[few])[1], plain)
+            plain = self._read_on(some.plain(), ids[few], mask[few])
+            self._try("rollout", lambda: self._read_on(some, ids[few], mask[few]), plain)
         return self.shares["rollout"]
 
     def _precision(self) -> torch.dtype:
