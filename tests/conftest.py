@@ -1,14 +1,18 @@
-"""Small random language models and tokenizers, built on the spot and loaded by the real loading code."""
+"""Small random language models and tokenizers, built on the spot and loaded by the real loading code; and programs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import multiprocessing
+import os
+import runpy
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from stepwell.cli import main
 from stepwell.process.language import Language, language
 
 torch.set_num_threads(1)  # the tensors are small: threads that wait for each other make tests ten times slower
@@ -109,3 +113,99 @@ def make_model() -> Callable[..., Any]:
 def make_tokenizer() -> Callable[..., Any]:
     """`make_tokenizer(pad=True, eos=True, chat=False)`."""
     return word_tokenizer
+
+
+class Program:
+    """A process that was started by `start`: its exit code (negative: the signal that ended it) and what it wrote."""
+
+    def __init__(self, process: Any, stdout: Path, stderr: Path):
+        self.process, self._stdout, self._stderr = process, stdout, stderr
+
+    def wait(self, seconds: float = 240.0) -> Program:
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"not done after {seconds} seconds"
+        return self
+
+    @property
+    def returncode(self) -> int:
+        return self.process.exitcode
+
+    @property
+    def stdout(self) -> str:
+        return self._stdout.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._stderr.read_text()
+
+
+@pytest.fixture(scope="session")
+def server() -> Any:
+    """Processes are forked from one that has imported everything: seconds less each, and no thread of the tests'."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "stepwell.cli.train",
+            "stepwell.cli.lists",
+            "stepwell.api",
+            "stepwell.check.methods",
+            "transformers.generation",
+        ]
+    )
+    return context
+
+
+@pytest.fixture
+def start(server: Any, tmp_path: Path) -> Callable[..., Program]:
+    """`start("stepwell", "methods")` or `start("script.py", "word")`: a process of its own, which `wait` waits for."""
+    programs: list[Program] = []
+
+    def begin(
+        *words: str,
+        environment: Mapping[str, str] | None = None,
+        folder: Path = tmp_path,
+        paths: Sequence[str] = (),
+        stdout: Path | None = None,
+    ) -> Program:
+        out = stdout or tmp_path / f"stdout-{len(programs)}"
+        error = tmp_path / f"stderr-{len(programs)}"
+        given = {"words": words, "environment": {**os.environ, **(environment or {})}, "folder": folder}
+        given |= {"paths": list(paths), "stdout": out, "stderr": error}
+        file = str(Path(__file__).with_name("program.py"))
+        process = server.Process(target=runpy.run_path, args=(file, {"given": given}, "__main__"), daemon=True)
+        programs.append(Program(process, out, error))
+        process.start()
+        return programs[-1]
+
+    return begin
+
+
+@pytest.fixture
+def launch(start: Callable[..., Program], tmp_path: Path) -> Callable[..., None]:
+    """`launch(script, *words)`: run a script as two processes that talk through gloo."""
+
+    def run(script: str, *words: str) -> None:
+        (tmp_path / "script.py").write_text(script)
+        given = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 2000)}
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        for program in [start("script.py", *words, environment=given | rank) for rank in ranks]:
+            assert program.wait().returncode == 0, program.stderr
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`refused("train", ...)`: the one line, a sentence or more, that a command is refused with."""
+
+    def run(*words: str) -> str:
+        capsys.readouterr()
+        assert main(list(words)) == 2
+        shown = capsys.readouterr()
+        assert shown.err.startswith("stepwell: ")
+        assert shown.err.count("\n") == 1
+        assert shown.err.endswith((".\n", "?\n"))
+        assert "Traceback" not in shown.err + shown.out
+        return shown.err
+
+    return run

@@ -7,8 +7,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -444,24 +442,23 @@ def test_two_plugins_with_a_method_of_one_name(bench):
 # as a program of its own
 
 
-def test_a_process_of_its_own_says_the_same(bench):
+def test_a_process_of_its_own_says_the_same(bench, start):
     bench.write("data.jsonl", '{"prompt": "a"')
-    command = [sys.executable, "-m", "stepwell", *bench.words()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=bench.folder)
+    done = start("stepwell", *bench.words(), folder=bench.folder).wait()
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "data.jsonl, line 1 is no JSON" in done.stderr
-    done = subprocess.run([*command, "--traceback"], capture_output=True, text=True, cwd=bench.folder)
+    done = start("stepwell", *bench.words(), "--traceback", folder=bench.folder).wait()
     assert done.returncode == 2
     assert "Traceback" in done.stderr
     assert "data.jsonl, line 1 is no JSON" in done.stderr.splitlines()[-1]
 
 
-def test_a_failing_reward_writes_one_line_on_standard_error_of_a_process(bench):
+def test_a_failing_reward_writes_one_line_on_standard_error_of_a_process(bench, start):
     words = bench.words("--reward", "rewards.py:raises_later")
-    command = [sys.executable, "-m", "stepwell", *(word for word in words if word != "--no-progress"), "--steps", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=bench.folder)
+    words = [word for word in words if word != "--no-progress"]
+    done = start("stepwell", *words, "--steps", "4", folder=bench.folder).wait()
     assert done.returncode == 2
     assert len(done.stdout.splitlines()) == 2  # the two steps that were made
     assert done.stderr.count("\n") == 1

@@ -183,37 +183,39 @@ def test_a_plugin_s_method_is_a_method_like_any_other(shown, plugin, capsys):
 
 
 @pytest.fixture
-def installed(tmp_path: Path) -> Callable[[str], dict[str, str]]:
-    """An environment in which a package with an entry point is installed, whose module holds the given lines."""
+def installed(tmp_path: Path) -> Callable[[str], str]:
+    """A folder where a package with an entry point is installed, whose module holds the given lines."""
 
-    def install(module: str) -> dict[str, str]:
+    def install(module: str) -> str:
         (tmp_path / "their_package.py").write_text(module)
         about = tmp_path / "their_package-1.0.dist-info"
         about.mkdir()
         (about / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
         (about / "entry_points.txt").write_text("[stepwell.plugins]\ntheirs = their_package\n")
-        return {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
+        return str(tmp_path)
 
     return install
 
 
-def test_an_installed_package_s_methods_are_found_by_its_entry_point(installed):
-    done = python("-m", "stepwell", "methods", "shouting", "--json", env=installed(PLUGIN))
+def test_an_installed_package_s_methods_are_found_by_its_entry_point(installed, start):
+    done = start("stepwell", "methods", "shouting", "--json", paths=[installed(PLUGIN)]).wait()
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["source"] == "their_package"
 
 
-def test_an_installed_package_that_fails_is_named(installed):
-    done = python("-m", "stepwell", "methods", env=installed("import a_module_that_is_not_there"))
+def test_an_installed_package_that_fails_is_named(installed, start):
+    done = start("stepwell", "methods", paths=[installed("import a_module_that_is_not_there")]).wait()
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "The installed plugin 'theirs' (their_package) failed: No module named" in done.stderr
 
 
-def test_a_reader_that_leaves_early_is_no_error():
-    command = f"{sys.executable} -m stepwell methods --json | head -c 1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_a_reader_that_leaves_early_is_no_error(start, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    program = start("stepwell", "methods", "--json", stdout=tmp_path / "pipe")
+    with (tmp_path / "pipe").open() as reader:
+        assert reader.read(1) == "["
+    assert (program.wait().returncode, program.stderr) == (0, "")
 
 
 # checks and tasks
@@ -363,21 +365,19 @@ def test_a_budget_takes_the_place_of_the_steps(words, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["steps"] is None
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(words, tmp_path):
+def test_an_interrupted_run_goes_on_bit_for_bit(words, start, tmp_path):
     """Ctrl-C ends a run with code 130 and one line; with --resume it ends as if it had never stopped."""
     given = ("--reward", f"{tmp_path / 'mine.py'}:slow", "--steps", "5", "--learning-rate", "1e-3")
-    command = [sys.executable, "-m", "stepwell", *words(*given)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "called").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert error == "stepwell: interrupted; the same command with --resume goes on from there.\n"
+    program = start("stepwell", *words(*given))
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "called").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(program.process.pid, signal.SIGINT)
+    assert program.wait().returncode == 130
+    assert program.stderr == "stepwell: interrupted; the same command with --resume goes on from there.\n"
     assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) < 5
-    assert python("-m", "stepwell", *words(*given, "--resume")).returncode == 0
-    assert python("-m", "stepwell", *words(*given, out="whole")).returncode == 0
+    assert start("stepwell", *words(*given, "--resume")).wait().returncode == 0
+    assert start("stepwell", *words(*given, out="whole")).wait().returncode == 0
     for name in ("metrics.jsonl", "completions.jsonl", "model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import shutil
-import subprocess
 import sys
 import textwrap
 
@@ -358,28 +356,10 @@ ROWS = textwrap.dedent(
 )
 
 
-def drawn_by_two(folder):
-    (folder / "script.py").write_text(ROWS)
-    base = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    base["MASTER_PORT"] = str(31500 + os.getpid() % 2000)
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(folder / "script.py"), str(folder)],
-            env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
-    return [json.loads((folder / f"2-{rank}.json").read_text()) for rank in range(2)]
-
-
-def test_two_processes_draw_the_rows_of_one_in_its_order(tmp_path, monkeypatch):
+def test_two_processes_draw_the_rows_of_one_in_its_order(launch, tmp_path, monkeypatch):
     """Who draws a row decides its noise, and nothing else: prompts, masks, lengths, sources and shared steps agree."""
-    first, second = drawn_by_two(tmp_path)
+    launch(ROWS, str(tmp_path))
+    first, second = (json.loads((tmp_path / f"2-{rank}.json").read_text()) for rank in range(2))
     monkeypatch.setattr(sys, "argv", ["script.py", str(tmp_path)])
     runpy.run_path(str(tmp_path / "script.py"))
     alone = json.loads((tmp_path / "1-0.json").read_text())

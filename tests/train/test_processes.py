@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
@@ -60,28 +56,8 @@ TRAIN = textwrap.dedent(
 )
 
 
-def launch(script: str, folder: Path, *arguments: str) -> None:
-    """Run a script as two processes that talk through gloo."""
-    file = folder / "script.py"
-    file.write_text(script)
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    port = str(29500 + os.getpid() % 2000)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(file), *arguments],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
-
-
-def test_two_processes_sum_to_the_gradient_of_one_for_every_method(tmp_path):
-    launch(SCRIPT, tmp_path, str(tmp_path / "found.json"))
+def test_two_processes_sum_to_the_gradient_of_one_for_every_method(launch, tmp_path):
+    launch(SCRIPT, str(tmp_path / "found.json"))
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["size"] == 2
     for name, (together, alone) in found["worst"].items():
@@ -89,9 +65,9 @@ def test_two_processes_sum_to_the_gradient_of_one_for_every_method(tmp_path):
         assert alone > 1e-6, f"{name}: one process by itself cannot have the whole gradient"
 
 
-@pytest.mark.parametrize("method", ["dapo", pytest.param("ppo", marks=pytest.mark.slow)])
-def test_two_processes_train_in_step_and_leave_one_record(method, tmp_path):
-    launch(TRAIN, tmp_path, str(tmp_path), method)
+@pytest.mark.parametrize("method", ["dapo", "ppo"])
+def test_two_processes_train_in_step_and_leave_one_record(method, launch, tmp_path):
+    launch(TRAIN, str(tmp_path), method)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert first["steps"] == 3
@@ -105,6 +81,6 @@ FAILS = TRAIN.replace(
 )
 
 
-def test_a_reward_that_fails_in_one_process_ends_both(tmp_path):
+def test_a_reward_that_fails_in_one_process_ends_both(launch, tmp_path):
     with pytest.raises(AssertionError, match=r"RewardError: Reward 'long' raised ValueError \(the judge is out\)"):
-        launch(FAILS, tmp_path, str(tmp_path), "grpo")
+        launch(FAILS, str(tmp_path), "grpo")

@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -183,11 +181,9 @@ KILLED = textwrap.dedent(
 
 
 @pytest.mark.parametrize("method", ["ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grpo", "dapo"))])
-def test_runs_killed_at_random_moments_end_bit_for_bit_alike(method, tmp_path):
+def test_runs_killed_at_random_moments_end_bit_for_bit_alike(method, start, tmp_path):
     (tmp_path / "script.py").write_text(KILLED)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py"), str(tmp_path), method, "5"], capture_output=True, text=True
-    )
+    done = start("script.py", str(tmp_path), method, "5").wait()
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 3, "it has to have been killed a few times"
     whole, killed = (torch.load(tmp_path / name / "weights") for name in ("whole", "killed"))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from stepwell.errors import CannotFork
-from stepwell.process.shared_prefix import SharedCache, together
 
 
 def empty_cache(model: nn.Module) -> Any:
@@ -40,6 +39,8 @@ def forked(cache: Any, index: Tensor | None) -> Any:
     Only the layer objects are copied where rows stay as they are: the next forward pass concatenates keys and
     values to new tensors, so the cache that was forked never changes.
     """
+    from stepwell.process.shared_prefix import SharedCache
+
     if isinstance(cache, SharedCache):
         return cache.chosen(index)
     twin = copy.copy(cache)
@@ -53,6 +54,8 @@ def forked(cache: Any, index: Tensor | None) -> Any:
 
 def joined(caches: Sequence[Any]) -> Any:
     """The rows of caches of as many columns, one after another, in a cache of their own."""
+    from stepwell.process.shared_prefix import SharedCache, together
+
     if len(caches) == 1:
         return caches[0]
     if any(isinstance(cache, SharedCache) for cache in caches):

@@ -23,10 +23,11 @@ from stepwell.process.compiled import Compiled
 from stepwell.process.loading import quiet
 from stepwell.process.prompts import Packed
 from stepwell.process.shared_forward import Line, line
-from stepwell.process.shared_prefix import SharedCache, shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from stepwell.process.shared_prefix import SharedCache
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far the fast path's logits may be from the model's own, relative to the largest of them or to 1."""
@@ -89,6 +90,8 @@ class CausalNetwork:
         `mask` (R, columns) says which of all columns, old and new, are real. The layers of `cache` change. Rows that
         go on from prompts share what was read of these, for models that can and where it agrees with the plain path.
         """
+        from stepwell.process.shared_prefix import SharedCache, shared
+
         new = ids.shape[1]
         self.meter.add(model_evaluations=len(ids), forward=int(mask[:, -new:].sum()))
         if isinstance(cache, SharedCache):
@@ -101,6 +104,8 @@ class CausalNetwork:
 
     def _read_on(self, cache: Any, ids: Tensor, mask: Tensor) -> Tensor:
         """The logits (R, V) after the last token; the cache, changed in place, holds what was read."""
+        from stepwell.process.shared_prefix import SharedCache
+
         arguments = {
             "attention_mask": mask.long(),
             "position_ids": self.position_ids(mask)[:, -ids.shape[1] :],

@@ -1,4 +1,7 @@
-"""Rollouts of a group keep its prompt's keys and values once, attend to them once, and never grow by copying."""
+"""Rollouts of a group keep its prompt's keys and values once, attend to them once, and never grow by copying.
+
+The layers are ones of `transformers`, so this is imported where a model is at hand, never at the head of a module.
+"""
 
 from __future__ import annotations
 
