@@ -131,7 +131,8 @@ def test_a_small_run_ends_in_one_line_of_ratios(bench: Any, monkeypatch: Any, ca
     schedulers, solvers, main = bench.schedulers, bench.solvers, bench.main
     every, ours = schedulers.entries, list(solvers.tables())
     monkeypatch.setattr(schedulers, "entries", lambda on: every(on)[::90])
-    named = solvers.grids
+    exact, named = bench.models.Problem.exact, solvers.grids
+    monkeypatch.setattr(bench.models.Problem, "exact", lambda *given, **more: exact(*given, **{"steps": 20} | more))
     monkeypatch.setattr(solvers, "tables", lambda: ours[:4])
     monkeypatch.setattr(solvers, "grids", lambda on, steps: list(named(on, steps))[:3])
     monkeypatch.setattr(main, "mixture", lambda on: bench.models.mixture(on, 2, 2))

@@ -29,7 +29,7 @@ pytest.importorskip("peft", reason="adapters need peft installed")
 
 TOLERANCE = 1e-4
 ADAPTER = {"r": 3, "lora_alpha": 6}
-KINDS = ["sd", "sdxl", "sd3", "flux"]
+SLOW = pytest.mark.slow  # one pipeline of each make stays among the quick tests: a U-Net, a transformer
 
 
 def build(kind: str, folder: Path, **changes: Any) -> Flow:
@@ -56,7 +56,7 @@ def trained(process: Flow, out: Path | None, steps: int = 2, kl: float = 0.0, **
     return process
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sd", pytest.param("sdxl", marks=SLOW), pytest.param("sd3", marks=SLOW), "flux"])
 def test_a_trained_adapter_is_loaded_by_diffusers_and_by_us(
     pipeline_folder: Callable[..., Path], tmp_path: Path, kind: str
 ):
@@ -94,7 +94,7 @@ def test_an_adapter_without_its_scale_would_be_noticed(pipeline_folder: Callable
     assert distance(diffusers_draw("sd", made), drawn(process)) > TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["sd", "flux"])
+@pytest.mark.parametrize("kind", [pytest.param("sd", marks=SLOW), "flux"])
 def test_a_network_that_learned_as_a_whole_is_a_pipeline_again(
     pipeline_folder: Callable[..., Path], tmp_path: Path, kind: str
 ):
@@ -142,7 +142,10 @@ def test_a_run_resumes_bit_for_bit(pipeline_folder: Callable[..., Path], tmp_pat
     assert not list((tmp_path / "whole").rglob("reference.safetensors"))
 
 
-@pytest.mark.parametrize(("kind", "lora"), [*((kind, {}) for kind in KINDS), ("sd", None)])
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [*(pytest.param(kind, {}, marks=SLOW) for kind in ("sd", "sdxl", "sd3")), ("flux", {}), ("sd", None)],
+)
 def test_pipelines_keep_the_laws_of_a_process(pipeline_folder: Callable[..., Path], kind: str, lora: Any):
     process = build(kind, pipeline_folder(kind), lora=lora, dtype="float64", steps=2)
     report = check.process(process, ["a cat", "dog"], group=2)

@@ -64,7 +64,7 @@ def gap(process: Turns, drawn: Drawn) -> float:
 # the laws
 
 
-@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+@pytest.mark.parametrize("chat", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["text", "chat"])
 @pytest.mark.parametrize(("architecture", "dtype"), [("qwen2", "float32"), ("gpt2", "float64"), ("gemma2", "float32")])
 def test_the_laws_of_a_process_hold(small_language: Build, architecture: str, dtype: str, chat: bool) -> None:
     process = talk(small_language, architecture, chat, dtype=dtype, max_new_tokens=20)

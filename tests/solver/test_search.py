@@ -355,7 +355,7 @@ def test_combinations_are_the_tables_that_make_sense():
         combinations(orders=(1, 2))
 
 
-@pytest.mark.parametrize("per_step", [True, False])
+@pytest.mark.parametrize("per_step", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_evolution_finds_the_best_of_a_tiny_space_with_a_part_of_the_work(per_step: bool):
     space = tiny(per_step)
     best = exhaust(space, known)

@@ -85,7 +85,7 @@ def bench(
 TURNS = ("--turn-stop", "a", "b", "f", "--max-turns", "3", "--turn-role", "system")
 
 
-@pytest.mark.parametrize("method", ["turn-ppo", "grpo"])
+@pytest.mark.parametrize("method", ["turn-ppo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_a_conversation_resumes_bit_for_bit_at_every_update(bench: Bench, method: str) -> None:
     words = ("--method", method, "--epochs", "2", "--minibatches", "2", *TURNS)
     assert main(bench.words(*words)) == 0

@@ -319,7 +319,7 @@ def test_a_budget_in_tokens_resumes_alike_in_the_middle_of_a_batch(tmp_path):
     given = {"steps": None, "budget": "2k-tokens", "schedule": "linear"}
     run = tabular("ppo", tmp_path / "whole", **given)
     names = sorted(path.name for path in (tmp_path / "whole" / "checkpoints").iterdir())
-    for name in names[:-1]:
+    for name in names[1:-1:6]:
         cut_back(tmp_path / "whole", tmp_path / name, name)
         again = tabular("ppo", tmp_path / name, resume=True, **given)
         assert all(torch.equal(a, b) for a, b in zip(weights(run), weights(again), strict=True)), name
