@@ -143,15 +143,9 @@ class Program:
 def server() -> Any:
     """Processes are forked from one that has imported everything: seconds less each, and no thread of the tests'."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "stepwell.cli.train",
-            "stepwell.cli.lists",
-            "stepwell.api",
-            "stepwell.check.methods",
-            "transformers.generation",
-        ]
-    )
+    rooms = ["stepwell.cli.train", "stepwell.cli.lists", "stepwell.api", "stepwell.check.methods"]
+    theirs = ["modeling_utils", "models.auto.modeling_auto", "models.qwen2.modeling_qwen2"]
+    context.set_forkserver_preload([*rooms, *(f"transformers.{module}" for module in theirs)])
     return context
 
 

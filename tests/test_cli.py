@@ -295,7 +295,7 @@ def words(tmp_path: Path, model_folder: Callable[..., Path]) -> Callable[..., li
         "    return [float(text.count(letter)) for text, letter in zip(completions, answer)]\n"
         "def slow(completions, **columns):\n"
         f"    pathlib.Path({str(tmp_path / 'called')!r}).touch()\n"
-        "    time.sleep(0.3)\n"
+        "    time.sleep(0.1)\n"
         "    return [float(len(text)) for text in completions]\n"
     )
 

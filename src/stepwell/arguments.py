@@ -25,13 +25,11 @@ def parse(words: Sequence[str], commands: Mapping[str, type[C]], program: str, a
     """
     first, rest = words[0], list(words[1:])
     if first in commands:
+        settings: tuple[Any, ...] = (tyro.conf.FlagCreatePairsOff,)
+        if not {"-h", "--help"} & set(rest):
+            settings += (tyro.conf.HelptextFromCommentsOff,)  # reading the comments takes longer than all else
         with _one_sentence(f"{program} {first}", argument_names(commands[first])):
-            return tyro.cli(
-                commands[first],
-                prog=f"{program} {first}",
-                args=rest,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
+            return tyro.cli(commands[first], prog=f"{program} {first}", args=rest, config=settings)
     if first not in ("-h", "--help"):
         flag = first.startswith("-")
         raise UnknownName("argument" if flag else "command", first, ["--help", "--version"] if flag else commands)

@@ -156,6 +156,7 @@ def _taken(process: Process, request: Request) -> Request:
 def _batches(requests: Sequence[Request], rows: int) -> list[list[int]]:
     """Requests that can be drawn side by side: alike in all but prompt and count, at most `rows` rows."""
     batches: dict[object, list[list[int]]] = {}
+    sizes: dict[object, int] = {}  # how many rows the newest batch of a kind has
     for i, request in enumerate(requests):
         start = request.start
         if isinstance(start, Trajectories):
@@ -164,11 +165,13 @@ def _batches(requests: Sequence[Request], rows: int) -> list[list[int]]:
             step: Any = start if start is None or isinstance(start, Snapshot) else ("step", start[1])  # type: ignore[index]
             kind = id(step) if isinstance(step, Snapshot) else step
         law = None if request.law is None else repr(sorted(request.law.items()))
-        open_batches = batches.setdefault((kind, id(request.proposal), request.window, law, request.judged), [[]])
-        size = sum(requests[j].count for j in open_batches[-1])
+        alike = (kind, id(request.proposal), request.window, law, request.judged)
+        open_batches, size = batches.setdefault(alike, [[]]), sizes.get(alike, 0)
         if size and size + request.count > rows:
             open_batches.append([])
+            size = 0
         open_batches[-1].append(i)
+        sizes[alike] = size + request.count
     return [batch for group in batches.values() for batch in group]
 
 

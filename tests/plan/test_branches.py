@@ -243,7 +243,7 @@ def test_a_tree_costs_its_edges_and_no_more(size, branching, begin):
     assert process.meter.spent.model_evaluations - spent == states, "a state is scored once for its children"
 
 
-@pytest.mark.parametrize("begin", [0, 1])
+@pytest.mark.parametrize("begin", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_each_leaf_has_the_law_of_a_plain_row_and_leaves_share_what_they_have_in_common(begin):
     planner = Tree(1, 4, steps=STEPS - 1, begin=begin)
     random = {begin + 1, begin + 2}

@@ -112,7 +112,7 @@ INTEGRATORS = {
 
 
 @pytest.mark.parametrize("name", INTEGRATORS)
-@pytest.mark.parametrize("space", SPACES[:3])
+@pytest.mark.parametrize("space", [SPACE, *(pytest.param(space, marks=pytest.mark.slow) for space in SPACES[1:3])])
 def test_integrators_keep_the_marginal_at_their_order(space: PhaseSpace, name: str):
     build, order, steps = INTEGRATORS[name]
     coarse, fine = (error(space, build(space), between(count)) for count in (steps, 2 * steps))
@@ -136,7 +136,7 @@ def test_the_planted_euler_step_in_the_middle_makes_the_splitting_first_order():
     assert math.log2(coarse / fine) < 1.3
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", [SPACE, *(pytest.param(space, marks=pytest.mark.slow) for space in SPACES[1:])])
 def test_conjugate_integration_of_a_constant_noise_is_exact_in_one_step(space: PhaseSpace):
     """What DDIM is on a path, B = 0 is here: z' by Runge-Kutta with the noise held."""
     held = torch.tensor([[[0.8], [-1.3]]], dtype=torch.float64)

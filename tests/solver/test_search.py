@@ -368,6 +368,7 @@ def test_evolution_finds_the_best_of_a_tiny_space_with_a_part_of_the_work(per_st
         assert found.spent < 0.9 * space.size
 
 
+@pytest.mark.slow
 def test_in_a_space_of_fifteen_millions_evolution_nears_the_optimum_that_is_known():
     """The bound of Align your steps adds up over steps, so that dynamic programming knows the best grid."""
     times = tuple(0.001 ** (place / 40) for place in range(41))

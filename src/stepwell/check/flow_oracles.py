@@ -116,13 +116,16 @@ def _moved(process: Flow, steps: Sequence[Step], rows: Trajectories, width: floa
     old = Numbers.of(process.module)
     process.module.move(width, seed=9)  # type: ignore[operator]
     new = Numbers.of(process.module)
-    squares, log_ratio = [], []
-    for row, k in enumerate(rows.mask.int().argmax(1).tolist()):
-        x, after, step = rows.action[row, k - 1], rows.action[row, k], steps[k - 1]
+    squares, log_ratio = torch.zeros(2, len(rows), dtype=torch.float64)
+    places = rows.mask.int().argmax(1)
+    for k in places.unique().tolist():
+        rows_here, step = places == k, steps[k - 1]
+        x, after = rows.action[rows_here, k - 1], rows.action[rows_here, k]
         here, there = new.mean(step, x), old.mean(step, x)
-        squares.append((here - there).square().sum())
-        log_ratio.append(((after - there).square().sum() - (after - here).square().sum()) / (2 * step.noise**2))
-    return torch.stack(squares), torch.stack(log_ratio)
+        squares[rows_here] = (here - there).square().sum(1)
+        change = (after - there).square().sum(1) - (after - here).square().sum(1)
+        log_ratio[rows_here] = change / (2 * step.noise**2)
+    return squares, log_ratio
 
 
 def _noises(steps: Sequence[Step], rows: Trajectories) -> Tensor:
