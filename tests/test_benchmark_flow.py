@@ -88,7 +88,10 @@ def test_their_euler_is_ours_on_their_times(bench: Any):
     assert float((off - ours).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["Euler, karras", "Heun, exponential", "KDPM2, exponential", "LMS, karras"])
+OTHERS = ["Heun, exponential", "KDPM2, exponential", "LMS, karras"]
+
+
+@pytest.mark.parametrize("name", ["Euler, karras", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
 def test_their_schedulers_in_noise_levels_converge_to_the_reference(bench: Any, name: str):
     """With 4 times as many evaluations a solver of any order has less than half the error."""
     problem = bench.models.mixture(path("vp-linear"), dimension=4, components=3)

@@ -420,8 +420,13 @@ PLANTED = [
 ]
 
 
+SLOW = {"one depth", "answers that ended weigh less", "no correction for the hint"}  # others plant in the same oracles
+
+
 @pytest.mark.parametrize(
-    ("name", "method", "change", "mistake"), PLANTED, ids=lambda value: value if isinstance(value, str) else ""
+    ("name", "method", "change", "mistake"),
+    [pytest.param(*entry, marks=pytest.mark.slow) if entry[-1] in SLOW else entry for entry in PLANTED],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_planted_mistake_is_caught(name, method, change, mistake):
     found = oracle(name)(planted(method, change))

@@ -454,6 +454,7 @@ def test_all_signs_give_the_expectation_over_gauss_hermite_nodes():
         ),
     ],
 )
+@pytest.mark.slow
 def test_real_noise_gives_the_gradient_of_the_moment_recursion_within_four_standard_errors(name, options, chains):
     recipe = unscaled(name, 2, steps=4, **options).replace(gates=())
     process = affine_flow(recipe, dimension=1)

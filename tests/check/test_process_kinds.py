@@ -113,7 +113,9 @@ def test_what_a_process_does_not_allow_to_check_is_skipped_with_the_reason():
     assert "outcomes" in check.process(markov(symbols=40, length=3), [0]).skipped["exact law"]
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "gpt2", "gemma2", "bloom"])
+@pytest.mark.parametrize(
+    "architecture", ["qwen2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gemma2", "bloom"))]
+)
 def test_a_transformer_with_its_cache_obeys_every_law(small_language, architecture):
     report = check.process(small_language(architecture), ["a b c", "d", "e f"], horizon=5)
     assert set(report.skipped) == {"exact law"}

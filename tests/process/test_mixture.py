@@ -6,12 +6,12 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import NormalDist
 
 import pytest
 import torch
 from scipy.integrate import quad
 from scipy.optimize import brentq
-from scipy.stats import norm
 from torch import Tensor
 
 from stepwell.errors import InputError, UnknownName
@@ -363,8 +363,10 @@ def test_the_distance_in_one_dimension_is_an_integral_over_quantiles():
     law = Mixture(torch.tensor([0.3, 0.7]), torch.tensor([[-2.0], [1.0]]), torch.tensor([[[0.2]], [[0.5]]]))
     samples = torch.tensor([[-1.7], [0.1], [2.0]], dtype=torch.float64)
 
+    low, high = NormalDist(-2.0, 0.2**0.5), NormalDist(1.0, 0.5**0.5)
+
     def quantile(level: float) -> float:
-        return brentq(lambda y: 0.3 * norm.cdf(y, -2, 0.2**0.5) + 0.7 * norm.cdf(y, 1, 0.5**0.5) - level, -9, 9)
+        return brentq(lambda y: 0.3 * low.cdf(y) + 0.7 * high.cdf(y) - level, -9, 9)
 
     parts = [
         quad(lambda u, i=i: (float(samples[i]) - quantile(u)) ** 2, i / 3, (i + 1) / 3, epsabs=1e-7)[0]

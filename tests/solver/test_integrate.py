@@ -95,7 +95,9 @@ def test_correctors_of_three_predictions_and_more_are_third_order_from_a_cold_st
 
 
 @pytest.mark.parametrize("name", PATHS)
-@pytest.mark.parametrize("solver", ["dpmpp-2m", "deis-2", "heun"])
+@pytest.mark.parametrize(
+    "solver", ["dpmpp-2m", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deis-2", "heun"))]
+)
 def test_the_order_does_not_depend_on_the_path(mixture: Callable, name: str, solver: str):
     on = path("ve", maximum=3.0) if name == "ve" else path(name)
     assert order(errors(mixture, table(solver), on, [160, 320])) == pytest.approx(2, abs=0.2)

@@ -52,7 +52,9 @@ def cut_back(whole: Path, copy: Path, name: str) -> None:
             shutil.rmtree(other)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.slow) if "," in name else name for name in METHODS]
+)
 def test_resuming_at_every_update_ends_bit_for_bit_alike(method, tmp_path):
     run = tabular(method, tmp_path / "whole")
     names = sorted(path.name for path in (tmp_path / "whole" / "checkpoints").iterdir())
@@ -76,7 +78,7 @@ def test_a_resumed_run_that_forgets_its_place_in_the_data_is_noticed(tmp_path, m
     assert not torch.equal(weights(run)[0], weights(again)[0])
 
 
-@pytest.mark.parametrize("method", ["grpo", "ppo"])
+@pytest.mark.parametrize("method", [pytest.param("grpo", marks=pytest.mark.slow), "ppo"])
 def test_a_transformer_resumes_bit_for_bit_in_the_middle_of_a_batch(method, tmp_path, small_language):
     def go(out, resume=False):
         reward = lambda completions, **columns: [float(text.count("a")) for text in completions]  # noqa: E731
@@ -319,7 +321,7 @@ def test_a_budget_in_tokens_resumes_alike_in_the_middle_of_a_batch(tmp_path):
     given = {"steps": None, "budget": "2k-tokens", "schedule": "linear"}
     run = tabular("ppo", tmp_path / "whole", **given)
     names = sorted(path.name for path in (tmp_path / "whole" / "checkpoints").iterdir())
-    for name in names[1:-1:6]:
+    for name in names[1:-1:12]:
         cut_back(tmp_path / "whole", tmp_path / name, name)
         again = tabular("ppo", tmp_path / name, resume=True, **given)
         assert all(torch.equal(a, b) for a, b in zip(weights(run), weights(again), strict=True)), name
