@@ -419,6 +419,27 @@ def test_environments_of_gymnasium_come_in_by_the_same_door(small_language: Buil
     assert state.episodes[0].seat.environment.options == {"seed": 3, "level": 2, "prompt": "a"}
 
 
+class Plain:
+    """Written as for gymnasium, without it."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.given = seed, options
+        return "x", {}
+
+    def step(self, message: str) -> Any:
+        return "y", 1.0, True, False, {}
+
+
+def test_a_reset_with_gymnasiums_arguments_is_called_as_gymnasium_calls_it(small_language: Build) -> None:
+    class AlmostTheirs(Plain):
+        def reset(self, prompt: Any, *, seed: int, options: str) -> Any:  # columns of the data, of the same names
+            self.given = seed, options
+
+    for make, expected in ((Plain, (3, {"seed": 3, "options": "o", "prompt": "a"})), (AlmostTheirs, (3, "o"))):
+        state = talk(small_language, make=make).start(["a"], Rng(0), [{"seed": 3, "options": "o"}])
+        assert state.episodes[0].seat.environment.given == expected
+
+
 # credit
 
 

@@ -29,7 +29,8 @@ class Environment(Protocol):
 
     `reset` gets the prompt and those columns of its row of data that it names (all, with `**columns`), and returns
     what is said to the model after the prompt: an observation or None, alone or with a dict, as gymnasium has it. An
-    environment of gymnasium gets them as `options`, and as its seed the column `seed` or a number made of the prompt.
+    environment of gymnasium, or one with its `reset(*, seed, options)`, gets them as `options`, and as its seed the
+    column `seed` or a number made of the prompt.
 
     `step` gets what the model said and returns an observation, the reward of that turn, whether the conversation is
     over (`terminated`), whether it was cut short (`truncated`), and a dict. Nothing is said to the model after the
@@ -167,8 +168,7 @@ def _reset_arguments(
     environment: Any, prompt: Any, columns: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """How `reset` is called: with what it names, or as gymnasium calls it."""
-    gymnasium = sys.modules.get("gymnasium")  # an environment of gymnasium cannot be there without it
-    if gymnasium is not None and isinstance(environment, gymnasium.Env):
+    if _as_in_gymnasium(environment):
         number = int.from_bytes(blake2b(repr(prompt).encode(), digest_size=4).digest(), "little") >> 1
         return (), {"seed": columns.get("seed", number), "options": {**columns, "prompt": prompt}}
     try:
@@ -195,6 +195,18 @@ def _reset_arguments(
     keywords = {column: value for column, value in columns.items() if everything or column in named}
     _refuse_other_arguments(name, environment.reset, "reset", (prompt,), keywords, right)
     return (prompt,), keywords
+
+
+def _as_in_gymnasium(environment: Any) -> bool:
+    """Whether it is an environment of gymnasium, or one whose `reset` is written like theirs: (*, seed, options)."""
+    gymnasium = sys.modules.get("gymnasium")  # an environment of gymnasium cannot be there without it
+    if gymnasium is not None and isinstance(environment, gymnasium.Env):
+        return True
+    try:
+        parameters = inspect.signature(environment.reset).parameters.values()
+    except (TypeError, ValueError):  # some functions written in C do not tell
+        return False
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} == {"seed", "options"} and len(parameters) == 2
 
 
 def _refuse_other_arguments(
