@@ -97,29 +97,27 @@ class TwoSide(Gate):
 
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
         assert log_ratio is not None
-        ratio = log_ratio.exp()
-        return ((ratio >= 1 - self.low) & (ratio <= 1 + self.high)).to(batch.mask.dtype)
+        return self._near(log_ratio.exp()).to(batch.mask.dtype)
+
+    def _near(self, ratio: Tensor) -> Tensor:
+        return (ratio >= 1 - self.low) & (ratio <= 1 + self.high)
 
 
 @dataclass(frozen=True)
-class Ring(Gate):
+class Ring(TwoSide):
     """Keep 1 - low <= r <= 1 + high, and what is far out on the side that its advantage brings back.
 
     That is r <= 1 - far_low where A >= 0, and r >= 1 + far_high where A <= 0 (REC-Ring, arXiv 2509.24203).
     """
 
-    low: Width = 0.2
-    high: Width = 0.2
     far_low: Width = 0.6
     far_high: Width = 2.0
-    when = "step"
 
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
         assert log_ratio is not None
         ratio = log_ratio.exp()
-        near = (ratio >= 1 - self.low) & (ratio <= 1 + self.high)
         back = ((advantage >= 0) & (ratio <= 1 - self.far_low)) | ((advantage <= 0) & (ratio >= 1 + self.far_high))
-        return (near | back).to(batch.mask.dtype)
+        return (self._near(ratio) | back).to(batch.mask.dtype)
 
 
 @dataclass(frozen=True)
