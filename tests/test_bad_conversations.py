@@ -203,8 +203,8 @@ BROKEN = {
         "The reset of the environment Mine takes the column 'answer' first, where it is given the prompt;",
     ),
     "reset takes keywords only": (
-        RESET.format("(self, *, seed=None, options=None): ..."),
-        "is called as reset(prompt, **columns), which (*, seed=None, options=None) does not take",
+        RESET.format("(self, *, seed=None): ..."),
+        "is called as reset(prompt, **columns), which (*, seed=None) does not take",
     ),
     "reset is async": (
         "class Mine(Desk):\n    async def reset(self, prompt): ...",
