@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from mistakes import LateVines
 
 from stepwell import methods
 from stepwell.check.credit_oracles import gradient_of, group_gradient, plain, policy_of, uneven, written_out
@@ -336,16 +337,6 @@ class NoCopies(SegmentTree):
         if so_far is None or len(so_far) >= 4:
             return requests if so_far is None else []
         return [request for request in requests if so_far.mask[request.start[0]].sum() > request.start[1]]
-
-
-@dataclass
-class LateVines(Vines):
-    """Vines start after the first step of the segment that they judge."""
-
-    def plan(self, step, so_far, prompts):
-        if so_far is None:
-            return super().plan(step, so_far, prompts)
-        return [dataclasses.replace(r, start=(r.start[0], r.start[1] + 1)) for r in super().plan(step, so_far, prompts)]
 
 
 @dataclass

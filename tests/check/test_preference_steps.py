@@ -1,4 +1,4 @@
-"""Oracles of pairs whose steps count by what they are worth hold to rounding, and catch the mistakes planted here."""
+"""Oracles of pairs whose steps count by what they are worth catch the mistakes that are planted here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from mistakes import LateVines
 
 from stepwell import methods
 from stepwell.check import preference_steps
@@ -66,16 +67,6 @@ class NoOutcome(Part):
 
     def __call__(self, batch):
         return batch.field("value_after") * batch.mask
-
-
-@dataclass
-class LateVines(Vines):
-    """The mistake of vines that start after the first step of the segment."""
-
-    def plan(self, step, so_far, prompts):
-        if so_far is None:
-            return super().plan(step, so_far, prompts)
-        return [dataclasses.replace(r, start=(r.start[0], r.start[1] + 1)) for r in super().plan(step, so_far, prompts)]
 
 
 def planted(term, planner=Vines):

@@ -93,7 +93,7 @@ def test_training_and_held_out_expressions_are_disjoint_and_the_same_every_time(
 
 def test_a_short_warm_start_gives_conversations_with_untrained_tool_output(tmp_path, monkeypatch):
     monkeypatch.setenv("STEPWELL_CACHE", str(tmp_path))
-    task = tools(warm_steps=10)
+    task = tools(warm_steps=30)
     process = task.process()
     drawn = rollout(process, [Request(prompt, 4) for prompt in task.prompts[:8]], Rng(0))
     rows = drawn.trajectories
@@ -102,7 +102,7 @@ def test_a_short_warm_start_gives_conversations_with_untrained_tool_output(tmp_p
     said = (rows.node >= 0) & ~rows.mask
     assert bool(said.any())
     assert int(rows.segment.max()) > 0
-    again = tools(warm_steps=10).process()
+    again = tools(warm_steps=30).process()
     pairs = zip(process.module.parameters(), again.module.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
 

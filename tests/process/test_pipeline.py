@@ -164,13 +164,13 @@ def test_guidance_up_to_one_is_none(pipeline_folder: Callable[..., Path]):
         assert distance(ours(pipeline(folder, guidance=guidance, **options("sd")), noise_for()), right) < TOLERANCE
 
 
-def test_activations_can_be_computed_again(pipeline_folder: Callable[..., Path]):
-    for kind in ("sd", "flux"):
-        gradients = []
-        for checkpointing in (False, True):
-            process = pipeline(pipeline_folder(kind), lora={}, checkpointing=checkpointing, **options(kind))
-            told = process.condition(PROMPTS)
-            process.predict(noise_for(), torch.tensor([0.5, 0.9]), told, 2.0).square().sum().backward()
-            gradients.append([p.grad for p in process.module.parameters() if p.grad is not None])
-        assert gradients[0]
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
+@pytest.mark.parametrize("kind", ["sd", *(pytest.param(k, marks=pytest.mark.slow) for k in ("sdxl", "sd3")), "flux"])
+def test_activations_can_be_computed_again(pipeline_folder: Callable[..., Path], kind: str):
+    gradients = []
+    for checkpointing in (False, True):
+        process = pipeline(pipeline_folder(kind), lora={}, checkpointing=checkpointing, **options(kind))
+        told = process.condition(PROMPTS)
+        process.predict(noise_for(), torch.tensor([0.5, 0.9]), told, 2.0).square().sum().backward()
+        gradients.append([p.grad for p in process.module.parameters() if p.grad is not None])
+    assert gradients[0]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))

@@ -505,5 +505,15 @@ def test_training_moves_the_model_and_its_copies_stay(small_language: Build, tmp
     run = sw.train(process, data, environment_return, "grpo", out=tmp_path / "run", **settings)
     assert run.steps == 2
     assert isinstance(run.process.frozen(), Turns)
-    for method in ("ppo", "full-step-dpo"):
-        sw.train(talk(small_language, max_new_tokens=20), data, environment_return, method, **settings)
+
+
+@pytest.mark.parametrize(
+    "method", ["ppo", "full-step-dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gspo", "empg"))]
+)
+def test_methods_of_every_kind_of_credit_train_on_conversations(small_language: Build, method: str) -> None:
+    import stepwell as sw
+
+    data = [{"prompt": text} for text in PROMPTS]
+    settings = {"steps": 2, "group_size": 4, "prompts_per_step": 2, "learning_rate": 1e-3, "progress": False}
+    run = sw.train(talk(small_language, max_new_tokens=20), data, environment_return, method, **settings)
+    assert run.steps == 2

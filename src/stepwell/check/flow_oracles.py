@@ -117,7 +117,7 @@ def _moved(process: Flow, steps: Sequence[Step], rows: Trajectories, width: floa
     process.module.move(width, seed=9)  # type: ignore[operator]
     new = Numbers.of(process.module)
     squares, log_ratio = torch.zeros(2, len(rows), dtype=torch.float64)
-    places = rows.mask.int().argmax(1)
+    places = _places(rows)
     for k in places.unique().tolist():
         rows_here, step = places == k, steps[k - 1]
         x, after = rows.action[rows_here, k - 1], rows.action[rows_here, k]
@@ -128,9 +128,14 @@ def _moved(process: Flow, steps: Sequence[Step], rows: Trajectories, width: floa
     return squares, log_ratio
 
 
+def _places(rows: Trajectories) -> Tensor:
+    """(N,) the one random step of each row."""
+    return rows.mask.int().argmax(1)
+
+
 def _noises(steps: Sequence[Step], rows: Trajectories) -> Tensor:
     """q (N,) of each row's step."""
-    return torch.tensor([steps[k - 1].noise for k in rows.mask.int().argmax(1).tolist()], dtype=torch.float64)
+    return torch.tensor([steps[k - 1].noise for k in _places(rows).tolist()], dtype=torch.float64)
 
 
 def _policy(recipe: Recipe) -> Policy:

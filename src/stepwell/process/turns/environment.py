@@ -168,12 +168,12 @@ def _reset_arguments(
     environment: Any, prompt: Any, columns: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """How `reset` is called: with what it names, or as gymnasium calls it."""
-    if _as_in_gymnasium(environment):
+    signature = _signature(environment.reset)
+    parameters = [] if signature is None else list(signature.parameters.values())
+    if _as_in_gymnasium(environment, parameters):
         number = int.from_bytes(blake2b(repr(prompt).encode(), digest_size=4).digest(), "little") >> 1
         return (), {"seed": columns.get("seed", number), "options": {**columns, "prompt": prompt}}
-    try:
-        parameters = list(inspect.signature(environment.reset).parameters.values())
-    except (TypeError, ValueError):  # some functions written in C do not tell
+    if signature is None:
         return (prompt,), dict(columns)
     name, right = type(environment).__name__, "reset(prompt, **columns)"
     first = parameters[0] if parameters else None
@@ -197,15 +197,18 @@ def _reset_arguments(
     return (prompt,), keywords
 
 
-def _as_in_gymnasium(environment: Any) -> bool:
+def _signature(function: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # some functions written in C do not tell
+        return None
+
+
+def _as_in_gymnasium(environment: Any, parameters: Sequence[inspect.Parameter]) -> bool:
     """Whether it is an environment of gymnasium, or one whose `reset` is written like theirs: (*, seed, options)."""
     gymnasium = sys.modules.get("gymnasium")  # an environment of gymnasium cannot be there without it
     if gymnasium is not None and isinstance(environment, gymnasium.Env):
         return True
-    try:
-        parameters = inspect.signature(environment.reset).parameters.values()
-    except (TypeError, ValueError):  # some functions written in C do not tell
-        return False
     return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} == {"seed", "options"} and len(parameters) == 2
 
 
@@ -213,9 +216,8 @@ def _refuse_other_arguments(
     name: str, function: Any, method: str, arguments: tuple[Any, ...], keywords: Mapping[str, Any], right: str
 ) -> None:
     """Raise `InputError` where a method cannot be called with what it is given."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some functions written in C do not tell
+    signature = _signature(function)
+    if signature is None:
         return
     try:
         signature.bind(*arguments, **keywords)
