@@ -15,7 +15,7 @@ test-all: .venv/.test  ## the tests, with the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ''
 
 bench: .venv/.test  ## what is measured against peers: make bench NAME=language
-	$(BIN)/python benchmarks/$(or $(NAME),language).py
+	$(BIN)/python benchmarks/$(or $(NAME),language)/run.py
 
 lint: .venv/.lint  ## style, types, and the rule that rooms import downwards only
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ def page() -> str:
         "```",
         "",
         "```python",
-        'process.with_law(solver=sw.solvers()["dpmpp-2m"].replace(order=3, weights="exact"), steps=10)',
+        'process.with_sampler(solver=sw.solvers()["dpmpp-2m"].replace(order=3, weights="exact"), steps=10)',
         "```",
         "",
         "A step of two evaluations asks the model twice, but mostly once in the last step, to t = 0. Solvers that draw",

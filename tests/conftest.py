@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stepwell.cli import main
-from stepwell.process.language import Language, language
+from stepwell.process.language.process import Language, language
 
 torch.set_num_threads(1)  # the tensors are small: threads that wait for each other make tests ten times slower
 

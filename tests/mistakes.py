@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from stepwell.plan.measured import Vines
+from stepwell.planning.measured import Vines
 
 
 @dataclass

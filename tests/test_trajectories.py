@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensordict import TensorDict
 
+from stepwell.columns import Columns
 from stepwell.errors import InputError
-from stepwell.process.exact import markov
+from stepwell.process.exact.table import markov
 from stepwell.rng import Rng
-from stepwell.rollout import Prompt, Request, rollout
-from stepwell.trajectories import STEP_FIELDS, concatenate, count, edges, make, pad_steps
+from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.trajectories import STEP_FIELDS, concatenate, count, edges, make, pad_steps, to_tensors
 
 
 def rows(lengths, seed=0, **fields):
@@ -52,19 +52,15 @@ def full(lengths):
         **steps,
         reward=torch.rand(shape[0]),
         rewards=torch.rand(shape[0], 2),
-        condition=TensorDict({"tokens": torch.rand(shape[0], 4), "class": torch.arange(shape[0])}, shape[:1]),
-        info=TensorDict(info, shape[:1]),
+        condition=Columns({"tokens": torch.rand(shape[0], 4), "class": torch.arange(shape[0])}),
+        info=Columns(info, shape[0]),
     )
 
 
 def same(one, two):
-    for (name, left), (other, right) in zip(sorted(one.to_dict().items()), sorted(two.to_dict().items()), strict=True):
-        assert name == other
-        if isinstance(left, dict):
-            assert left.keys() == right.keys()
-            assert all(torch.equal(left[key], right[key]) for key in left)
-        elif left is not None:
-            assert torch.equal(left, right), name
+    left, right = to_tensors(one), to_tensors(two)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 @settings(max_examples=20, deadline=None)
@@ -80,7 +76,8 @@ def test_padding_adds_steps_that_never_happened_and_changes_no_other(lengths, ex
     assert torch.equal(wide.info["step"][:, :steps], batch.info["step"])
     assert wide.info["wide"].shape == (len(lengths), steps + extra, 3)
     assert torch.equal(wide.info["row"], batch.info["row"])
-    same(batch.select("length", "prompt", "reward", "rewards"), wide.select("length", "prompt", "reward", "rewards"))
+    for name in ("length", "prompt", "reward", "rewards"):
+        assert torch.equal(getattr(wide, name), getattr(batch, name))
 
 
 def test_padding_keeps_the_type_of_every_field():
@@ -118,7 +115,7 @@ def test_parts_of_unequal_width_join_whatever_fields_they_lack():
 
 def test_conditions_are_aligned_on_the_left_and_steps_on_the_right():
     def one(width, steps):
-        condition = TensorDict({"tokens": torch.ones(1, width), "class": torch.ones(1)}, [1])
+        condition = Columns({"tokens": torch.ones(1, width), "class": torch.ones(1)})
         return rows([steps]).replace(condition=condition)
 
     joined = concatenate([one(1, 3), one(3, 1)])
@@ -137,7 +134,7 @@ def test_parts_that_know_nothing_of_each_other_share_no_node_once_renumbered():
 def test_parts_of_which_only_some_were_scored_are_refused_by_name():
     with pytest.raises(InputError, match="reward"):
         concatenate([rows([1]), rows([1]).replace(reward=torch.ones(1))])
-    info = [rows([1]).replace(info=TensorDict({name: torch.ones(1)}, [1])) for name in "ab"]
+    info = [rows([1]).replace(info=Columns({name: torch.ones(1)})) for name in "ab"]
     with pytest.raises(InputError, match=r"info\['a'\], info\['b'\]"):
         concatenate(info)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -17,20 +15,20 @@ _HOMES = {
     "Meter": "stepwell.meter",
     "Budget": "stepwell.meter",
     "StepwellError": "stepwell.errors",
-    "Request": "stepwell.rollout",
-    "Prompt": "stepwell.rollout",
-    "rollout": "stepwell.rollout",
-    "Recipe": "stepwell.recipe",
+    "Request": "stepwell.sampling.rollout",
+    "Prompt": "stepwell.sampling.rollout",
+    "rollout": "stepwell.sampling.rollout",
+    "Recipe": "stepwell.recipe.recipe",
     "Rewards": "stepwell.reward.mixing",
-    "load_prompts": "stepwell.data",
-    "language": "stepwell.process.language",
-    "flow": "stepwell.process.flow",
-    "pipeline": "stepwell.process.pipeline",
-    "environment_return": "stepwell.process.turns",
+    "load_prompts": "stepwell.data.prompts",
+    "language": "stepwell.process.language.process",
+    "flow": "stepwell.process.flow.process",
+    "pipeline": "stepwell.process.pipeline.build",
+    "environment_return": "stepwell.process.conversation",
     "sample": "stepwell.api",
     "solvers": "stepwell.api",
-    "method": "stepwell.methods.registry",
-    "task": "stepwell.compare.tasks",
+    "method": "stepwell.recipe.registry",
+    "task": "stepwell.tasks.registry",
     "train": "stepwell.api",
     "compare": "stepwell.api",
 }
@@ -43,23 +41,23 @@ if TYPE_CHECKING:
     from stepwell.api import sample as sample
     from stepwell.api import solvers as solvers
     from stepwell.api import train as train
-    from stepwell.data import load_prompts as load_prompts
+    from stepwell.data.prompts import load_prompts as load_prompts
     from stepwell.errors import StepwellError as StepwellError
     from stepwell.meter import Budget as Budget
     from stepwell.meter import Meter as Meter
-    from stepwell.methods.registry import method as method
     from stepwell.process import exact as exact
-    from stepwell.process.flow import flow as flow
-    from stepwell.process.language import language as language
-    from stepwell.process.pipeline import pipeline as pipeline
-    from stepwell.process.turns import environment_return as environment_return
-    from stepwell.recipe import Recipe as Recipe
+    from stepwell.process.conversation import environment_return as environment_return
+    from stepwell.process.flow.process import flow as flow
+    from stepwell.process.language.process import language as language
+    from stepwell.process.pipeline.build import pipeline as pipeline
+    from stepwell.recipe.recipe import Recipe as Recipe
+    from stepwell.recipe.registry import method as method
     from stepwell.reward.mixing import Rewards as Rewards
     from stepwell.rng import Replay as Replay
     from stepwell.rng import Rng as Rng
-    from stepwell.rollout import Prompt as Prompt
-    from stepwell.rollout import Request as Request
-    from stepwell.rollout import rollout as rollout
+    from stepwell.sampling.rollout import Prompt as Prompt
+    from stepwell.sampling.rollout import Request as Request
+    from stepwell.sampling.rollout import rollout as rollout
 
 __all__ = sorted([*_HOMES, *_ROOMS])
 
@@ -74,15 +72,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
-
-
-class _Front(ModuleType):
-    """`stepwell.train` is the function most users call, although there is a room of that name: importing the room
-    would otherwise put it in the function's place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Front

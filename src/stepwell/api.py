@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stepwell.data import load_prompts
+from stepwell.data.prompts import load_prompts
 from stepwell.errors import InputError, StepwellError, UnknownName
-from stepwell.export import write_samples
 from stepwell.meter import Budget, Cost
-from stepwell.methods import registry
+from stepwell.methods import catalogue
 from stepwell.process.base import Process, Samples, ability
-from stepwell.process.flow import Flow
-from stepwell.process.language import Language
-from stepwell.process.pipeline_text import TextEncoder
-from stepwell.recipe import Recipe
+from stepwell.process.flow.process import Flow
+from stepwell.process.language.process import Language
+from stepwell.process.pipeline.text import TextEncoder
+from stepwell.recipe.recipe import Recipe
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.rollout import Prompt, Request, rollout
+from stepwell.sampling.export import write_samples
+from stepwell.sampling.rollout import Prompt, Request, rollout
 from stepwell.solver.table import TABLES, Table
-from stepwell.train import loop
-from stepwell.train.settings import Settings
+from stepwell.training import loop
+from stepwell.training.settings import Settings
 
 if TYPE_CHECKING:
-    from stepwell.compare.tasks import Task
+    from stepwell.tasks.registry import Task
 
 
 def settings_from(**given: Any) -> Settings:
@@ -82,8 +82,8 @@ def train(
         raise InputError("Options belong to a method that is given by id; a recipe has them already.")
     recipe, config = method, {"method": "a recipe", "options": dict(options or {})}
     if isinstance(method, str):
-        card = registry.get(method)
-        registry.check_room(card, registry.room_of(process))
+        card = catalogue.get(method)
+        catalogue.check_room(card, catalogue.room_of(process))
         recipe, config = card.recipe(**(options or {})), config | {"method": method, "card": card.as_dict()}
     assert isinstance(recipe, Recipe)
     rewards = reward if isinstance(reward, Rewards) else Rewards(reward)
@@ -109,7 +109,7 @@ class CostedSamples(Samples):
     cost: Cost = field(default_factory=Cost)
 
     def save(self, folder: str | os.PathLike[str], format: str | None = None, **about: Any) -> list[Path]:
-        """Write them into a new or empty folder, as `stepwell.export.write_samples` says; the files."""
+        """Write them into a new or empty folder, as `stepwell.sampling.export.write_samples` says; the files."""
         cost = {unit: amount for unit, amount in vars(self.cost).items() if unit != "wall_time"}  # the seed decides it
         return write_samples(folder, self.values, self.prompts, format, {**about, "cost": cost})
 
@@ -126,7 +126,7 @@ def sample(
     """Draw `n` samples for each prompt, those of a prompt side by side.
 
     `prompts` are as for `train`; None is for processes that take none. `law` are settings of how a flow is drawn
-    (solver, steps, guidance, ...: `stepwell.process.flow_law.SETTINGS`). At most `rows_at_once` samples are drawn side
+    (solver, steps, guidance, ...: `process.flow.sampler.SETTINGS`). At most `rows_at_once` samples are drawn side
     by side, which decides the random numbers that a sample gets, and not its law.
 
     Raises `InputError` for settings and prompts that do not fit, and for samples that are not finite.
@@ -142,7 +142,7 @@ def sample(
     if not hasattr(process, "propose"):
         raise InputError(f"What is sampled is a process, such as flow(f, shape=(2,)), not {process!r:.60}.")
     if law:
-        process = ability(process, "with_law", "Drawing otherwise")(**law)
+        process = ability(process, "with_sampler", "Drawing otherwise")(**law)
     asked = prompts_for(process, [None] if prompts is None else prompts)
     most = rows_at_once or n
     pieces = [(prompt, min(most, n - begin)) for prompt in asked for begin in range(0, n, most)]
@@ -168,7 +168,7 @@ def check_amounts(n: int, seed: int, rows_at_once: int | None = None) -> None:
 
 def prompts_for(process: Process, source: Any, column: str = "prompt") -> list[Prompt]:
     """The prompts that `source` holds (`load_prompts`), each of which this process can read (`check_prompts`)."""
-    prompts = load_prompts(source, column, anything=registry.room_of(process) != "language")
+    prompts = load_prompts(source, column, anything=catalogue.room_of(process) != "language")
     check_prompts(process, prompts, f"{source}" if isinstance(source, str | os.PathLike) else "The list of prompts")
     return prompts
 
@@ -214,7 +214,7 @@ def solvers() -> dict[str, Table]:
 
 
 def compare(task: Task | str, methods: str | Sequence[str], budget: str = "60s", **options: Any) -> Any:
-    """Train each method from the same start at equal budget; see `stepwell.compare.run.compare`."""
-    from stepwell.compare import run
+    """Train each method from the same start at equal budget; see `stepwell.comparison.run.compare`."""
+    from stepwell.comparison import run
 
     return run.compare(task, methods, budget=budget, **options)

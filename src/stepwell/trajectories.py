@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import TensorClass, TensorDict
 from torch import Tensor
 from torch.nn.functional import pad
 
+from stepwell.columns import Columns, at, joined
 from stepwell.errors import InputError
 
 
-class Trajectories(TensorClass):
+@dataclass(frozen=True, eq=False)
+class Trajectories:
     """N rows by T steps, padded on the right.
 
-    Indexing, `torch.cat` (after `concatenate` has aligned the widths), `.to(device)` and `.replace(...)` work on
-    rows, as in every tensordict. The fields, with their shapes:
+    `rows[index]` are the rows at an index (a tensor, a slice or a list), `len(rows)` is N, `rows.to(device)` and
+    `rows.replace(reward=...)` give new rows, and `concatenate` puts several batches together. The fields, with their
+    shapes:
 
     action (N, T, ...)       what was drawn
     log_prob (N, T)          log-probability of each action under the law it was really drawn from
@@ -49,7 +52,7 @@ class Trajectories(TensorClass):
     weight: Tensor
     source: Tensor
     version: Tensor
-    condition: TensorDict | None = None
+    condition: Columns | None = None
     segment: Tensor | None = None
     reward: Tensor | None = None
     rewards: Tensor | None = None
@@ -58,10 +61,30 @@ class Trajectories(TensorClass):
     reference_log_prob: Tensor | None = None
     value: Tensor | None = None
     entropy: Tensor | None = None
-    points: TensorDict | None = None
-    info: TensorDict | None = None
+    points: Columns | None = None
+    info: Columns | None = None
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def __getitem__(self, index: Tensor | slice | Sequence[int]) -> Trajectories:
+        return Trajectories(**{name: at(value, index) for name, value in self.present()})
+
+    def present(self) -> Iterator[tuple[str, Any]]:
+        """The fields that are filled, by name."""
+        values = ((name, getattr(self, name)) for name in FIELDS)
+        return ((name, value) for name, value in values if value is not None)
+
+    def replace(self, **changes: Any) -> Trajectories:
+        """The same rows with other values of the fields named."""
+        return dataclasses.replace(self, **changes)
+
+    def to(self, device: torch.device | str) -> Trajectories:
+        """All fields on another device."""
+        return Trajectories(**{name: value.to(device) for name, value in self.present()})
 
 
+FIELDS = tuple(Trajectories.__annotations__)
 STEP_FIELDS = "action log_prob mask node segment step_reward old_log_prob reference_log_prob value entropy".split()
 
 
@@ -86,7 +109,7 @@ def make(action: Tensor, log_prob: Tensor, mask: Tensor, **fields: Any) -> Traje
         "source": zeros,
         "version": zeros,
     }
-    return Trajectories(action=action, log_prob=log_prob, mask=happened, batch_size=[count], **{**defaults, **fields})
+    return Trajectories(action=action, log_prob=log_prob, mask=happened, **{**defaults, **fields})
 
 
 def pad_steps(rows: Trajectories, steps: int) -> Trajectories:
@@ -100,20 +123,20 @@ def pad_steps(rows: Trajectories, steps: int) -> Trajectories:
     if extra < 0:
         raise InputError(f"Trajectories of {rows.mask.shape[1]} steps cannot be padded to {steps}.")
     present = ((name, getattr(rows, name)) for name in STEP_FIELDS)
-    changed = {name: _pad_right(value, extra, name) for name, value in present if value is not None}
+    changed: dict[str, Any] = {name: _pad_right(value, extra, name) for name, value in present if value is not None}
     if rows.info is not None:
         width = rows.mask.shape[1]
         entries = {
             key: _pad_right(value, extra) if value.dim() > 1 and value.shape[1] == width else value
             for key, value in _tensors(rows.info)
         }
-        changed["info"] = TensorDict(entries, batch_size=[len(rows)])
+        changed["info"] = Columns(entries, len(rows))
     return rows.replace(**changed)
 
 
-def _tensors(entries: TensorDict | None) -> Iterator[tuple[str, Any]]:
+def _tensors(entries: Columns | None) -> Iterator[tuple[str, Any]]:
     """The entries by name; none where there is no table."""
-    return iter(()) if entries is None else ((str(key), value) for key, value in entries.items())
+    return iter(()) if entries is None else iter(entries.items())
 
 
 def _pad_right(value: Tensor, extra: int, name: str = "") -> Tensor:
@@ -146,18 +169,22 @@ def concatenate(parts: Sequence[Trajectories], *, renumber: bool = False) -> Tra
                 else value
                 for key, value in _tensors(condition)
             }
-            condition = TensorDict(entries, batch_size=[len(part)])
+            condition = Columns(entries, len(part))
         aligned.append(part.replace(condition=condition))
         offset = max(offset, int(part.node.max()) + 1 if part.node.numel() else 0)
-    joined: Any = torch.cat(aligned)  # type: ignore[arg-type]
-    return joined
+    return together(aligned)
+
+
+def together(parts: Sequence[Trajectories]) -> Trajectories:
+    """Rows of one width and with the same fields, one after another; their nodes stay as they are."""
+    return Trajectories(**{name: joined(getattr(part, name) for part in parts) for name, _ in parts[0].present()})
 
 
 def _same_fields(parts: Sequence[Trajectories]) -> None:
     """Refuse parts of which only some were scored, rewarded or given information."""
     present = []
     for part in parts:
-        names = {str(name) for name in part.keys() if getattr(part, str(name)) is not None}  # noqa: SIM118
+        names = {name for name, _ in part.present()}
         for table in ("condition", "points", "info"):
             names |= {f"{table}['{key}']" for key, _ in _tensors(getattr(part, table))}
         present.append(names)
@@ -224,20 +251,18 @@ def count(rows: Trajectories, length: float | None = None, pairs: float = 0.0) -
 def to_tensors(rows: Trajectories) -> dict[str, Tensor]:
     """The rows as a flat dictionary of tensors, for a file; `from_tensors` brings them back."""
     answer: dict[str, Tensor] = {}
-    for name in Trajectories.__annotations__:
-        value = getattr(rows, name)
-        if isinstance(value, TensorDict):
-            answer |= {f"{name}.{key}": entry for key, entry in _tensors(value)}
-        elif value is not None:
+    for name, value in rows.present():
+        if isinstance(value, Columns):
+            answer |= {f"{name}.{key}": entry for key, entry in value.items()}
+        else:
             answer[name] = value
     return {name: value.contiguous().clone() for name, value in answer.items()}
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Trajectories:
     """The rows that `to_tensors` wrote."""
-    count = len(tensors["mask"])
     fields: dict[str, Any] = {name: value for name, value in tensors.items() if "." not in name}
     for group in {name.split(".")[0] for name in tensors if "." in name}:
         entries = {name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith(f"{group}.")}
-        fields[group] = TensorDict(entries, batch_size=[count])
-    return Trajectories(**fields, batch_size=[count])
+        fields[group] = Columns(entries)
+    return Trajectories(**fields)

@@ -9,9 +9,9 @@ import torch
 import stepwell.check as check
 from stepwell.check import expectation, law, outcomes, unbiased
 from stepwell.errors import InputError, LawBroken, Unenumerable
-from stepwell.process.exact import markov
+from stepwell.process.exact.table import markov
 from stepwell.rng import Rng
-from stepwell.rollout import Prompt, Request, rollout
+from stepwell.sampling.rollout import Prompt, Request, rollout
 
 COIN = torch.tensor([0.25])
 WEIGHTS = torch.tensor([0.5, 0.15, 0.35], dtype=torch.float64)

@@ -13,9 +13,9 @@ from stepwell.credit.group import GroupCredit
 from stepwell.errors import InputError
 from stepwell.objective.reduction import Reduction
 from stepwell.parts import Batch
-from stepwell.process.exact import markov
+from stepwell.process.exact.table import markov
 from stepwell.rng import Rng
-from stepwell.rollout import Prompt, Request, rollout
+from stepwell.sampling.rollout import Prompt, Request, rollout
 from stepwell.trajectories import concatenate, count, make
 
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from tensordict import TensorDict
 
+from stepwell.columns import Columns
 from stepwell.credit.baseline import GreedyBaseline, Informative, LengthBaseline
 from stepwell.credit.columns import AcrossPrompts, LengthClass, RewardColumn
 from stepwell.credit.contest import WinnerTakesAll, WinRate
@@ -78,7 +78,7 @@ def test_a_greedy_baseline_needs_what_its_planner_notes():
     rows = batch([1.0], [0])
     with pytest.raises(InputError, match="'greedy'"):
         GreedyBaseline()(rows)
-    noted = rows.rows.replace(info=TensorDict({"greedy": torch.tensor([0.25])}, batch_size=[1]))
+    noted = rows.rows.replace(info=Columns({"greedy": torch.tensor([0.25])}, 1))
     assert GreedyBaseline()(Batch(noted, rows.counts)).tolist() == [0.75]
 
 

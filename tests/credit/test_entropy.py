@@ -12,9 +12,9 @@ from stepwell.credit.entropy import EntropyModulated
 from stepwell.credit.group import GroupCredit
 from stepwell.errors import InputError
 from stepwell.parts import Batch, Constant
-from stepwell.process.exact import markov
+from stepwell.process.exact.table import markov
 from stepwell.rng import Rng
-from stepwell.train.collect import fill
+from stepwell.training.collect import fill
 from stepwell.trajectories import count, make, pad_steps
 
 ROUNDING = 1e-14  # sums of some tens of terms of order one

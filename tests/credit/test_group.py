@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensordict import TensorDict
 
+from stepwell.columns import Columns
 from stepwell.credit.group import Best, GroupCredit
 from stepwell.errors import InputError, UnknownName
 from stepwell.objective.regularise import Divergence
@@ -28,7 +28,7 @@ def batch(rewards, prompts=None, **info):
         torch.ones(number, 1, dtype=torch.bool),
         prompt=torch.tensor(prompts or [0] * number),
         reward=torch.tensor(rewards, dtype=torch.float64),
-        info=TensorDict({name: torch.tensor(entry) for name, entry in info.items()}, batch_size=[number]),
+        info=Columns({name: torch.tensor(entry) for name, entry in info.items()}, number),
     )
     return Batch(rows, count(rows))
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from tensordict import TensorDict
 
+from stepwell.columns import Columns
 from stepwell.credit.prefixes import PrefixValues, StepValues
 from stepwell.parts import Batch
 from stepwell.rng import Rng
@@ -16,7 +16,7 @@ def measured():
     rng, mask = Rng(1), torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1], [0, 0, 0, 0]]).bool()
     before, after = (rng.normal(3, 4, dtype=torch.float64) for _ in range(2))
     ends = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(3, 4).contiguous()
-    info = TensorDict({"value_before": before, "value_after": after, "ends": ends}, batch_size=[3])
+    info = Columns({"value_before": before, "value_after": after, "ends": ends}, 3)
     reward = torch.tensor([2.0, -1.0, 7.0], dtype=torch.float64)
     rows = make(torch.zeros(3, 4).long(), torch.zeros(3, 4).double(), mask, reward=reward, info=info)
     return Batch(rows, count(rows)), before, after

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepwell.check.oracles import deviation, expected_gradient, policy_gradient
+from stepwell.check.oracles.registry import deviation, expected_gradient, policy_gradient
 from stepwell.credit import traces
 from stepwell.credit.group import GroupCredit
 from stepwell.credit.traces import (
@@ -26,7 +26,7 @@ from stepwell.objective.policy import Policy
 from stepwell.objective.reduction import Reduction
 from stepwell.objective.surrogate import Score
 from stepwell.parts import Batch
-from stepwell.process.exact import markov
+from stepwell.process.exact.table import markov
 from stepwell.rng import Rng
 from stepwell.trajectories import count, make, pad_steps
 

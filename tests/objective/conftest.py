@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
+from stepwell.columns import Columns
 from stepwell.parts import Batch
 from stepwell.process.base import Scores
 from stepwell.trajectories import count, make
@@ -29,7 +29,7 @@ def build(
     mask = torch.ones(present.shape, dtype=torch.bool) if mask is None else mask
     drawn = present.detach() if behaviour is None else behaviour
     if info is not None:
-        fields["info"] = TensorDict(info, batch_size=[len(present)])
+        fields["info"] = Columns(info, len(present))
     rows = make(torch.zeros(present.shape, dtype=torch.long), drawn, mask, **fields)
     return Batch(rows, count(rows), Scores(present, extra or {}), states or {})
 

@@ -14,10 +14,10 @@ from stepwell.credit.group import Best, GroupCredit
 from stepwell.credit.shaping import DivergencePenalty, Outcome, Overlong
 from stepwell.credit.traces import GeneralisedAdvantage, RewardToGo, Whitened
 from stepwell.objective.balance import SubTrajectoryBalance, TrajectoryBalance
-from stepwell.objective.gate import CompleteRows, HighEntropy, OffPolicyRows, OneSide, SamplerCorrection
+from stepwell.objective.gates.step import CompleteRows, HighEntropy, OffPolicyRows, OneSide, SamplerCorrection
 from stepwell.objective.groups import GroupLoss, PosteriorMatching
-from stepwell.objective.pairs import Pairing, Pairs
 from stepwell.objective.policy import Policy
+from stepwell.objective.preference.pairs import Pairing, Pairs
 from stepwell.objective.ratio import Mixture, Ratio
 from stepwell.objective.reduction import Reduction
 from stepwell.objective.regularise import Divergence, Regulariser, entropy_bonus
@@ -25,8 +25,8 @@ from stepwell.objective.surrogate import BySource, Clip, Drift, Score, Taper
 from stepwell.objective.term import Objective
 from stepwell.objective.value import ValueLoss
 from stepwell.parts import Batch, Part
-from stepwell.plan.groups import DynamicSampling
-from stepwell.recipe import Recipe
+from stepwell.planning.groups import DynamicSampling
+from stepwell.recipe.recipe import Recipe
 from stepwell.trajectories import count
 
 CREDITS = [

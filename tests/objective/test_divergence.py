@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from stepwell.check.oracles import deviation, expected_gradient, policy_gradient
+from stepwell.check.oracles.registry import deviation, expected_gradient, policy_gradient
 from stepwell.credit.group import GroupCredit
 from stepwell.credit.shaping import DivergencePenalty, Outcome
 from stepwell.credit.traces import GeneralisedAdvantage
@@ -20,7 +20,7 @@ from stepwell.objective.surrogate import Score
 from stepwell.objective.term import Objective
 from stepwell.parts import Batch, Part
 from stepwell.process.base import Scores
-from stepwell.process.exact import markov
+from stepwell.process.exact.table import markov
 from stepwell.rng import Rng
 from stepwell.trajectories import count
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from stepwell.check.oracles import deviation, expected_gradient, policy_gradient, standard_deviation_factor
+from stepwell.check.oracles.registry import deviation, expected_gradient, policy_gradient, standard_deviation_factor
 from stepwell.credit.group import GroupCredit
-from stepwell.objective.gate import SamplerCorrection
+from stepwell.objective.gates.step import SamplerCorrection
 from stepwell.objective.policy import Policy
 from stepwell.objective.ratio import Ratio
 from stepwell.objective.reduction import Reduction
 from stepwell.objective.surrogate import Clip, Drift, Plain, Score, Taper
 from stepwell.parts import Part
-from stepwell.process.exact import markov
+from stepwell.process.exact.table import markov
 from stepwell.rng import Rng
 
 EXACT = 1e-10  # sums of ten thousand float64 terms of order one

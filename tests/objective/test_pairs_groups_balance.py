@@ -10,20 +10,20 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from stepwell.check.oracles import deviation, expected_gradient
+from stepwell.check.oracles.registry import deviation, expected_gradient
 from stepwell.errors import UnknownName
 from stepwell.objective.balance import SubTrajectoryBalance, TrajectoryBalance
 from stepwell.objective.groups import Consistency, GroupFunction, GroupLoss, PosteriorMatching
-from stepwell.objective.pairs import Hinge, Logistic, Pairing, Pairs, SequenceScore, Square, pairs_of
 from stepwell.objective.policy import Policy
+from stepwell.objective.preference.pairs import Hinge, Logistic, Pairing, Pairs, SequenceScore, Square, pairs_of
 from stepwell.objective.regularise import Divergence, Regulariser, entropy_bonus
 from stepwell.objective.state import LogPartition
 from stepwell.objective.term import Coupling, Loss, Objective, Term
 from stepwell.objective.value import ValueLoss
 from stepwell.parts import Batch
-from stepwell.process.exact import markov
+from stepwell.process.exact.table import markov
 from stepwell.rng import Rng
-from stepwell.train.update import accumulate, cut
+from stepwell.training.update import accumulate, cut
 from stepwell.trajectories import count
 
 EXACT = 1e-10

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stepwell.credit.shaping import Outcome
 from stepwell.credit.traces import GeneralisedAdvantage
 from stepwell.errors import InputError, MissingAbility, UnknownName
-from stepwell.objective.gate import HighEntropy
+from stepwell.objective.gates.step import HighEntropy
 from stepwell.objective.gradient import ClipByNorm, SkipAbove, global_norm
 from stepwell.objective.policy import Policy
 from stepwell.objective.reduction import Reduction
@@ -24,8 +24,8 @@ from stepwell.objective.term import Objective, Term
 from stepwell.objective.value import ValueLoss
 from stepwell.parts import Batch, Part, describe
 from stepwell.process.base import Scores
-from stepwell.process.exact import markov
-from stepwell.recipe import Recipe
+from stepwell.process.exact.table import markov
+from stepwell.recipe.recipe import Recipe
 from stepwell.rng import Rng
 from stepwell.trajectories import count
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tensordict import TensorDict
+
+from stepwell.columns import Columns
 
 os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
 pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 is what these losses are held against")
@@ -21,11 +22,11 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 
 from stepwell.errors import InputError, UnknownName
-from stepwell.methods.registry import get
-from stepwell.objective.distil import TeacherAdvantage, generalised_divergence
-from stepwell.objective.links import LINKS, OF_MARGINS, OddsRatio
-from stepwell.objective.pairs import ChosenLikelihood, Pairs, Square
+from stepwell.methods.catalogue import get
+from stepwell.objective.distillation import TeacherAdvantage, generalised_divergence
 from stepwell.objective.policy import Policy
+from stepwell.objective.preference.links import LINKS, OF_MARGINS, OddsRatio
+from stepwell.objective.preference.pairs import ChosenLikelihood, Pairs, Square
 from stepwell.objective.surrogate import Score
 from stepwell.objective.term import Objective
 from stepwell.parts import Batch
@@ -131,11 +132,10 @@ def ours(objective, kind=torch.float64, **targets):
     fields = {"reward": reward, "prompt": prompt, "length": LENGTH}
     fields |= {"reference_log_prob": REFERENCE.to(kind), "old_log_prob": PRESENT.to(kind)}
     rows = make(torch.zeros(MASK.shape, dtype=torch.long), PRESENT.to(kind), MASK, **fields)
-    rows = rows.replace(info=TensorDict({"teacher_log_prob": REFERENCE.to(kind)}, batch_size=[len(rows)]))
+    rows = rows.replace(info=Columns({"teacher_log_prob": REFERENCE.to(kind)}, len(rows)))
     scores = Scores(leaf, {"sum_of_squares": SQUARES.exp().to(kind)})
     plan = objective.plan(Batch(rows, count(rows), scores.detach()))
-    for name, value in targets.items():
-        plan["0", name] = value
+    plan = plan.replace(**{"0": plan["0"].replace(**targets)})
     value = objective.loss(Batch(rows, count(rows), scores), plan).value
     return value.detach(), torch.autograd.grad(value, leaf)[0]
 

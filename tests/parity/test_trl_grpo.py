@@ -22,8 +22,8 @@ from trl.trainer.utils import nanstd
 from stepwell.credit.columns import RewardColumn
 from stepwell.credit.group import GroupCredit
 from stepwell.errors import InputError, UnknownName
-from stepwell.methods.language_trl import MODES, REDUCTIONS
-from stepwell.methods.registry import get
+from stepwell.methods.catalogue import get
+from stepwell.methods.language.trl import MODES, REDUCTIONS
 from stepwell.objective.term import Objective
 from stepwell.parts import Batch
 from stepwell.process.base import Scores

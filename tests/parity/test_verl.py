@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stepwell.errors import InputError
-from stepwell.methods.registry import get
+from stepwell.methods.catalogue import get
 from stepwell.objective.term import Objective
 from stepwell.parts import Batch
 from stepwell.process.base import Scores

@@ -13,7 +13,7 @@ from stepwell.meter import Meter
 from stepwell.process.base import Samples
 from stepwell.reward.mixing import Rewards
 from stepwell.reward.verifiers import ExactMatch, exact_match
-from stepwell.rollout import Drawn, Prompt
+from stepwell.sampling.rollout import Drawn, Prompt
 from stepwell.trajectories import make
 
 

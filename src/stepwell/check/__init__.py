@@ -11,7 +11,7 @@ _HOME = {
     "law": "replay",
     "outcomes": "replay",
     "unbiased": "replay",
-    "process": "processes",
+    "process": "processes.check",
 }
 
 __all__ = sorted(_HOME)

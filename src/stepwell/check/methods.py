@@ -7,24 +7,24 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 
-from stepwell.check.oracles import Provable, oracle
+from stepwell.check.oracles.registry import Provable, oracle
+from stepwell.columns import Columns
+from stepwell.data.stream import PromptStream
 from stepwell.errors import LawBroken, StepwellError
 from stepwell.meter import Meter
 from stepwell.parts import Batch
-from stepwell.plan.prompts import PromptStream
-from stepwell.process.exact import markov
-from stepwell.process.flow import Flow, flow
-from stepwell.recipe import Recipe
+from stepwell.process.exact.table import markov
+from stepwell.process.flow.process import Flow, flow
+from stepwell.recipe.recipe import Recipe
 from stepwell.reward.differentiable import Judge
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.rollout import Prompt, Request, rollout
-from stepwell.train.collect import collect, fill
-from stepwell.train.settings import Settings, with_settings
-from stepwell.train.update import accumulate, score_in_pieces
+from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.training.collect import collect, fill
+from stepwell.training.settings import Settings, with_settings
+from stepwell.training.update import accumulate, score_in_pieces
 from stepwell.trajectories import Counts, Trajectories, count, pad_steps
 
 TOLERANCE = 1e-9
@@ -56,7 +56,7 @@ def bench(recipe: Recipe, room: str = "language") -> tuple[Any, Trajectories]:
         segment=(torch.arange(steps) // 2).expand(count_, steps).contiguous(),
         source=(torch.isin(torch.arange(count_), torch.tensor([4, 13]))).long(),  # the last of two prompts: one solved
         rewards=Rng(13).normal(count_, 3, dtype=torch.float64).round(decimals=1),
-        info=TensorDict({**_tensors(rows), **_noted(count_, steps)}, batch_size=[count_]),
+        info=Columns({**_tensors(rows), **_noted(count_, steps)}, count_),
     )
     moved = process.logits + 0.3 * rng.normal(*process.logits.shape, dtype=torch.float64)
     process.logits.data.copy_(moved)  # and the present policy is far enough for clips to bite
@@ -103,7 +103,7 @@ FLOW_PROMPTS = [Prompt(number, number) for number in range(3)]
 
 
 def _flow_bench(recipe: Recipe) -> tuple[Flow, Trajectories]:
-    process = flow(_Velocity(), (2,), encode="label").with_law(**recipe.law)
+    process = flow(_Velocity(), (2,), encode="label").with_sampler(**recipe.sampler)
     process.reference = process.frozen()
     _move(process, 0.1)
     stream = PromptStream(FLOW_PROMPTS, Rng(9).split("prompts"), shuffle=False)

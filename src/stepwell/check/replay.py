@@ -26,9 +26,9 @@ from torch import Tensor
 
 from stepwell.errors import InputError, LawBroken, Unenumerable
 from stepwell.process.base import Samples
-from stepwell.process.exact import TabularLanguage
+from stepwell.process.exact.table import TabularLanguage
 from stepwell.rng import Replay, Rng
-from stepwell.rollout import Drawn
+from stepwell.sampling.rollout import Drawn
 from stepwell.trajectories import Trajectories
 
 Result = TypeVar("Result")
@@ -198,8 +198,8 @@ def unbiased(
     `target`, `program(process, rng)` is an estimator and `target` a value or a function of the process.
 
     Example:
-        >>> from stepwell.process.exact import markov
-        >>> from stepwell.rollout import Prompt, Request, rollout
+        >>> from stepwell.process.exact.table import markov
+        >>> from stepwell.sampling.rollout import Prompt, Request, rollout
         >>> model = markov(symbols=3, length=2)
         >>> def sampler(process, rng):
         ...     return rollout(process, [Request(Prompt(0, 0), count=2)], rng)

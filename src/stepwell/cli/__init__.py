@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import stepwell
-from stepwell.arguments import parse
+from stepwell.cli.arguments import parse
 from stepwell.cli.command import Command
 from stepwell.cli.compare import Check, Compare, Report
 from stepwell.cli.lists import Methods, Solvers, Tasks

@@ -31,11 +31,11 @@ class Command:
     def load_plugins(self) -> None:
         """Run the user's files, after Stepwell's own methods are there: who takes a name of theirs is told so."""
         if self.plugin:
-            from stepwell.methods import registry
+            from stepwell import methods
 
-            registry.names()
+            methods.names()
             for path in self.plugin:
-                registry.load_plugin(os.path.abspath(path))  # its errors then know their line
+                methods.load_plugin(os.path.abspath(path))  # its errors then know their line
 
 
 def named(out: str) -> str:

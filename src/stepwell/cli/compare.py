@@ -7,9 +7,9 @@ from pathlib import Path
 
 import tyro
 
-from stepwell.arguments import options_from
 from stepwell.cli.command import Appended, Command, named, removed_if_empty, unused
 from stepwell.errors import StepwellError
+from stepwell.recipe.options import options_from
 
 
 @dataclass(kw_only=True)
@@ -29,9 +29,9 @@ class Compare(Command):
 
     def run(self) -> None:
         self.load_plugins()
-        from stepwell.compare.report import write_report
-        from stepwell.compare.run import compare
-        from stepwell.compare.table import print_comparison
+        from stepwell.comparison.report.page import write_report
+        from stepwell.comparison.report.table import print_comparison
+        from stepwell.comparison.run import compare
 
         out = Path(named(self.out)) if self.out is not None else unused(Path("runs") / f"compare-{self.task}")
         with removed_if_empty(str(out)):
@@ -66,7 +66,7 @@ class Report(Command):
 
     def run(self) -> None:
         self.load_plugins()
-        from stepwell.compare.runs import report_runs
+        from stepwell.comparison.report.runs import report_runs
 
         print(f"The page is {report_runs(self.runs, named(self.out))}.")
 
@@ -79,11 +79,11 @@ class Check(Command):
 
     def run(self) -> None:
         self.load_plugins()
+        from stepwell import methods
         from stepwell.check.methods import check_method
-        from stepwell.methods import registry
-        from stepwell.printing import print_table
+        from stepwell.cli.printing import print_table
 
-        for card in [registry.get(name) for name in self.methods or registry.names()]:
+        for card in [methods.get(name) for name in self.methods or methods.names()]:
             report = check_method(card)  # type: ignore[arg-type]
             print_table(
                 (f"{card.id}: law", "largest deviation"), [(law, f"{error:.1e}") for law, error in report.items()]

@@ -12,7 +12,7 @@ from stepwell.cli.command import Command, named
 from stepwell.errors import InputError
 
 if TYPE_CHECKING:
-    from stepwell.methods.registry import Card
+    from stepwell.recipe.card import Card
     from stepwell.solver.table import Table
 
 
@@ -26,14 +26,14 @@ class Methods(Command):
 
     def run(self) -> None:
         self.load_plugins()
-        from stepwell.methods import registry
-        from stepwell.printing import print_card, print_json, print_table
+        from stepwell import methods
+        from stepwell.cli.printing import print_card, print_json, print_table
 
         if self.id is not None:
-            card = registry.get(self.id)
+            card = methods.get(self.id)
             print_json(card.as_dict()) if self.json else print_card(card)
             return
-        cards = [card for card in map(registry.get, registry.names()) if _found(self.search, card)]
+        cards = [card for card in map(methods.get, methods.names()) if _found(self.search, card)]
         if self.json:
             print_json([card.as_dict() for card in cards])
         elif not cards:
@@ -53,8 +53,8 @@ class Solvers(Command):
 
     def run(self) -> None:
         self.load_plugins()
+        from stepwell.cli.printing import print_json, print_solver, print_table
         from stepwell.cli.processes import solver_from
-        from stepwell.printing import print_json, print_solver, print_table
         from stepwell.solver.table import TABLES
         from stepwell.writing import json_text, write_whole
 
@@ -91,8 +91,8 @@ class Tasks(Command):
 
     def run(self) -> None:
         self.load_plugins()
-        from stepwell.compare.tasks import tasks
-        from stepwell.printing import print_table
+        from stepwell.cli.printing import print_table
+        from stepwell.tasks.registry import tasks
 
         print_table(("task", "what is learnt"), [(entry.name, entry.summary) for entry in tasks()])
 

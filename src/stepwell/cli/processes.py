@@ -105,7 +105,7 @@ def own_process(address: str, options: FlowOptions, law: Mapping[str, Any]) -> A
     from torch import nn
 
     from stepwell.process.base import Process
-    from stepwell.process.flow import flow
+    from stepwell.process.flow.process import flow
     from stepwell.reward.loading import load_function
 
     found = load_function(address, "model")
@@ -138,25 +138,25 @@ def ready(process: Any, options: FlowOptions, law: Mapping[str, Any]) -> Any:
     """The process with the weights and the law that were asked for."""
     if options.weights is not None:
         load_weights(process, options.weights)
-    return with_law(process, law)
+    return with_sampler(process, law)
 
 
 def pipeline_process(model: str, command: Any, law: Mapping[str, Any], lora: Any) -> Any:
     """A pipeline of diffusers, with what was said of its images and of how they are drawn."""
-    from stepwell.process.pipeline import pipeline
+    from stepwell.process.pipeline.build import pipeline
 
     given = {name: getattr(command.flow, name) for name in ("height", "width", "negative_prompt")}
     given |= {"dtype": command.dtype, "device": command.device}
     first = {name: value for name, value in law.items() if name != "level"}
     made = pipeline(model, lora=lora, **given, **first)
-    return with_law(made, {"level": law["level"]} if "level" in law else {})
+    return with_sampler(made, {"level": law["level"]} if "level" in law else {})
 
 
-def with_law(process: Any, law: Mapping[str, Any]) -> Any:
+def with_sampler(process: Any, law: Mapping[str, Any]) -> Any:
     """The process drawn from otherwise, where anything was asked for."""
     from stepwell.process.base import ability
 
-    return ability(process, "with_law", "A solver")(**law) if law else process
+    return ability(process, "with_sampler", "A solver")(**law) if law else process
 
 
 def load_weights(process: Any, file: str) -> None:

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import tyro
 
-from stepwell.arguments import options_from, value_from
 from stepwell.cli import processes
 from stepwell.cli.command import Appended, Command, in_own_file, named, removed_if_empty, unused
 from stepwell.cli.processes import FlowOptions, Kind
 from stepwell.errors import InputError
+from stepwell.recipe.options import options_from, value_from
 
 
 @dataclass(kw_only=True)
@@ -40,8 +40,9 @@ class Sample(Command):
 
     def run(self) -> None:
         self.load_plugins()
-        from stepwell import api, export
-        from stepwell.data import load_prompts
+        from stepwell import api
+        from stepwell.data.prompts import load_prompts
+        from stepwell.sampling import export
 
         kind = self._kind()
         processes.refuse_unused(self, kind)
@@ -79,7 +80,7 @@ class Sample(Command):
         return "pipeline" if given[0] == "pipeline" else "task"
 
     def _process(self, kind: Kind, law: dict[str, Any]) -> Any:
-        from stepwell.process.flow import Flow
+        from stepwell.process.flow.process import Flow
 
         if kind == "pipeline":
             processes.quieten_transformers()
@@ -87,7 +88,7 @@ class Sample(Command):
         if kind == "own":
             process = processes.own_process(self.model or "", self.flow, law)
         else:
-            from stepwell.compare.tasks import get_task
+            from stepwell.tasks.registry import get_task
 
             self._task = get_task(self.task or "", **options_from(self.set))
             process = processes.ready(self._task.process(), self.flow, law)
@@ -109,14 +110,14 @@ class Sample(Command):
 
     def _about(self, process: Any, kind: Kind) -> dict[str, Any]:
         """What samples.json says of how they were drawn."""
-        law = process.law
+        law = process.sampler
         names = list(dict.fromkeys(table.name for table in law.tables))
         model = {"pipeline": self.pipeline or self.model, "own": self.model}.get(kind, self.task)
         about = {"model": model, "solver": ", ".join(names), "steps": len(law.tables), "times": list(law.times)}
         return about | {"guidance": law.guidance, "seed": self.seed}
 
     def _print(self, drawn: Any, about: dict[str, Any], seconds: float) -> None:
-        from stepwell.printing import print_table
+        from stepwell.cli.printing import print_table
 
         each = drawn.cost.model_evaluations / len(drawn)
         columns = ("solver", "steps", "samples", "evaluations", "a sample", "seconds")

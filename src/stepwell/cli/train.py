@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import tyro
 
-from stepwell.arguments import options_from
 from stepwell.cli import processes
 from stepwell.cli.command import Appended, Command, in_own_file, named, removed_if_empty
 from stepwell.cli.processes import FlowOptions, Kind
 from stepwell.errors import InputError
+from stepwell.recipe.options import options_from
 
 
 @dataclass(kw_only=True)
@@ -78,25 +78,26 @@ class Train(Command):
     def run(self) -> None:
         self.load_plugins()
         from stepwell import api
-        from stepwell.data import load_prompts
-        from stepwell.methods import registry
-        from stepwell.process.prompts import is_chat
+        from stepwell.data.prompts import load_prompts
+        from stepwell.methods import catalogue
+        from stepwell.process.language.prompts import is_chat
         from stepwell.reward.mixing import Rewards
-        from stepwell.train import loop, saved
-        from stepwell.train.distribute import World
-        from stepwell.train.settings import Settings
+        from stepwell.training import loop
+        from stepwell.training import resume as saved
+        from stepwell.training.distribute import World
+        from stepwell.training.settings import Settings
 
         if ":" in self.method:
             name, _, option = self.method.partition(":")
             raise InputError(
                 f"--method is '{self.method}'; options have their own argument, --method {name} --set {option}."
             )
-        card, options = registry.get(self.method), options_from(self.set)
+        card, options = catalogue.get(self.method), options_from(self.set)
         recipe = card.recipe(**options)
         kind = processes.kind_of(self.model)
         if kind == "language" and card.room == "flow" and not Path(self.model).exists():
             kind = "pipeline"  # an id of the hub does not say what it is of
-        registry.check_room(card, {"language": "language", "pipeline": "flow"}.get(kind))
+        catalogue.check_room(card, {"language": "language", "pipeline": "flow"}.get(kind))
         processes.refuse_unused(self, kind)
         law = self.flow.law(self.solver_steps)
         given = {entry.name: getattr(self, entry.name) for entry in fields(Settings)}
@@ -118,7 +119,7 @@ class Train(Command):
         with removed_if_empty(self.out), in_own_file(self.model if kind == "own" else None):
             saved.prepare(self.out, self.resume)
             process = self._process(kind, law, make_environment)
-            registry.check_room(card, registry.room_of(process))
+            catalogue.check_room(card, catalogue.room_of(process))
             api.check_prompts(process, prompts, self.data)
             api.check_prompts(process, evaluation or [], self.evaluation or "")
             run = loop.train(
@@ -156,7 +157,7 @@ class Train(Command):
         processes.quieten_transformers()
         if kind == "pipeline":
             return processes.pipeline_process(self.model, self, law, lora=self._lora())
-        from stepwell.process.language import language
+        from stepwell.process.language.process import language
 
         given = {name: getattr(self, name) for name in (*processes.SAMPLING, "dtype", "device", "system", "compile")}
         model = language(self.model, lora=self._lora(), **given)
@@ -188,7 +189,7 @@ class Train(Command):
 
 def reward_named(address: str) -> Any:
     """A reward that comes with Stepwell, by name, or a user's own at `file.py:function`."""
-    from stepwell.process.turns import environment_return
+    from stepwell.process.conversation import environment_return
     from stepwell.reward import verifiers
     from stepwell.reward.loading import load_reward
 

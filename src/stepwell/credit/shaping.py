@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from stepwell.credit.overlong import overlong_penalty
 from stepwell.parts import Batch, Part, Portion, Positive, Size
-from stepwell.reward.overlong import overlong_penalty
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stepwell.credit.group import group_index, group_sum
 from stepwell.credit.shaping import Outcome
-from stepwell.objective.pairs import SequenceScore
+from stepwell.objective.preference.pairs import SequenceScore
 from stepwell.objective.state import LogPartition, State, value_of
 from stepwell.objective.term import Loss, Term
 from stepwell.parts import Batch, NotNegative, Part

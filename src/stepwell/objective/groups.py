@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from stepwell.objective.pairs import SequenceScore
+from stepwell.objective.preference.pairs import SequenceScore
 from stepwell.objective.state import State, value_of
 from stepwell.objective.term import Coupling, Loss, Term
 from stepwell.parts import Batch, Part, Positive

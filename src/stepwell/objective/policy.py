@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stepwell.credit.group import GroupCredit
-from stepwell.objective.gate import Gate
+from stepwell.objective.gates.step import Gate
 from stepwell.objective.ratio import Ratio
 from stepwell.objective.reduction import Reduction, total
 from stepwell.objective.state import State, value_of

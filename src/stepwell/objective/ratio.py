@@ -143,7 +143,7 @@ class Ratio(Part):
         return getattr(batch, self.denominator)
 
     def _segments(self, batch: Batch) -> Tensor:
-        if self.level == "turn" and batch.rows.info is not None and "turn" in batch.rows.info.keys():  # noqa: SIM118
+        if self.level == "turn" and batch.rows.info is not None and "turn" in batch.rows.info:
             return batch.field("turn")
         if self.level == "turn" and batch.rows.segment is None:
             return runs(batch.rows.mask)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stepwell.errors import InputError, UnknownName
-from stepwell.objective.gate import Gate
+from stepwell.objective.gates.step import Gate
 from stepwell.objective.ratio import Ratio
 from stepwell.objective.reduction import Reduction, total
 from stepwell.objective.state import State, value_of

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from stepwell.errors import InputError
-from stepwell.objective.gate import SamplerCorrection
+from stepwell.objective.gates.step import SamplerCorrection
 from stepwell.parts import Batch, NotNegative, Part, Positive, Width
 
 LARGEST = 80.0

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
+from stepwell.columns import Columns
 from stepwell.objective.state import State
 from stepwell.parts import Batch, Checked, declared, parts_of
 from stepwell.process.base import Process
@@ -100,7 +100,7 @@ class Objective:
         points: dict[str, Tensor] = {}
         for key, term in self._named():
             points = {**term.draw(rows, process, rng.split("draw", key)), **points}
-        return rows.replace(points=TensorDict(points, batch_size=[len(rows)])) if points else rows
+        return rows.replace(points=Columns(points, len(rows))) if points else rows
 
     @property
     def needs(self) -> frozenset[str]:
@@ -132,17 +132,17 @@ class Objective:
         """The states that the terms read, by name."""
         return {part.name: part for part in parts_of(self.terms) if isinstance(part, State)}
 
-    def credit(self, batch: Batch) -> TensorDict:
+    def credit(self, batch: Batch) -> Columns:
         """Targets of the whole rollout, one entry a term."""
         return self._targets(batch, lambda term, key: term.credit(batch))
 
     @torch.no_grad()
-    def plan(self, batch: Batch, targets: TensorDict | None = None) -> TensorDict:
+    def plan(self, batch: Batch, targets: Columns | None = None) -> Columns:
         """Targets of a whole minibatch; `targets` are its rows of what `credit` gave for the rollout."""
         given = self.credit(batch) if targets is None else targets
         return self._targets(batch, lambda term, key: {**given[key], **term.plan(batch, given[key])})
 
-    def loss(self, batch: Batch, targets: TensorDict) -> Loss:
+    def loss(self, batch: Batch, targets: Columns) -> Loss:
         """The loss of the rows given, as their share of the whole minibatch's."""
         losses = [term.loss(batch, targets[key]) for key, term in self._named()]
         total = losses[0]
@@ -151,9 +151,9 @@ class Objective:
         return total
 
     @torch.no_grad()
-    def _targets(self, batch: Batch, give: Callable[[Term, str], Mapping[str, Any]]) -> TensorDict:
-        entries = {key: TensorDict(dict(give(term, key)), batch_size=[len(batch)]) for key, term in self._named()}
-        return TensorDict(entries, batch_size=[len(batch)])
+    def _targets(self, batch: Batch, give: Callable[[Term, str], Mapping[str, Any]]) -> Columns:
+        entries = {key: Columns(dict(give(term, key)), len(batch)) for key, term in self._named()}
+        return Columns(entries, len(batch))
 
     def _named(self) -> list[tuple[str, Term]]:
         return [(str(place), term) for place, term in enumerate(self.terms)]

@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self, runtime_checkable
 
-from tensordict import TensorDict
 from torch import Tensor, nn
 
+from stepwell.columns import Columns
 from stepwell.distributions import Distribution
 from stepwell.errors import MissingAbility
 from stepwell.meter import Meter
@@ -102,7 +102,7 @@ class Process(Protocol):
     rows nor padding changes anything; the same seed gives the same trajectories; the meter counts what was spent.
     A state that is given is one that this process made: it may be of the process's own type.
 
-    Optional, asked for by name: `deterministic(state)`, the step that windows take outside; `with_law(**settings)`,
+    Optional, asked for by name: `deterministic(state)`, the step that windows take outside; `with_sampler(**settings)`,
     the same model drawn from otherwise; `free_steps`, how many steps of a row's beginning ask no model.
     """
 
@@ -125,13 +125,11 @@ class Process(Protocol):
         """What the user sees of each row."""
         ...
 
-    def condition(self, prompts: Sequence[Any]) -> TensorDict | None:
+    def condition(self, prompts: Sequence[Any]) -> Columns | None:
         """What `score` needs to know of each prompt, (N,) rows, two-dimensional entries padded on the left."""
         ...
 
-    def score(
-        self, trajectories: Trajectories, needs: Collection[str] = (), context: TensorDict | None = None
-    ) -> Scores:
+    def score(self, trajectories: Trajectories, needs: Collection[str] = (), context: Columns | None = None) -> Scores:
         """Log-probabilities (N, T) under the present parameters, and whatever else is needed (`NEEDS`).
 
         `context` takes the place of `trajectories.condition`: what was drawn under one may be scored under another.
@@ -143,7 +141,7 @@ class Process(Protocol):
         ...
 
 
-def log_prob(process: Process, trajectories: Trajectories, context: TensorDict | None = None) -> Tensor:
+def log_prob(process: Process, trajectories: Trajectories, context: Columns | None = None) -> Tensor:
     """(N, T) log-probabilities of the trajectories' actions under the present parameters, differentiable."""
     return process.score(trajectories, (), context).log_prob
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from stepwell.errors import InputError, RewardError, StepwellError
 from stepwell.meter import Meter
 from stepwell.reward.verifiers import text_of
-from stepwell.rollout import Drawn, Prompt
+from stepwell.sampling.rollout import Drawn, Prompt
 
 RewardFunction = Callable[..., Any]
 
@@ -55,7 +55,7 @@ class Rewards:
     Example:
         >>> from stepwell.meter import Meter
         >>> from stepwell.process.base import Samples
-        >>> from stepwell.rollout import Drawn, Prompt
+        >>> from stepwell.sampling.rollout import Drawn, Prompt
         >>> from stepwell.trajectories import make
         >>> def right(completions, answer):
         ...     return [float(text == wanted) for text, wanted in zip(completions, answer, strict=True)]

@@ -1,0 +1,1 @@
+"""Exact answers that methods are held against."""

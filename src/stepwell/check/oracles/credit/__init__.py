@@ -1,0 +1,1 @@
+"""Oracles of credit: critics, columns, entropy, risk and rollouts."""

@@ -1,0 +1,1 @@
+"""Oracles of ratios, clips and gates."""

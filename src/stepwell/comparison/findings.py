@@ -1,0 +1,196 @@
+"""From scores to what may be said: each method's numbers with their intervals, and sentences that claim no more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from stepwell.comparison.results import Comparison
+from stepwell.comparison.statistics import Interval, difference, interquartile_mean, interval
+from stepwell.figures.charts import Values
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's numbers: its final score, its gain over the start, the middle half's mean, and what it spent.
+
+    `cost` is the mean over seeds by unit, `steps` too. `measures`: see `over_seeds`.
+    """
+
+    label: str
+    title: str
+    score: Interval
+    gain: Interval
+    middle: Interval
+    cost: dict[str, float]
+    steps: float
+    measures: dict[str, Interval] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The difference of two methods' scores, first less second."""
+
+    first: str
+    second: str
+    difference: Interval
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Rows and pairs from the highest score down, the common start, and sentences: the first says what was found."""
+
+    start: Interval
+    rows: list[Row]
+    pairs: list[Pair]
+    sentences: list[str]
+    start_measures: dict[str, Interval] = field(default_factory=dict)
+
+
+def find(comparison: Comparison, level: float = 0.95) -> Findings | None:
+    """What the seeds that all methods finished have shown; None where no method finished one."""
+    entries, seeds = comparison.complete, comparison.shared_seeds
+    if not seeds:
+        return None
+    scores = {entry.label: entry.scores("end", seeds) for entry in entries}
+    starts = {entry.label: entry.scores("start", seeds) for entry in entries}
+    ordered = sorted(entries, key=lambda entry: -float(scores[entry.label].mean()))
+    every = [trial for entry in entries for trial in entry.trials if trial.seed in seeds]
+    names = [name for name in every[0].measures if all(name in trial.measures for trial in every)]
+    rows = []
+    for entry in ordered:
+        trials = [trial for trial in entry.trials if trial.seed in seeds]
+        rows.append(
+            Row(
+                label=entry.label,
+                title=str(entry.card.get("title", "")),
+                score=interval(scores[entry.label], level=level),
+                gain=difference(scores[entry.label], starts[entry.label], level=level),
+                middle=interval(scores[entry.label], interquartile_mean, level=level),
+                cost={unit: float(np.mean([trial.cost[unit] for trial in trials])) for unit in trials[0].cost},
+                steps=float(np.mean([trial.steps for trial in trials])),
+                measures={name: over_seeds([t.measures[name][1] for t in trials], level) for name in names},
+            )
+        )
+    labels = [row.label for row in rows]
+    pairs = [
+        Pair(first, second, difference(scores[first], scores[second], level=level))
+        for place, first in enumerate(labels)
+        for second in labels[place + 1 :]
+    ]
+    start = interval(starts[labels[0]], level=level)
+    begins = {trial.seed: trial.measures for trial in every}
+    before = {name: over_seeds([begins[seed][name][0] for seed in seeds], level) for name in names}
+    sentences = _sentences(comparison, start, rows, pairs, len(seeds))
+    sentences += [_alike(group) for group in same_scores(scores)]
+    return Findings(start, rows, pairs, sentences, before)
+
+
+def same_scores(scores: Mapping[str, Values]) -> list[list[str]]:
+    """The labels, two or more together, whose scores are the same for every seed and prompt.
+
+    Example:
+        >>> same_scores({"a": np.zeros((1, 2)), "b": np.ones((1, 2)), "c": np.zeros((1, 2))})
+        [['a', 'c']]
+    """
+    groups: dict[bytes, list[str]] = {}
+    for label, table in scores.items():
+        groups.setdefault(np.ascontiguousarray(table).tobytes(), []).append(label)
+    return [labels for labels in groups.values() if len(labels) > 1]
+
+
+def over_seeds(values: Sequence[float | None], level: float = 0.95) -> Interval:
+    """The mean of a measure, one number a seed, with its interval over seeds.
+
+    One seed has no interval: its ends are NaN. Where a seed's number is missing all three are.
+
+    Example:
+        >>> over_seeds([0.25]).value, over_seeds([0.25, None]).value
+        (0.25, nan)
+    """
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return Interval(math.nan, math.nan, math.nan, level)
+    if len(known) == 1:
+        return Interval(known[0], math.nan, math.nan, level)
+    return interval([[value] for value in known], level=level)
+
+
+def number(value: float, comparison: Comparison, signed: bool = False) -> str:
+    """A score as the task counts it: what is counted (`solved`, ...) in percent, a bare `reward` as it is."""
+    if comparison.task["unit"] == "reward":
+        return f"{value:+.3g}" if signed else f"{value:.3g}"
+    return f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
+
+
+def percent(comparison: Comparison) -> str:
+    """The sign behind a score."""
+    return "" if comparison.task["unit"] == "reward" else "\N{NO-BREAK SPACE}%"
+
+
+def _sentences(
+    comparison: Comparison, start: Interval, rows: Sequence[Row], pairs: Sequence[Pair], seeds: int
+) -> list[str]:
+    unit, sign = comparison.task["unit"], percent(comparison)
+    best = rows[0]
+    scored = f"{number(best.score.value, comparison)}{sign}"
+    spent = f"After {comparison.budget} each"
+    if len(rows) == 1:
+        head = f"{spent}, {best.label} reaches {scored} {unit}, from {number(start.value, comparison)}{sign}; "
+        head += {True: "the gain is real", False: "the gain may be chance"}[best.gain.above_zero] + "."
+    else:
+        against = [pair for pair in pairs if pair.first == best.label]
+        beaten = [pair.second for pair in against if pair.difference.above_zero]
+        level = [pair.second for pair in against if not pair.difference.above_zero]
+        origin = f"{number(start.value, comparison)}{sign}"
+        head = f"{spent}, {best.label} has the highest mean ({scored} {unit}, from {origin})"
+        if not level:
+            others = f"all {len(beaten)} others" if len(beaten) > 1 else beaten[0]
+            head += f" and is better than {others}."
+        elif beaten:
+            head += f" and is better than {_listed(beaten)}, but cannot be told from {_listed(level)}."
+        elif any(pair.difference.above_zero for pair in pairs):
+            head += f", but cannot be told from {_listed(level)}."
+        else:
+            head += ", but no method is better than another: every interval of a difference contains zero."
+    sentences = [head]
+    for row in rows[1:]:
+        beaten = [pair.second for pair in pairs if pair.first == row.label and pair.difference.above_zero]
+        if beaten:
+            sentences.append(f"{row.label} is better than {_listed(beaten)}.")
+    if len(rows) > 1:
+        sentences.append(_gains(rows))
+    if seeds == 1:
+        others = "samples" if comparison.task.get("same_prompts") else "prompts"
+        sentences.append(
+            f"There was one seed: the intervals speak of other {others}, not of what another seed would do."
+        )
+    for label, error in comparison.errors.items():
+        sentences.append(f"{label} failed ({error}).")
+    return sentences
+
+
+def _alike(labels: Sequence[str]) -> str:
+    return (
+        f"{_listed(labels)} ended with the very same scores: what they differ in never came into play. Ratios and "
+        "their clips do not where a rollout has one update; the settings minibatches and epochs give it more."
+    )
+
+
+def _gains(rows: Sequence[Row]) -> str:
+    up = [row.label for row in rows if row.gain.above_zero]
+    down = [row.label for row in rows if row.gain.below_zero]
+    rest = [row.label for row in rows if row.label not in up + down]
+    if len(up) == len(rows):
+        return "Every method improved on the start."
+    if len(rest) == len(rows):
+        return "No method's change from the start can be told from chance."
+    parts = [(up, "improved on the start"), (down, "fell below the start"), (rest, "did not measurably change")]
+    return "; ".join(f"{_listed(labels)} {what}" for labels, what in parts if labels) + "."
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -1,0 +1,233 @@
+"""Single training runs as a page: the curves of every metric, what they cost, and how their completions changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stepwell.comparison.report.gallery import embedded, shown
+from stepwell.comparison.report.page import chart, count_of, number_or_nan, plain, render, reproduction, write_report
+from stepwell.comparison.report.table import UNITS, amount, unit_name
+from stepwell.comparison.results import FILE, Comparison
+from stepwell.errors import InputError
+from stepwell.figures import charts
+from stepwell.figures.charts import Line
+from stepwell.sampling.rollout import Prompt
+from stepwell.tasks.registry import plainly
+from stepwell.training.log import CLOCK, COMPLETIONS, METRICS, RUN, SAMPLES, read_lines
+from stepwell.writing import write_whole
+
+FIRST = ("reward", "evaluation/reward", "length", "truncated", "kl", "old_kl", "clip_fraction", "gradient_norm")
+"""The metrics that come first; all others follow by name."""
+MOST_POINTS = 400
+MOST_PICTURES = 6
+"""Pictures of a run's samples, spread over all that it drew."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What a run left in its folder: a metrics entry a step, completions, run.json, and the seconds since the start."""
+
+    label: str
+    path: Path
+    metrics: list[dict[str, Any]]
+    completions: list[dict[str, Any]]
+    about: dict[str, Any]
+    seconds: float | None
+
+
+def report_runs(folders: Sequence[str | Path], out: str | Path) -> Path:
+    """Write one page on the runs in these folders to `out`, at one stroke; returns where it is.
+
+    One folder with a comparison.json is reported as a comparison. Raises `InputError` for a folder that holds no run.
+    """
+    if not folders:
+        raise InputError("There is no run to report; name the folders of some.")
+    out = Path(out) / "report.html" if Path(out).is_dir() else Path(out)
+    if len(folders) == 1 and (Path(folders[0]) / FILE).is_file():
+        return write_report(Comparison.load(folders[0]), out)
+    runs = [_read(Path(folder)) for folder in folders]
+    labels = [run.label for run in runs]
+    if len(set(labels)) < len(labels):  # names may repeat, paths do not
+        runs = [RunFolder(**{**vars(run), "label": str(run.path)}) for run in runs]
+    write_whole(out, render(runs_page(runs)))
+    return out
+
+
+def _read(folder: Path) -> RunFolder:
+    metrics = read_lines(folder / METRICS)
+    if not metrics:
+        reason = "holds no finished step" if folder.is_dir() else "is a file" if folder.exists() else "is not there"
+        raise InputError(f"'{folder}' {reason}; a run's folder has a {METRICS} with at least one line.")
+    try:
+        about = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        about = {}
+    clock = read_lines(folder / CLOCK)
+    seconds = clock[-1].get("seconds", {}).get("wall_time") if clock else None
+    name = folder.resolve().name
+    return RunFolder(name, folder, metrics, read_lines(folder / COMPLETIONS), about, seconds)
+
+
+def runs_page(runs: Sequence[RunFolder]) -> dict[str, Any]:
+    """What the template shows of runs."""
+    names = ", ".join(run.label for run in runs)
+    galleries = [gallery for run in runs for gallery in _pictures(run, len(runs) > 1)]
+    drawing = {run.label for run in runs if any("picture" in entry for entry in run.completions)}
+    facts: list[tuple[str, Any]] = [("runs", len(runs)), ("steps", ", ".join(str(len(run.metrics)) for run in runs))]
+    methods = list(dict.fromkeys(str(run.about["method"]) for run in runs if run.about.get("method")))
+    if methods:
+        facts.append(("methods", ", ".join(methods)))
+    return {
+        "title": f"Runs: {names}" if len(runs) > 1 else f"Run: {names}",
+        "eyebrow": "Stepwell training runs" if len(runs) > 1 else "Stepwell training run",
+        "heading": names,
+        "sentences": [_sentence(run) for run in runs],
+        "description": "A run by itself has no interval: whether one method is better than another takes several seeds "
+        "of each, as a comparison runs them.",
+        "facts": facts,
+        "errors": [],
+        "tables": [_table(runs)],
+        "legend": [(run.label, place) for place, run in enumerate(runs)],
+        "sections": _sections(runs) + galleries,
+        "images": bool(galleries),
+        "samples": [
+            _samples(run, place) for place, run in enumerate(runs) if run.completions and run.label not in drawing
+        ],
+        "samples_title": "Completions",
+        "samples_note": "Answers from the log: the first and the last.",
+        "cards": [
+            _card(run, place) for place, run in enumerate(runs) if run.about.get("card") or run.about.get("parts")
+        ],
+        "commands": [],
+        "reproduction": [
+            (f"{run.label}: {name}" if len(runs) > 1 else name, value)
+            for run in runs
+            for name, value in reproduction(run.about.get("settings", {}), run.about)
+        ],
+        "footnote": "Rewards are those of training; evaluation/reward is the mean over held-out prompts, where it was "
+        "asked for. Made with Stepwell.",
+    }
+
+
+def _sentence(run: RunFolder) -> str:
+    """Where the reward went, over a tenth of the run at each end."""
+    rewards = np.array([number_or_nan(entry.get("reward")) for entry in run.metrics])
+    tenth = max(1, len(rewards) // 10)
+    first, last = float(np.nanmean(rewards[:tenth])), float(np.nanmean(rewards[-tenth:]))
+    over = f"over {count_of(len(rewards), 'step')}"
+    return (
+        f"{run.label}: the training reward went from {first:.3g} to {last:.3g} {over} (means of a tenth at each end)."
+    )
+
+
+def _table(runs: Sequence[RunFolder]) -> dict[str, Any]:
+    units = [unit for unit in UNITS if unit == "wall_time" or any(r.metrics[-1].get(f"cost/{unit}") for r in runs)]
+    rows = []
+    for place, run in enumerate(runs):
+        last = run.metrics[-1]
+        spent = {unit: last.get(f"cost/{unit}") for unit in units} | {"wall_time": run.seconds}
+        cells = [plain(f"{number_or_nan(last.get('reward')):.3g}"), plain(str(len(run.metrics)))]
+        cells += [plain("" if spent[unit] is None else amount(float(spent[unit] or 0))) for unit in units]
+        rows.append({"label": run.label, "series": place, "kind": "", "cells": cells})
+    works = " or ".join(dict.fromkeys(str(run.about.get("work", "tokens")) for run in runs))
+    header = ["run", "last reward", "steps", *(unit_name(unit, works) for unit in units)]
+    return {"title": "Costs", "note": "What each run spent, in every unit.", "header": header, "rows": rows}
+
+
+def _sections(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+    """A chart for every metric that is a number somewhere and not the same everywhere."""
+    names = {name for run in runs for entry in run.metrics for name in entry}
+    names -= {"step", "updates"} | {name for name in names if name.startswith("cost/")}
+    ordered = [name for name in FIRST if name in names] + sorted(names - set(FIRST))
+    drawn = []
+    for name in ordered:
+        lines = [line for place, run in enumerate(runs) for line in _lines(run, place, name)]
+        if lines and any(np.ptp(line.y) > 0 for line in lines):
+            drawn.append(chart(name.replace("_", " "), charts.curves(lines, "steps", name)))
+    note = "Thin: each step. Thick: moving average."
+    return [{"title": "Curves", "note": note, "legend": len(runs) > 1, "small": False, "charts": drawn}]
+
+
+def _lines(run: RunFolder, series: int, name: str) -> list[Line]:
+    points = [(entry.get("step", place + 1), entry.get(name)) for place, entry in enumerate(run.metrics)]
+    known = [(float(step), float(value)) for step, value in points if isinstance(value, int | float)]
+    if not known:
+        return []
+    x, y = np.array(known).T
+    every = -(-len(x) // MOST_POINTS)
+    if len(x) < 30:
+        return [Line(run.label, series, x, y)]
+    smooth = charts.smoothed(y, max(3, len(y) // 20))
+    return [
+        Line(run.label, series, x[::every], y[::every], faint=True),
+        Line(run.label, series, x[::every], smooth[::every]),
+    ]
+
+
+def _pictures(run: RunFolder, several: bool) -> list[dict[str, Any]]:
+    """A section with the pictures that a run drew of its samples, their rewards below; none where it drew none."""
+    from markupsafe import Markup
+
+    files = sorted((run.path / SAMPLES).glob("step-*.png"))
+    few = min(MOST_PICTURES, len(files))
+    chosen = [files[i * (len(files) - 1) // max(few - 1, 1)] for i in range(few)]
+    drawn = []
+    for file in chosen:
+        step = int("".join(filter(str.isdigit, file.stem)) or 0)
+        said = [_prompt_and_reward(entry) for entry in run.completions if entry.get("step") == step]
+        image = embedded(file.read_bytes())
+        tag = '<img src="{}" width="{}" height="{}" alt="samples of step {}">'
+        shown_as = Markup(tag).format(image["address"], image["width"], image["height"], step)
+        drawn.append(chart(f"step {step}", shown_as, ", ".join(said)))
+    title = f"Samples of {run.label}" if several else "Samples"
+    note = "Completions of the log, side by side, with their prompts and rewards."
+    return [{"title": title, "note": note, "legend": False, "small": False, "charts": drawn}] if drawn else []
+
+
+def _prompt_and_reward(entry: Mapping[str, Any], most: int = 24) -> str:
+    prompt, reward = shown(entry.get("prompt", "")), f"{number_or_nan(entry.get('reward')):.2g}"
+    return f"{prompt if len(prompt) <= most else prompt[: most - 1] + '…'}: {reward}"
+
+
+def _samples(run: RunFolder, series: int, count: int = 6) -> dict[str, Any]:
+    """The first answers of the log and its last ones."""
+    chosen = (
+        run.completions if len(run.completions) <= 2 * count else run.completions[:count] + run.completions[-count:]
+    )
+    rows = [
+        {
+            "prompt": shown(entry.get("prompt", "")),
+            "before": plainly(Prompt(0, None), entry.get("completion", "")),
+            "before_reward": entry.get("reward"),
+            "note": f"step {entry.get('step')}",
+        }
+        for entry in chosen
+    ]
+    about = f"steps {chosen[0].get('step')} to {chosen[-1].get('step')}"
+    found = {"label": run.label, "series": series, "about": about, "columns": ("answer", ""), "rows": rows}
+    return {**found, "images": False}
+
+
+def _card(run: RunFolder, series: int) -> dict[str, Any]:
+    card = run.about.get("card") or {}
+    blank: dict[str, Any] = {
+        "title": "",
+        "differs": "",
+        "paper": "",
+        "year": None,
+        "arxiv": "",
+        "parts": [],
+        "options": {},
+        "proof": [],
+    }
+    options = {**card.get("options", {}), **run.about.get("options", {})}
+    parts = run.about.get("parts") or card.get("parts") or []
+    name = run.about.get("method") or card.get("id") or ""
+    title = f"{name}: {card.get('title', '')}" if name and card.get("title") else str(name)
+    return blank | card | {"label": run.label, "title": title, "series": series, "options": options, "parts": parts}

@@ -1,0 +1,301 @@
+"""Methods side by side: the same start, the same seeds, the same prompts, the same budget."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepwell.comparison.progress import Progress
+from stepwell.comparison.results import Comparison, Entry, Trial
+from stepwell.comparison.samples import kept, measured
+from stepwell.comparison.specs import MethodSpec, parse_specs
+from stepwell.errors import InputError, UnknownName
+from stepwell.figures.charts import safe
+from stepwell.meter import Budget, Cost
+from stepwell.methods.catalogue import check_room, room_of
+from stepwell.process.base import Process
+from stepwell.rng import Rng
+from stepwell.sampling.rollout import Drawn
+from stepwell.tasks.registry import Task, get_task, source_of
+from stepwell.tasks.warm_start import threads
+from stepwell.training.log import versions
+from stepwell.training.loop import evaluate, train
+from stepwell.training.settings import Settings, with_settings
+from stepwell.writing import writable_folder
+
+POINTS = 10
+"""Evaluations on the way, at equal shares of the budget."""
+
+
+def compare(
+    task: Task | str,
+    methods: str | Sequence[str],
+    *,
+    budget: Budget | str = "60s",
+    seeds: int | Sequence[int] = 3,
+    out: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    evaluation_samples: int = 8,
+    keep_runs: bool = False,
+    progress: bool = True,
+) -> Comparison:
+    """Train each method from the task's start with the same budget, and judge all on the same held-out prompts.
+
+    `methods` are written as in `parse_specs`; `seeds` are a number of them (0, 1, ...) or the seeds themselves, the
+    same for all methods: a seed decides the order of the prompts, the random numbers of rollouts and of evaluation.
+    Methods take turns, seed by seed, and the first of the turn moves on each time, so that a machine that slows down
+    slows all alike. Every run evaluates `POINTS` times on the way; the time this takes is not the run's, nor
+    is the first use of a process, which one step that does not count takes care of.
+
+    `options` are the task's, where it is given by name; `settings` take precedence over the task's own settings.
+    `out` receives comparison.json after every run, and with `keep_runs` each run's log and model.
+
+    A method that fails loses its own results only; `Comparison.errors` says which and why. Raises `StepwellError`
+    for what is wrong in the request, before anything is trained.
+    """
+    specs = parse_specs(methods)
+    whole = Budget.parse(budget) if isinstance(budget, str) else budget
+    chosen = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise InputError(f"A comparison needs at least one seed, each once, not {seeds}.")
+    if evaluation_samples < 1:
+        raise InputError(f"There are {evaluation_samples} samples for each held-out prompt; at least 1 is right.")
+    if isinstance(task, Task) and options:
+        raise InputError("Options belong to a task that is given by name; this one is built already.")
+    built = task if isinstance(task, Task) else get_task(task, **(options or {}))
+    common = _settings(built, settings or {}, whole)
+    folder = None if out is None else writable_folder(out)
+    if keep_runs and folder is None:
+        raise InputError("Runs can only be kept in a folder; name one with `out`.")
+    for spec in specs:
+        with_settings(spec.recipe(), common)  # what a method cannot do is known before the first is trained
+        runs = None if folder is None else folder / "runs" / _file_name(spec.label)
+        if keep_runs and runs is not None and runs.exists():
+            raise InputError(f"'{runs}' holds runs of an earlier comparison; remove it or choose another folder.")
+    command = _command(task, options, settings, specs, whole, seeds, evaluation_samples)
+    runner = _Runner(built, whole, common, evaluation_samples, folder if keep_runs else None)
+    result = Comparison(
+        task=_described(built) | {"options": dict(options or {})},
+        budget=str(whole),
+        budget_unit=whole.unit,
+        seeds=chosen,
+        entries=[Entry(spec.label, spec.card.id, spec.options, _card(spec)) for spec in specs],
+        settings={k: v for k, v in common.as_dict().items() if k not in ("seed", "budget", "progress", "trackers")},
+        evaluation={"prompts": len(built.evaluation), "samples": evaluation_samples},
+        made=_made(built.threads) | {"command": command},
+    )
+    total = len(specs) * len(chosen)
+    with threads(built.threads), Progress(progress, built.title, str(whole), total) as view:
+        view.say("starting the process")
+        room = room_of(built.process())
+        for spec in specs:
+            check_room(spec.card, room)
+        runner.warm(specs[0], whole)
+        for turn, seed in enumerate(chosen):
+            view.say(f"seed {seed}: judging the start")
+            before = runner.look(built.process(), seed, "start")
+            if all(isinstance(value, Tensor) for value in before.drawn.samples.values):
+                result.task["work"] = "latents"
+            for place in range(len(specs)):
+                number = (turn + place) % len(specs)
+                entry = result.entries[number]
+                if entry.error is None:
+                    done = runner.run(entry, specs[number], seed, before, view)
+                    result = replace(result, entries=[done if e is entry else e for e in result.entries])
+                    if turn == 0 and done.error is None:
+                        result = replace(result, figure=runner.figure([e.label for e in result.entries], before))
+                    if folder is not None:
+                        result.save(folder)
+                view.next()
+    return result
+
+
+@dataclass(frozen=True)
+class _Look:
+    """The held-out samples of a process: the mean reward on each prompt (P,), what was drawn, the task's measures."""
+
+    each: Tensor
+    drawn: Drawn
+    measures: dict[str, float | None]
+
+
+class _Runner:
+    """What all runs of a comparison have in common, and the last samples of each method's first run."""
+
+    def __init__(self, task: Task, budget: Budget, settings: Settings, samples: int, folder: Path | None):
+        self.task, self.budget, self.settings, self.samples, self.folder = task, budget, settings, samples, folder
+        self.ends: dict[str, list[Any]] = {}
+
+    def warm(self, spec: MethodSpec, budget: Budget) -> None:
+        """One step that counts for nothing: what a process does only once must not be the first method's time."""
+        if budget.unit == "seconds":
+            settings = replace(self.settings, budget=None, steps=1)
+            train(self.task.process(), spec.recipe(), self.task.prompts, self.task.rewards, settings)
+
+    def judge(self, process: Process, seed: int, *when: object, samples: int | None = None) -> tuple[Tensor, Drawn]:
+        """The mean reward on each held-out prompt (P,), and what was drawn; nothing of it is on the meter."""
+        rng = Rng(seed).split("comparison", *when)
+        found = evaluate(process, self.task.evaluation, self.task.rewards, rng, samples or self.samples)
+        return found.each, found.drawn
+
+    def look(self, process: Process, seed: int, when: str) -> _Look:
+        """The judgement on a process before or after its training, with measures."""
+        each, drawn = self.judge(process, seed, when)
+        return _Look(each, drawn, measured(self.task, drawn))
+
+    def figure(self, labels: Sequence[str], before: _Look) -> str:
+        """The task's figure of the first runs so far; empty where it has none, or where drawing it fails."""
+        if self.task.figure is None:
+            return ""
+        ends = {label: self.ends[label] for label in labels if label in self.ends}
+        try:
+            return safe(self.task.figure(before.drawn.samples.values, ends))
+        except Exception as error:  # hours of training are worth more than a picture of them
+            warnings.warn(f"The figure of task '{self.task.name}' is left out: {error}", stacklevel=2)
+            return ""
+
+    def run(self, entry: Entry, spec: MethodSpec, seed: int, before: _Look, view: Progress) -> Entry:
+        """The entry with one trial more, or with what went wrong."""
+        try:
+            return self._run(entry, spec, seed, before, view)
+        except Exception as error:
+            said = " ".join(str(error).split())
+            return replace(entry, error=f"seed {seed}: {type(error).__name__}: {said}")
+
+    def _run(self, entry: Entry, spec: MethodSpec, seed: int, before: _Look, view: Progress) -> Entry:
+        process = self.task.process()
+        history: list[dict[str, Any]] = []
+        curve: list[dict[str, Any]] = [{"share": 0.0, "step": 0} | _score(before.each) | _costs(Cost())]
+        view.say(f"seed {seed}: {spec.label}")
+
+        def on_step(metrics: dict[str, Any]) -> None:
+            cost = process.meter.read()
+            share = self.budget.fraction(cost, metrics["step"])
+            history.append(metrics)
+            reached = len(curve) - 1
+            if share < 1.0 and share >= (reached + 1) / POINTS:
+                each, _ = self.judge(process, seed, "curve", metrics["step"], samples=1)
+                curve.append({"share": share, "step": metrics["step"]} | _score(each) | _costs(cost))
+            view.share(share, f"{self.task.unit} {curve[-1]['score']:.3f}")
+
+        where = None if self.folder is None else self.folder / "runs" / _file_name(spec.label) / f"seed-{seed}"
+        run = train(
+            process,
+            spec.recipe(),
+            self.task.prompts,
+            self.task.rewards,
+            replace(self.settings, seed=seed),
+            out=where,
+            on_step=on_step,
+            config={
+                "method": spec.card.id,
+                "options": spec.options,
+                "card": spec.card.as_dict(),
+                "task": self.task.name,
+            },
+        )
+        after = self.look(process, seed, "end")
+        end = {"share": self.budget.fraction(run.cost, run.steps), "step": run.steps}
+        curve.append(end | _score(after.each) | _costs(run.cost))
+        trial = Trial(
+            seed=seed,
+            start=before.each.tolist(),
+            end=after.each.tolist(),
+            curve=curve,
+            history=history,
+            cost=asdict(run.cost),
+            steps=run.steps,
+            model=None if where is None else str(where),
+            measures={name: [value, after.measures[name]] for name, value in before.measures.items()},
+        )
+        samples = entry.samples or kept(self.task, before.drawn, after.drawn, self.samples)
+        if not entry.trials and self.task.figure is not None:
+            self.ends[entry.label] = after.drawn.samples.values
+        return replace(entry, trials=[*entry.trials, trial], samples=samples)
+
+
+def _described(task: Task) -> dict[str, Any]:
+    """What is said of a task; the unusual only where it holds."""
+    said: dict[str, Any] = {name: getattr(task, name) for name in ("name", "title", "description", "unit")}
+    return said | {name: getattr(task, name) for name in ("same_prompts", "caption") if getattr(task, name)}
+
+
+def _settings(task: Task, changes: Mapping[str, Any], budget: Budget) -> Settings:
+    """The task's settings with the user's changes; how long to run is the budget's to say, and the seed the trial's."""
+    fields = Settings.__dataclass_fields__
+    for name in (*task.settings, *changes):
+        if name not in fields:
+            raise UnknownName("setting", name, fields)
+    for name in ("steps", "budget", "seed"):
+        if name in changes:
+            raise InputError(f"'{name}' is not a setting of a comparison; use its budget and its seeds.")
+    chosen = {**task.settings, **changes}
+    return Settings(**{**chosen, "steps": None, "budget": budget, "evaluate_every": 0, "progress": False})
+
+
+def _score(each: Tensor) -> dict[str, float]:
+    """The mean over held-out prompts (P,) and its standard error, as an entry of a curve."""
+    return {"score": float(each.mean()), "error": float(each.std() / len(each) ** 0.5) if len(each) > 1 else 0.0}
+
+
+def _costs(cost: Cost) -> dict[str, float]:
+    """A cost as an entry of a curve."""
+    amounts = {f"cost/{unit}": value for unit, value in asdict(cost).items() if unit != "wall_time"}
+    return amounts | {"wall_time": cost.wall_time}
+
+
+def _card(spec: MethodSpec) -> dict[str, Any]:
+    """The method's card with the options and parts of this spec, not those by default."""
+    card = spec.card.as_dict()
+    return card | {"options": {**card["options"], **spec.options}, "parts": spec.recipe().parts()}
+
+
+def _file_name(label: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_.=" else "_" for letter in label)
+
+
+def _command(
+    task: Task | str,
+    options: Mapping[str, Any] | None,
+    settings: Mapping[str, Any] | None,
+    specs: Sequence[MethodSpec],
+    budget: Budget,
+    seeds: int | Sequence[int],
+    samples: int,
+) -> str:
+    """What to type to do it again; empty where the command line cannot say it."""
+    if isinstance(task, Task) or not isinstance(seeds, int):
+        return ""
+    amount = f"{budget.amount:g}s" if budget.unit == "seconds" else f"{budget.amount:.0f}-{budget.unit}"
+    words = ["stepwell", "compare", task, "--methods", ",".join(spec.label for spec in specs)]
+    words += ["--budget", amount, "--seeds", str(seeds), "--evaluation-samples", str(samples)]
+    for flag, given in (("--set", options), ("--setting", settings)):
+        words += [word for name, value in (given or {}).items() for word in (flag, f"{name}={value}")]
+    own = {source_of(task), *(spec.card.source for spec in specs)}
+    words += [word for source in sorted(own) if source.endswith(".py") for word in ("--plugin", source)]
+    return shlex.join(words)
+
+
+def _made(cores_used: int | None) -> dict[str, Any]:
+    """When, on what machine and with which versions."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    cores: Callable[[], set[int]] | None = getattr(os, "sched_getaffinity", None) and (lambda: os.sched_getaffinity(0))
+    return {
+        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "cores": len(cores()) if cores else os.cpu_count(),
+        "threads": cores_used or torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions(),
+    }

@@ -1,0 +1,1 @@
+"""What people bring: prompts, and the endless stream that planners take from."""

@@ -1,0 +1,114 @@
+"""The endless stream of prompts that planners take from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepwell.errors import CheckpointError, InputError
+from stepwell.rng import Rng
+from stepwell.sampling.rollout import Prompt
+
+
+class PromptStream:
+    """Prompts epoch after epoch, each epoch a new random order of them all (`shuffle=False`: their own order).
+
+    Its state is the order of the present epoch, the place in it, and the `rng`, which should be the stream's own
+    (`rng.split("prompts")`). Raises `InputError` if there is no prompt.
+
+    Example:
+        >>> stream = PromptStream([Prompt(i, text) for i, text in enumerate("abc")], Rng(0), shuffle=False)
+        >>> [prompt.value for prompt in stream.take(2) + stream.take(2)]
+        ['a', 'b', 'c', 'a']
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], rng: Rng, shuffle: bool = True):
+        if not prompts:
+            raise InputError("A stream of prompts needs at least one prompt; none was given.")
+        self.prompts = list(prompts)
+        self.rng = rng
+        self.shuffle = shuffle
+        self._order: list[int] = []  # the present epoch
+        self._position = 0  # of the next prompt in it
+
+    def __len__(self) -> int:
+        """How many prompts an epoch has."""
+        return len(self.prompts)
+
+    def take(self, count: int, weights: Tensor | None = None) -> list[Prompt]:
+        """The next `count` prompts, all different unless there are fewer than that.
+
+        An epoch's end may fall inside a take; the new epoch then begins with prompts that the take does not hold
+        yet, its order being uniform over all orders that do. With `weights` (one a prompt, non-negative, not all
+        zero), the prompts are drawn one after another with probability proportional to weight, without
+        replacement (with replacement only if `count` exceeds the number of positive weights), and the epoch stays
+        where it is. Raises `InputError` for a count below 1 and for weights that are not such.
+        """
+        if count < 1:
+            raise InputError(f"A take of {count} prompts was asked for; at least 1 is right.")
+        chosen = self._next(count) if weights is None else self._weighted(count, weights)
+        return [self.prompts[index] for index in chosen]
+
+    def _next(self, count: int) -> list[int]:
+        chosen: list[int] = []
+        while len(chosen) < count:
+            if self._position == len(self._order):
+                repeats = count > len(self)
+                self._order = self._new_epoch([] if repeats else chosen, 0 if repeats else count - len(chosen))
+                self._position = 0
+            part = self._order[self._position : self._position + count - len(chosen)]
+            self._position += len(part)
+            chosen += part
+        return chosen
+
+    def _new_epoch(self, apart: Sequence[int], first: int) -> list[int]:
+        """A uniformly random order among those whose `first` entries are none of `apart`.
+
+        Drawing an order and passing over what is in `apart` would leave that at the head of the rest: not uniform.
+        """
+        everything = list(range(len(self)))
+        if not self.shuffle:
+            return everything  # in a fixed order, count <= n neighbours always differ
+        if not apart:
+            return self._shuffled(everything)
+        allowed = self._shuffled(sorted(set(everything) - set(apart)))
+        return allowed[:first] + self._shuffled(allowed[first:] + list(apart))
+
+    def _shuffled(self, indices: Sequence[int]) -> list[int]:
+        return [indices[place] for place in self.rng.permutation(len(indices)).tolist()]
+
+    def _weighted(self, count: int, weights: Tensor) -> list[int]:
+        weights = torch.as_tensor(weights, dtype=torch.float64, device=self.rng.device).detach()
+        if weights.shape != (len(self),):
+            raise InputError(
+                f"Weights of shape {tuple(weights.shape)} were given for {len(self)} prompts; one each is right."
+            )
+        usable = bool(weights.isfinite().all()) and bool((weights >= 0).all()) and bool((weights > 0).any())
+        if not usable:
+            raise InputError("The weights of prompts have to be finite, non-negative and not all zero.")
+        if count > int((weights > 0).sum()):
+            return self.rng.categorical(weights.expand(count, -1)).tolist()
+        return self.rng.without_replacement(weights.log()[None], count)[0].tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands; after `load_state_dict` the takes go on bit for bit."""
+        return {
+            "order": torch.tensor(self._order, dtype=torch.long),
+            "position": self._position,
+            "prompts": len(self),
+            "shuffle": self.shuffle,
+            "rng": self.rng.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`; raises `CheckpointError` for the state of other data or another order."""
+        if (state["prompts"], state["shuffle"]) != (len(self), self.shuffle):
+            raise CheckpointError(
+                f"The saved stream has {state['prompts']} prompts with shuffle={state['shuffle']}, this one has "
+                f"{len(self)} with shuffle={self.shuffle}; resume with the data and options of the first run."
+            )
+        self._order, self._position = state["order"].tolist(), int(state["position"])
+        self.rng.load_state_dict(state["rng"])

@@ -1,0 +1,1 @@
+"""Methods for processes that denoise."""

@@ -1,0 +1,1 @@
+"""Objectives of flows: the forward path and Gaussian steps."""

@@ -1,0 +1,219 @@
+"""Losses on the forward path: what the network predicts around a sample, instead of the steps that led to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stepwell.credit.group import GroupCredit
+from stepwell.errors import InputError
+from stepwell.objective.preference.pairs import Pairs
+from stepwell.objective.state import State, value_of
+from stepwell.objective.surrogate import Clip, Surrogate
+from stepwell.objective.term import Loss, Term
+from stepwell.parts import Batch, Count, Part, Positive, Size
+from stepwell.process.base import Process, ability
+from stepwell.rng import Rng
+from stepwell.trajectories import Trajectories
+
+Weighting = Literal["uniform", "data", "time"]
+
+
+@dataclass(frozen=True)
+class Noised(Part):
+    """Where around each final sample x_0 the network is asked: `points` pairs (t, e), x_t = alpha x_0 + sigma e.
+
+    Times are uniform in (0, 1), or one of the law's own (`grid`). `shared`: rows of a prompt get the same pairs, so
+    that they differ in nothing but the sample.
+    """
+
+    points: Size = 4
+    grid: bool = False
+    shared: bool = False
+
+    def draw(self, rows: Trajectories, process: Process, rng: Rng) -> dict[str, Tensor]:
+        """time (N, K), noise (N, K, *D), target (N, K, *D): the velocity of the straight line from x_0 to e, and
+        `reach` (N, K): |x_0hat - x_0| for a velocity that is off by one."""
+        law, path = ability(process, "sampler", "A loss on the forward path"), process.path  # type: ignore[attr-defined]
+        owner = rows.prompt.unique(return_inverse=True)[1] if self.shared else torch.arange(len(rows))
+        count, shape = int(owner.max()) + 1, rows.action.shape[2:]
+        kind = rows.action.dtype
+        if self.grid:
+            allowed = torch.tensor(law.times[:-1], dtype=torch.float64)
+            chosen = (rng.uniform(count, self.points) * len(allowed)).long().clamp(max=len(allowed) - 1)
+            time = allowed[chosen]
+        else:
+            time = rng.uniform(count, self.points).double().clamp(1e-3, 1 - 1e-3)
+        noise = rng.normal(count, self.points, *shape, dtype=kind)
+        time, noise = time[owner].to(rows.action.device), noise[owner].to(rows.action.device)
+        data = rows.action[torch.arange(len(rows)), rows.length - 1][:, None]
+        t = time.reshape(*time.shape, *[1] * len(shape)).to(kind)
+        target = path.alpha_rate(t) * data + path.sigma_rate(t) * noise
+        determinant = path.alpha(time) * path.sigma_rate(time) - path.sigma(time) * path.alpha_rate(time)
+        reach = (path.sigma(time) / determinant).to(kind)
+        return {"time": time.to(kind), "noise": noise, "target": target, "reach": reach}
+
+
+def mean_square(difference: Tensor) -> Tensor:
+    """(N, K) the mean over dimensions of squares (N, K, *D)."""
+    return difference.square().flatten(2).mean(2)
+
+
+def _weight(batch: Batch, kind: Weighting) -> Tensor:
+    """w(t) (N, K): 1; `time`, t; `data`, which makes a velocity's error that of the data it predicts."""
+    if kind == "uniform":
+        return torch.ones_like(batch.field("reach"))
+    return batch.field("time") if kind == "time" else batch.field("reach").square()
+
+
+@dataclass(frozen=True)
+class DenoisingScore(Part):
+    """s (N,) = -D mean_k w (|v - u|^2 - |v_ref - u|^2), squares averaged over dimensions, for log pi / ref.
+
+    u is the velocity of the line that the point lies on (Wallace et al. 2023, arXiv 2311.12908, equation 14, where D
+    stands for the number of steps T).
+    """
+
+    weight: Weighting = "data"
+    scale: Positive = 1.0
+    needs = frozenset({"forward"})
+    reads = frozenset({"reference_forward"})
+
+    def __call__(self, batch: Batch) -> Tensor:
+        target = batch.field("target")
+        error = mean_square(batch.present("forward") - target) - mean_square(batch.field("reference_forward") - target)
+        return -self.scale * (_weight(batch, self.weight) * error).mean(1)
+
+
+@dataclass(frozen=True)
+class ForwardPairs(Pairs):
+    """Preference pairs scored by denoising errors, both samples of a pair at the same times and noises."""
+
+    score: Part = field(default_factory=DenoisingScore)
+    noised: Noised = field(default_factory=lambda: Noised(shared=True, grid=True))
+
+    def draw(self, rows: Trajectories, process: Process, rng: Rng) -> dict[str, Tensor]:
+        return self.noised.draw(rows, process, rng)
+
+
+@dataclass(frozen=True)
+class ForwardPolicy(Term):
+    """A policy loss whose log pi is -w(t) mean|v - u|^2 at drawn points; its ratio is against the sampler's own.
+
+    Advantage weighted matching (AWM, arXiv 2509.25050) as in cards_flow.md, A15.
+    """
+
+    credit_of: Part = field(default_factory=lambda: GroupCredit("mean", "std"))
+    surrogate: Surrogate = field(default_factory=Clip)
+    weight: Weighting = "uniform"
+    noised: Noised = field(default_factory=Noised)
+    coefficient: float | State = 1.0
+    needs = frozenset({"forward"})
+    reads = frozenset({"old_forward"})
+
+    def draw(self, rows: Trajectories, process: Process, rng: Rng) -> dict[str, Tensor]:
+        return self.noised.draw(rows, process, rng)
+
+    def credit(self, batch: Batch) -> dict[str, Tensor]:
+        return {"advantage": self.credit_of(batch)}
+
+    def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:
+        weight, target = _weight(batch, self.weight), batch.field("target")
+        now, then = (
+            -weight * mean_square(velocity - target)
+            for velocity in (batch.present("forward"), batch.field("old_forward"))
+        )
+        advantage = targets["advantage"].to(now.dtype)[:, None].expand_as(now)
+        each = self.surrogate(now - then, advantage, batch)
+        value = value_of(self.coefficient, batch) * each.sum() / (batch.counts.rows * now.shape[1])
+        clipped = self.surrogate.clipped(now - then, advantage).to(now.dtype).sum() / now.shape[1]
+        return Loss(value, {"policy_loss": value.detach(), "clip_fraction": clipped / batch.counts.rows})
+
+
+@dataclass(frozen=True)
+class NegativeAware(Term):
+    """[r |x0(v+) - x_0|^2 + (1 - r) |x0(v-) - x_0|^2] / beta, with r = 1/2 + clip(A, -C, C) / (2 C).
+
+    v+ = beta v + (1 - beta) v_old pulls towards good samples and v- = (1 + beta) v_old - beta v away from bad ones;
+    v_old is the sampler's. Means over dimensions. Source: DiffusionNFT (arXiv 2509.16117) as in cards_flow.md, A15.
+    """
+
+    credit_of: Part = field(default_factory=lambda: GroupCredit("mean", "std"))
+    beta: Positive = 1.0
+    bound: Positive = 1.0
+    weight: Weighting = "data"
+    noised: Noised = field(default_factory=Noised)
+    coefficient: float | State = 1.0
+    needs = frozenset({"forward"})
+    reads = frozenset({"old_forward"})
+
+    def draw(self, rows: Trajectories, process: Process, rng: Rng) -> dict[str, Tensor]:
+        return self.noised.draw(rows, process, rng)
+
+    def credit(self, batch: Batch) -> dict[str, Tensor]:
+        advantage = self.credit_of(batch).clamp(-self.bound, self.bound)
+        return {"good": 0.5 + advantage / (2 * self.bound)}
+
+    def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:
+        now, old, target = batch.present("forward"), batch.field("old_forward"), batch.field("target")
+        good = targets["good"].to(now.dtype)[:, None]
+        towards = mean_square(self.beta * now + (1 - self.beta) * old - target)
+        away = mean_square((1 + self.beta) * old - self.beta * now - target)
+        each = _weight(batch, self.weight) * (good * towards + (1 - good) * away) / self.beta
+        value = value_of(self.coefficient, batch) * each.sum() / (batch.counts.rows * each.shape[1])
+        drift = mean_square(now.detach() - old).sum() / (batch.counts.rows * each.shape[1])
+        return Loss(value, {"policy_loss": value.detach(), "velocity_drift": drift})
+
+
+@dataclass(frozen=True)
+class DirectReward(Term):
+    """-r(x_0), differentiated through the last `depth` steps that led to x_0 (all of them for None).
+
+    `up_to` draws each row's depth uniformly from depth..up_to (AlignProp's random truncation, Prabhudesai et al. 2023,
+    arXiv 2310.03739). `renoised` > 0 instead denoises that many noisings of x_0 at the law's last time, by one step
+    (DRaFT-LV). `pinned` differentiates along the trajectory as it was drawn, by however old parameters: the adjoint of
+    Implicit Diffusion (Marion et al. 2024, arXiv 2402.05468). Source: DRaFT, Clark et al. 2023, arXiv 2309.17400.
+    """
+
+    depth: Size | None = None
+    up_to: Size | None = None
+    renoised: Count = 0
+    pinned: bool = False
+    coefficient: float | State = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.up_to is not None and self.up_to < (self.depth or 1):
+            raise InputError(f"A depth from {self.depth or 1} to {self.up_to} steps is none; give one from 1 on.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"denoised" if self.renoised else "pinned" if self.pinned else "sample"})
+
+    def draw(self, rows: Trajectories, process: Process, rng: Rng) -> dict[str, Tensor]:
+        law: Any = ability(process, "sampler", "A reward that is differentiated")
+        steps = len(law.times) - 1
+        if self.renoised:
+            shape = (len(rows), self.renoised)
+            time = torch.full(shape, law.times[-2], dtype=rows.action.dtype)
+            noise = rng.normal(*shape, *rows.action.shape[2:], dtype=rows.action.dtype)
+            return {"time": time.to(rows.action.device), "noise": noise.to(rows.action.device)}
+        least = min(self.depth or steps, steps)
+        most = min(self.up_to or least, steps)
+        spread = (rng.uniform(len(rows)) * (most - least + 1)).long().clamp(max=most - least)
+        return {"depth": (least + spread).to(rows.action.device)}
+
+    def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:
+        assert batch.judge is not None
+        if self.renoised:
+            samples = batch.present("denoised")
+            ids = batch.rows.prompt.repeat_interleave(samples.shape[1])
+            reward = batch.judge(samples.flatten(0, 1), ids).reshape(len(batch), -1).mean(1)
+        else:
+            reward = batch.judge(batch.present("pinned" if self.pinned else "sample"), batch.rows.prompt)
+        value = -value_of(self.coefficient, batch) * reward.sum() / batch.counts.rows
+        return Loss(value, {"reward_loss": value.detach()})

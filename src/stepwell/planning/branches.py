@@ -1,0 +1,201 @@
+"""Rollouts that branch: children of one state, so that what they earn apart is the doing of the steps they own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepwell.data.stream import PromptStream
+from stepwell.errors import InputError
+from stepwell.parts import Count, Size
+from stepwell.planning.groups import Groups
+from stepwell.sampling.rollout import Prompt, Request
+from stepwell.trajectories import Trajectories
+
+
+@dataclass
+class Branches(Groups):
+    """From a deterministic trunk a prompt, `size` children at each of the steps `at`: one random step, then the ODE.
+
+    A child differs from its siblings in one step, so its advantage among them (`keys=("prompt", "origin")`) is that
+    step's own. Steps are counted from `first`, the first that can be random: 1 for flows. A trunk that is shorter, as
+    texts may be, has its last step in place of those it lacks. `trunks`: how many a prompt, each from noise of its own.
+    `strides`: the rest of a child's steps, each of the strides once; all of them judge the same random step, and are
+    told apart by `source`.
+
+    Source: TempFlow-GRPO, arXiv 2508.04324; with one trunk and several strides G2RPO, arXiv 2510.01982.
+    """
+
+    at: tuple[int, ...] = (0, 1, 2)
+    trunks: Size = 1
+    strides: tuple[int, ...] = (1,)
+    first: Count = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.at or min(self.at) < 0 or min(self.strides, default=0) < 1:
+            raise InputError(
+                f"Branches at the steps {self.at} with strides {self.strides} are none; give at least one."
+            )
+
+    def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
+        if so_far is None:
+            taken = prompts.take(self.prompts)
+            return [Request(prompt, self.trunks, window=(0, 0), judged=False) for prompt in taken]
+        by_id = {prompt.id: prompt for prompt in prompts.prompts}
+        trunks = self.prompts * self.trunks
+        children = trunks * self.size * len(self.at)
+        if len(so_far) == trunks:
+            law = {} if self.strides[0] == 1 else {"stride": self.strides[0]}
+            return [
+                self._child(by_id[prompt], self.size, (row, place), place, 0, law)
+                for row, prompt in enumerate(so_far.prompt.tolist())
+                for place in self._places(int(so_far.length[row]))
+            ]
+        if len(so_far) > trunks + children:
+            return []
+        lengths = so_far.length[:trunks].tolist()
+        places = [place for length in lengths for place in self._places(length) for _ in range(self.size)]
+        again = []
+        for source, stride in enumerate(self.strides[1:], 1):
+            for row, place in enumerate(places, trunks):
+                prompt = by_id[int(so_far.prompt[row])]
+                again.append(self._child(prompt, 1, (row, place + 1), place, source, {"stride": stride}))
+        return again
+
+    def _places(self, length: int) -> list[int]:
+        """The steps at which a trunk of this length has children."""
+        return [min(self.first + k, length - 1) for k in self.at]
+
+    def _child(
+        self, prompt: Prompt, count: int, start: tuple[int, int], place: int, source: int, law: dict[str, int]
+    ) -> Request:
+        settings = {"stride": (place - self.first + 1, law["stride"])} if law else None
+        return Request(prompt, count, start=start, window=(place, place + 1), source=source, sampler=settings)
+
+    def keep(self, so_far: Trajectories) -> Tensor:
+        return torch.arange(min(self.prompts * self.trunks, len(so_far)), len(so_far))
+
+
+@dataclass
+class Tree(Groups):
+    """A tree of `size` leaves a prompt: from step `begin` on, every row parts into `branching` at each step.
+
+    Its depth is the number of steps that takes; `size` is a power of `branching`. Before and after these steps rows
+    are deterministic. All leaves are judged; a step that leaves share is theirs together (`TreeCredit`, reduction
+    `edge`). Steps are counted from `first`. With a `hold` the
+    tree moves on by a step every so many rollouts, and begins again at the end.
+
+    Source: Dynamic-TreeRPO, arXiv 2509.23352, without its noise by layer and its supervised term, whose constants we
+    could not establish.
+
+    A row that ended before the tree does, as texts may, is all the leaves that it would have parted into.
+    """
+
+    branching: int = 2
+    steps: Size = 10
+    begin: int = 0
+    hold: Count = 0
+    first: Count = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.branching < 2 or self.depth < 1 or self.branching**self.depth != self.size:
+            raise InputError(
+                f"A tree that parts into {self.branching} at each step has a power of {self.branching} leaves, "
+                f"not {self.size}."
+            )
+        if not 0 <= self.begin <= self.steps - self.depth:
+            raise InputError(
+                f"A tree of {self.depth} steps from step {self.begin} on does not lie within {self.steps} steps."
+            )
+
+    @property
+    def depth(self) -> int:
+        """The steps in which rows part."""
+        return round(math.log(self.size, max(self.branching, 2)))
+
+    def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
+        begin = self.begin
+        if self.hold:
+            begin += (step // self.hold) % (self.steps - self.depth - self.begin + 1)
+        begin += self.first
+        window = (begin, begin + self.depth)
+        if so_far is None:
+            return [Request(prompt, 1, window=window) for prompt in prompts.take(self.prompts)]
+        level, rows = 0, self.prompts
+        while rows < len(so_far):
+            level, rows = level + 1, rows * self.branching
+        if level == self.depth:
+            return []
+        by_id = {prompt.id: prompt for prompt in prompts.prompts}
+        place = begin + level
+        return [
+            Request(by_id[prompt], self.branching - 1, start=(row, min(place, length)), window=window)
+            for row, (prompt, length) in enumerate(zip(so_far.prompt.tolist(), so_far.length.tolist(), strict=True))
+        ]
+
+
+@dataclass
+class Candidates(Groups):
+    """At every step of a row `size` candidates are drawn from the same state and judged; one of them goes on.
+
+    `go_on`: which, a `random` one, so that steps stay independent, or the `best`. `steps` of them, from `begin` on.
+    Each candidate is a row that ends after its step, judged by what the process makes of it there. Once a row ended
+    by itself, as texts may, there are no further candidates for it.
+
+    Source: SPO, arXiv 2406.04314.
+    """
+
+    size: Size = 4
+    steps: Size = 10
+    begin: int = 0
+    go_on: Literal["random", "best"] = "random"
+    first: Count = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.begin < self.steps:
+            raise InputError(f"Candidates of {self.steps} steps from step {self.begin} on are none.")
+
+    def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
+        place = self.first + self.begin
+        if so_far is None:
+            taken = prompts.take(self.prompts)
+            return [Request(p, 1, horizon=place + 1, window=(place, place + 1)) for p in taken]
+        by_id = {prompt.id: prompt for prompt in prompts.prompts}
+        if len(so_far) < self.prompts * self.size:  # the others of the first state
+            return [self._from(by_id, so_far, row, place, self.size - 1) for row in range(self.prompts)]
+        layer = len(so_far) // (self.prompts * self.size)
+        if layer >= self.steps - self.begin:
+            return []
+        rng = prompts.rng.split("candidate", step, layer)
+        requests = []
+        for number in range(self.prompts):
+            rows = self._candidates(number, layer - 1)
+            assert so_far.reward is not None
+            chosen = int(rng.split(number).permutation(self.size)[0])
+            if self.go_on == "best":
+                chosen = int(so_far.reward[rows].argmax())
+            requests.append(self._from(by_id, so_far, rows[chosen], place + layer, self.size))
+        return requests
+
+    def keep(self, so_far: Trajectories) -> Tensor:
+        return so_far.mask.any(1).nonzero()[:, 0]
+
+    def _candidates(self, number: int, layer: int) -> list[int]:
+        """The rows of the candidates of a prompt, the `number`-th of this rollout, in one layer."""
+        if layer:
+            first = (layer * self.prompts + number) * self.size
+            return list(range(first, first + self.size))
+        others = self.prompts + number * (self.size - 1)
+        return [number, *range(others, others + self.size - 1)]
+
+    def _from(self, by_id: dict[int, Prompt], so_far: Trajectories, row: int, place: int, count: int) -> Request:
+        """Candidates for the step at `place` of a row."""
+        prompt, begin = by_id[int(so_far.prompt[row])], min(place, int(so_far.length[row]))
+        return Request(prompt, count, start=(row, begin), horizon=place + 1, window=(place, place + 1))

@@ -1,0 +1,114 @@
+"""Fixed groups, groups until enough of them teach something, and groups for prompts that teach most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from stepwell.data.stream import PromptStream
+from stepwell.parts import Checked, NotNegative, Range, Share, Size
+from stepwell.sampling.rollout import Request
+from stepwell.trajectories import Trajectories
+
+
+@dataclass
+class Groups(Checked):
+    """`prompts` prompts a step, `size` samples each: the plain planner."""
+
+    prompts: Size = 8
+    size: Size = 8
+
+    def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
+        return [] if so_far is not None else self.ask(prompts, self.prompts)
+
+    def ask(self, prompts: PromptStream, count: int, weights: Tensor | None = None) -> list[Request]:
+        """Requests for the next `count` prompts of the stream; none for a count of 0."""
+        if count <= 0:
+            return []
+        return [Request(prompt, self.size) for prompt in prompts.take(count, weights)]
+
+    def keep(self, so_far: Trajectories) -> Tensor:
+        return torch.arange(len(so_far))
+
+    def learn(self, trajectories: Trajectories, signals: Mapping[str, float]) -> None:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        return None
+
+
+@dataclass
+class DynamicSampling(Groups):
+    """DAPO's dynamic sampling: groups whose rewards are all equal are replaced by those of further prompts.
+
+    It asks again until `prompts` groups differ within, or `limit` times that many prompts were tried; then it keeps
+    what there is. Refilling multiplies each prompt's expected gradient by 1 / (1 - p^G - (1-p)^G), p its success
+    rate (cards_objectives.md section 1.2). Source: DAPO, arXiv 2503.14476, section 3.2.
+    """
+
+    limit: Annotated[float, Range("a number from 1 on", 1)] = 4.0
+
+    def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
+        if so_far is None:
+            return self.ask(prompts, self.prompts)
+        tried = len(so_far) // self.size
+        missing = self.prompts - len(_useful_prompts(so_far))
+        return self.ask(prompts, min(missing, math.floor(self.limit * self.prompts) - tried))
+
+    def keep(self, so_far: Trajectories) -> Tensor:
+        chosen = _useful_prompts(so_far)[: self.prompts]
+        if not chosen:
+            return torch.arange(min(len(so_far), self.prompts * self.size))
+        return torch.isin(so_far.prompt, so_far.prompt.new_tensor(chosen)).nonzero()[:, 0]
+
+
+def _useful_prompts(rows: Trajectories) -> list[int]:
+    """The prompts whose rows differ in reward, in the order in which they were first drawn."""
+    assert rows.reward is not None
+    rewards: dict[int, set[float]] = {}
+    for prompt, reward in zip(rows.prompt.tolist(), rows.reward.tolist(), strict=True):
+        rewards.setdefault(prompt, set()).add(reward)
+    return [prompt for prompt, seen in rewards.items() if len(seen) > 1]
+
+
+@dataclass
+class WeightedPrompts(Groups):
+    """Prompts drawn by how much they can still teach: weight floor + 4 p (1 - p), p the running success rate.
+
+    p is the mean reward of a prompt's rows, mapped to [0, 1] by `low` and `high`, forgotten at `decay`; an unseen
+    prompt has p = 1/2. This samples another distribution of prompts on purpose: the objective is reweighted.
+    """
+
+    floor: NotNegative = 0.1
+    decay: Share = 0.5
+    low: float = 0.0
+    high: float = 1.0
+    rates: dict[int, float] = field(default_factory=dict)
+
+    def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
+        if so_far is not None:
+            return []
+        rates = torch.tensor([self.rates.get(prompt.id, 0.5) for prompt in prompts.prompts], dtype=torch.float64)
+        return self.ask(prompts, self.prompts, self.floor + 4 * rates * (1 - rates))
+
+    def learn(self, trajectories: Trajectories, signals: Mapping[str, float]) -> None:
+        assert trajectories.reward is not None
+        for prompt in trajectories.prompt.unique().tolist():
+            mean = float(trajectories.reward[trajectories.prompt == prompt].double().mean())
+            rate = min(max((mean - self.low) / (self.high - self.low), 0.0), 1.0)
+            known = self.rates.get(prompt)
+            self.rates[prompt] = rate if known is None else self.decay * known + (1 - self.decay) * rate
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rates": {str(prompt): rate for prompt, rate in self.rates.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rates = {int(prompt): rate for prompt, rate in state["rates"].items()}

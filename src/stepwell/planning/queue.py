@@ -1,0 +1,80 @@
+"""Sampling and learning in one loop: samples under way move one step between any two updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepwell.data.stream import PromptStream
+from stepwell.parts import Count, Size
+from stepwell.planning.groups import Groups
+from stepwell.sampling.rollout import Request
+from stepwell.trajectories import Trajectories, from_tensors, to_tensors
+
+FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
+
+
+@dataclass
+class Queue(Groups):
+    """`steps` cohorts of `prompts` times `size` rows, one step apart: each rollout moves all by one, and one ends.
+
+    A row is drawn by as many versions of the parameters as it has steps. Only rows that end are judged and kept. The
+    first rollout draws every cohort up to where it belongs. Steps are counted from `first`, as many as a row has
+    before its first that asks the model: 1 for flows.
+
+    Source: the queue of Implicit Diffusion, Marion et al. 2024, arXiv 2402.05468, algorithm 3.
+    """
+
+    size: Size = 4
+    steps: Size = 10
+    first: Count = 1
+    waiting: Trajectories | None = field(default=None, compare=False, repr=False)
+
+    def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
+        if so_far is not None:
+            return []
+        cohorts = range(1, self.steps + 1) if self.waiting is None else range(1, 2)
+        requests = [
+            Request(prompt, self.size, horizon=self.first + done, judged=done == self.steps)
+            for done in cohorts
+            for prompt in prompts.take(self.prompts)
+        ]
+        if self.waiting is None:
+            return requests
+        by_id = {prompt.id: prompt for prompt in prompts.prompts}
+        for row, length in enumerate(self.waiting.length.tolist()):
+            start: Any = self.waiting[row : row + 1]
+            ends = length + 1 == self.first + self.steps or not bool(start.truncated)  # a text may end before
+            prompt = by_id[int(start.prompt)]
+            requests.append(Request(prompt, 1, start=start, horizon=length + 1, judged=ends))
+        return requests
+
+    def keep(self, so_far: Trajectories) -> Tensor:
+        self.waiting = _bare(so_far[~so_far.outcome])  # type: ignore[arg-type]
+        return so_far.outcome.nonzero()[:, 0]
+
+    def learn(self, trajectories: Trajectories, signals: Mapping[str, float]) -> None:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.waiting is None:
+            return {}
+        tensors = to_tensors(self.waiting)
+        return {name: {"values": value.tolist(), "kind": str(value.dtype)} for name, value in tensors.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not state:
+            self.waiting = None
+            return
+        kinds = {str(kind): kind for kind in FORMATS}
+        tensors = {name: torch.tensor(entry["values"], dtype=kinds[entry["kind"]]) for name, entry in state.items()}
+        self.waiting = from_tensors(tensors)
+
+
+def _bare(rows: Trajectories) -> Trajectories:
+    """Rows without what belongs to the rollout that they come from."""
+    return rows.replace(condition=None, reward=None, rewards=None)

@@ -1,0 +1,1 @@
+"""Flows and diffusions: a step is a denoising step."""

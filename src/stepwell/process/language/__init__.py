@@ -1,0 +1,1 @@
+"""Causal language models of `transformers`: a step is a token."""

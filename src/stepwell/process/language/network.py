@@ -1,0 +1,314 @@
+"""The network of a causal language model: it reads tokens, counts them, and gives logits or hidden states."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from stepwell.errors import InputError
+from stepwell.meter import Meter
+from stepwell.process.language import attention
+from stepwell.process.language.chunked import Head, head_of
+from stepwell.process.language.compiled import Compiled
+from stepwell.process.language.loading import quiet
+from stepwell.process.language.prompts import Packed
+from stepwell.process.language.shared_forward import Line, line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from stepwell.process.language.shared_prefix import SharedCache
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""How far the fast path's logits may be from the model's own, relative to the largest of them or to 1."""
+
+
+class LanguageModule(nn.Module):
+    """All parameters in one place, for optimisers and checkpoints: the model and, where there is one, a value head."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.value_head: nn.Linear | None = None
+
+
+class CausalNetwork:
+    """A causal language model of `transformers`, adapted by `peft` or not, always in evaluation mode.
+
+    Hidden states and logits are read at (row, column) pairs only. The fast path gives hidden states, whose logits
+    are then computed chunk by chunk; the plain path takes the model's own logits, all at once.
+    """
+
+    def __init__(self, module: LanguageModule, meter: Meter, compile: bool = False):
+        self.module: nn.Module = module.eval()
+        self.meter = meter
+        self.can_learn = True
+        self.fast: bool | None = None  # whether the fast path agrees with the plain one; None until first used
+        self.shares: dict[str, bool] = {}  # whether shared prompts agree with the plain path, by "rollout" and "score"
+        self.compiled = Compiled() if compile else None
+        self.adapted = hasattr(module.model, "disable_adapter")
+        self.base_only = False  # the adapter is left out: this is the frozen twin of an adapted model
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The model of `transformers` itself, with the adapter's layers in it where there is one."""
+        model: Any = self.module.model
+        return model.get_base_model() if self.adapted else model
+
+    @property
+    def value_head(self) -> nn.Linear | None:
+        return self.module.value_head  # type: ignore[return-value]
+
+    @property
+    def head(self) -> Head:
+        """What turns hidden states into logits, on the fast path."""
+        head = head_of(self.causal)
+        assert head is not None
+        return head
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal.get_input_embeddings().weight.device  # type: ignore[return-value]
+
+    def position_ids(self, mask: Tensor) -> Tensor:
+        """(N, L) how many real tokens come before each, from which tokens are real (N, L)."""
+        return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+    def read_on(self, cache: Any, ids: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
+        """Read `ids` (R, n) after what the cache holds: the longer cache, and the logits (R, V) after the last token.
+
+        `mask` (R, columns) says which of all columns, old and new, are real. The layers of `cache` change. Rows that
+        go on from prompts share what was read of these, for models that can and where it agrees with the plain path.
+        """
+        from stepwell.process.language.shared_prefix import SharedCache, shared
+
+        new = ids.shape[1]
+        self.meter.add(model_evaluations=len(ids), forward=int(mask[:, -new:].sum()))
+        if isinstance(cache, SharedCache):
+            if not bool(mask[:, cache.mask.shape[1] :].all()) or not self._shares_rollouts(cache, ids, mask):
+                cache = cache.plain()
+        elif cache.get_seq_length() == 0 and self.shares.get("rollout", attention.can_take(self.causal)):
+            logits = self._read_on(cache, ids, mask)
+            return shared(cache, mask), logits
+        return cache, self._read_on(cache, ids, mask)
+
+    def _read_on(self, cache: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        """The logits (R, V) after the last token; the cache, changed in place, holds what was read."""
+        from stepwell.process.language.shared_prefix import SharedCache
+
+        arguments = {
+            "attention_mask": mask.long(),
+            "position_ids": self.position_ids(mask)[:, -ids.shape[1] :],
+            self._cache_name: cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        sharing = isinstance(cache, SharedCache)
+        own: dict[str, Any] = {"own_attention": cache} if sharing else {}
+        with self._ready(), attention.taken_over(self.causal) if sharing else contextlib.nullcontext():
+            output = self.causal(ids, **_accepted(self.causal, arguments), **own)
+        last: Tensor = output.logits[:, -1]
+        return last
+
+    @functools.cached_property
+    def _cache_name(self) -> str:
+        """What the model calls its cache; transformers 5.24 gave it another name."""
+        names = inspect.signature(self.causal.forward).parameters
+        for name in ("cache", "past_key_values"):
+            if name in names:
+                return name
+        raise InputError(f"{type(self.causal).__name__} takes no cache, so it cannot be read token by token.")
+
+    def _shares_rollouts(self, cache: SharedCache, ids: Tensor, mask: Tensor) -> bool:
+        """Whether rows that share their prompts get the model's own logits: tried once, on up to 4 rows, unmetered."""
+        if "rollout" not in self.shares:
+            few = torch.linspace(0, len(ids) - 1, min(len(ids), 4), device=ids.device).long()
+            some = cache.chosen(few)
+            plain = self._read_on(some.plain(), ids[few], mask[few])
+            self._try("rollout", lambda: self._read_on(some, ids[few], mask[few]), plain)
+        return self.shares["rollout"]
+
+    def _precision(self) -> torch.dtype:
+        device = self.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.causal.dtype
+
+    def _try(self, what: str, fast: Callable[[], Any], plain: Tensor) -> None:
+        try:
+            self.shares[what] = attention.near(fast(), plain, TOLERANCE[self._precision()])
+            reason = "it does not agree with the model's own attention"
+        except (NotImplementedError, TypeError, RuntimeError, AttributeError) as error:
+            self.shares[what], reason = False, str(error).splitlines()[0].rstrip(".")
+        if not self.shares[what]:
+            warnings.warn(
+                f"Prompts are not shared by their groups to {what} with {type(self.causal).__name__}: {reason}. The "
+                "plain path is used, which takes longer.",
+                stacklevel=2,
+            )
+
+    def read(self, packed: Packed, fast: bool, hidden: bool) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (M, D) before each step and, on the plain path only, the model's own logits (M, V) there.
+
+        On the plain path the hidden states are empty unless `hidden` asks for them.
+        """
+        together = self._line(packed, fast)
+        tokens = int(packed.mask.sum()) if together is None else len(together.ids)
+        self.meter.add(model_evaluations=len(packed.ids), forward=tokens)
+        if torch.is_grad_enabled():
+            self.meter.add(backward=tokens)
+        run = functools.partial(self._run, packed, fast, hidden, together)
+        if self.compiled is None or len(packed.row) == 0:
+            return run()
+        trial = functools.partial(self._tried, packed, fast)
+        return self.compiled.run(self.causal, run, trial, TOLERANCE[self._precision()])
+
+    def _tried(self, packed: Packed, fast: bool) -> Tensor:
+        """Hidden states, or the model's own logits, of a few tokens; unmetered."""
+        found: Any = self._run(_shortened(packed), fast, hidden=False)[0 if fast else 1]
+        return found
+
+    def _run(
+        self, packed: Packed, fast: bool, hidden: bool, together: Line | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `read` answers, from rows side by side or from all of them `together` in one line."""
+        if together is None:
+            ids, mask, positions = packed.ids, packed.mask.long(), self.position_ids(packed.mask)
+            where, own = (packed.row, packed.column), {}
+        else:
+            ids, positions, own = together.ids[None], together.position[None], {"own_attention": together}
+            mask, where = torch.ones_like(ids), (torch.zeros_like(together.at), together.at)
+        arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+        with self._ready(), contextlib.nullcontext() if together is None else attention.taken_over(self.causal):
+            if fast:
+                base = self.causal.base_model
+                return base(ids, **_accepted(base, arguments), **own).last_hidden_state[where], None
+            arguments["output_hidden_states"] = hidden
+            output = self.causal(ids, **_accepted(self.causal, arguments), **own)
+        logits = output.logits[where]
+        return (output.hidden_states[-1][where] if hidden else logits.new_empty(0)), logits
+
+    def _line(self, packed: Packed, fast: bool) -> Line | None:
+        """All rows in one line where that pays and agrees with the plain path, which is tried once, unmetered."""
+        if not self.shares.get("score", attention.can_take(self.causal)):
+            return None
+        together = line(packed)
+        if together is not None and "score" not in self.shares:
+            few = _shortened(packed)
+            short = line(few, worth=1.0)
+            assert short is not None  # the trial shares a prompt, so that the first call takes the path of all others
+            which = 0 if fast else 1
+            with torch.no_grad():
+                plain: Any = self._run(few, fast, hidden=False)[which]
+                self._try("score", lambda: self._run(few, fast, False, short)[which], plain)
+        return together if self.shares.get("score") else None
+
+    @torch.no_grad()
+    def is_fast(self, packed: Packed) -> bool:
+        """Whether hidden states and head give the model's own logits: tried once, on up to 16 tokens, unmetered."""
+        if self.fast is None:
+            length = int(packed.mask[0, :16].sum())
+            column = torch.arange(length, device=self.device)
+            row = torch.zeros_like(column)
+            few = Packed(packed.ids[:1, :length], packed.mask[:1, :length], row, column, column, column)
+            self.fast = self._agrees(few)
+            if not self.fast:
+                warnings.warn(
+                    f"{type(self.causal).__name__} turns hidden states into logits in a way that is not known here; "
+                    "scoring holds all its logits at once, which takes more memory.",
+                    stacklevel=2,
+                )
+        return self.fast
+
+    def _agrees(self, packed: Packed) -> bool:
+        head = head_of(self.causal)
+        if head is None or self.causal.base_model is self.causal:
+            return False
+        plain = self._run(packed, fast=False, hidden=False)[1]
+        assert plain is not None
+        gap = (head(self._run(packed, fast=True, hidden=False)[0]) - plain).abs().max()
+        return bool(gap <= TOLERANCE[self.causal.dtype] * plain.abs().max().clamp(min=1))
+
+    @contextlib.contextmanager
+    def _ready(self) -> Iterator[None]:
+        """No dropout, and for the frozen twin of an adapted model no adapter."""
+        if self.module.training:
+            self.module.eval()
+        model: Any = self.module.model
+        with model.disable_adapter() if self.base_only else contextlib.nullcontext():
+            yield
+
+    def add_value_head(self) -> nn.Linear:
+        """A linear layer on the last hidden state, (D,) -> 1, starting at zero; the one there is, if there is one."""
+        if self.value_head is None:
+            size = self.causal.config.get_text_config().hidden_size
+            dtype = torch.float64 if self.causal.dtype == torch.float64 else torch.float32
+            head = nn.utils.skip_init(nn.Linear, size, 1, device=self.device, dtype=dtype)  # draws no random numbers
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+            self.module.value_head = head
+        assert self.value_head is not None
+        return self.value_head
+
+    def frozen(self) -> CausalNetwork:
+        """A twin that cannot learn: a copy, or for an adapted model its base, on the same weights."""
+        twin = copy.copy(self)
+        twin.can_learn = False
+        if self.adapted:
+            twin.base_only = True
+        else:
+            twin.module = copy.deepcopy(self.module).requires_grad_(False)
+        return twin
+
+    @torch.no_grad()
+    def sync(self, other: CausalNetwork, rate: float) -> None:
+        """Parameters moved to those of `other` by `rate` of the way."""
+        if self.base_only:
+            raise InputError("The reference of an adapted model is its base, which cannot follow the adapter.")
+        own, theirs = dict(self.causal.named_parameters()), dict(other.causal.named_parameters())
+        if own.keys() != theirs.keys():
+            raise InputError("Only models with the same parameters can be synced.")
+        for name, parameter in own.items():
+            parameter.copy_(theirs[name] if rate == 1.0 else parameter.lerp(theirs[name].to(parameter), rate))
+
+    def save(self, folder: str | os.PathLike[str], merged: bool) -> None:
+        """Weights, adapter and value head as safetensors; what is in memory does not change."""
+        from safetensors.torch import save_file
+
+        model: Any = self.module.model
+        if self.adapted and (merged or self.base_only):
+            twin = copy.deepcopy(model)
+            model = twin.unload() if self.base_only else twin.merge_and_unload()
+        with quiet():
+            model.save_pretrained(folder)
+        if self.value_head is not None:
+            tensors = {name: value.detach().contiguous() for name, value in self.value_head.state_dict().items()}
+            save_file(tensors, Path(folder) / "value_head.safetensors")
+
+
+def _accepted(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments that the model's forward names: not every model has positions or can skip logits."""
+    names = inspect.signature(model.forward).parameters
+    always = {"output_hidden_states", "use_cache"}
+    return {name: value for name, value in arguments.items() if name in names or name in always}
+
+
+def _shortened(packed: Packed) -> Packed:
+    """A small trial: the first row that has steps twice, at most 16 tokens of its prompt and 8 more that differ."""
+    row = int(packed.row[0])
+    prompt = int(packed.column[0] - packed.step[0]) + 1
+    ids = packed.ids[row, : min(prompt, 16)]
+    own = packed.ids[packed.mask][:8]
+    pair = torch.stack([torch.cat([ids, own]), torch.cat([ids, own.flip(0)])])
+    step = torch.arange(len(own) + 1, device=ids.device).repeat(2)
+    which = torch.arange(2, device=ids.device).repeat_interleave(len(own) + 1)
+    real = torch.ones_like(pair, dtype=torch.bool)
+    return Packed(pair, real, which, step, len(ids) - 1 + step, torch.zeros_like(step))

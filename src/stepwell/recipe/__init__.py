@@ -1,0 +1,1 @@
+"""A method as data, its card, and where it is found."""

@@ -1,0 +1,84 @@
+"""A method as data: the parts it is made of, which the loop runs and the registry describes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from stepwell.errors import InputError, UnknownName
+from stepwell.objective.gradient import GradientTransform
+from stepwell.objective.term import Objective, Term
+from stepwell.parts import Checked, describe
+from stepwell.planning.base import Planner
+from stepwell.planning.groups import Groups
+from stepwell.steering.guide import RewardGuide
+
+
+@dataclass(frozen=True)
+class Recipe(Checked):
+    """Everything that makes one method another.
+
+    objective: a term or a sum of terms. planner: where a step's rollouts go. epochs: passes over a rollout;
+    minibatches: updates a pass. old: whether log pi_old is the sampler's (`rollout`) or scored anew before the first
+    update (`recomputed`). reference: `start`, the policy as training began; `synced`, replaced by the policy every
+    `sync_every` steps. transforms: what acts on the gradients before the optimiser. sampler: settings of the process
+    while it trains (a stochastic solver, fewer steps); it is evaluated as it was given. guide: what moves the random
+    steps of training rollouts towards reward; stored log-probabilities are then those of the guided law.
+    """
+
+    objective: Term | Objective
+    planner: Planner = field(default_factory=Groups)
+    epochs: int = 1
+    minibatches: int = 1
+    old: Literal["rollout", "recomputed"] = "rollout"
+    reference: Literal["start", "synced"] = "start"
+    sync_every: int = 1
+    transforms: tuple[GradientTransform, ...] = ()
+    sampler: Mapping[str, Any] = field(default_factory=dict)
+    guide: RewardGuide | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for term in self.objective.terms if isinstance(self.objective, Objective) else (self.objective,):
+            if not isinstance(term, Term):
+                raise InputError(f"The objective of a recipe is {term!r:.60}; a Term, such as Policy(), is right.")
+        if self.epochs < 1 or self.minibatches < 1 or self.sync_every < 1:
+            raise InputError(f"There are {self.epochs} epochs of {self.minibatches} minibatches; 1 or more is right.")
+
+    @property
+    def whole(self) -> Objective:
+        """The objective as a sum, even of one term."""
+        return self.objective if isinstance(self.objective, Objective) else Objective((self.objective,))
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with other parts: fields of the recipe, or of its (first) term, by name.
+
+        Raises UnknownName for a name that is neither.
+        """
+        own = {entry.name for entry in dataclasses.fields(self)}
+        terms = self.whole.terms
+        inner = {entry.name for entry in dataclasses.fields(terms[0])}  # type: ignore[arg-type]
+        for name in changes:
+            if name not in own | inner:
+                raise UnknownName("part", name, own | inner)
+        first = {name: changes.pop(name) for name in list(changes) if name not in own}
+        if first:
+            term = dataclasses.replace(terms[0], **first)  # type: ignore[type-var]
+            changes["objective"] = term if len(terms) == 1 else Objective((term, *terms[1:]))
+        return dataclasses.replace(self, **changes)
+
+    def parts(self) -> list[str]:
+        """The parts in words, as cards print them: settings that differ from the defaults."""
+        words = [describe(term) for term in self.whole.terms] + [describe(self.planner)]
+        words += [describe(transform) for transform in self.transforms]
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if entry.name == "sampler":
+                words += [f"{name}={describe(setting)}" for name, setting in value.items()]
+            elif isinstance(value, RewardGuide):
+                words.append(describe(value))
+            elif entry.name not in ("objective", "planner", "transforms") and value != entry.default:
+                words.append(f"{entry.name}={value}")
+        return words

@@ -1,0 +1,32 @@
+"""Where a user's own code is: the code of a function that builds, and the line at which a file failed."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from stepwell.errors import InputError
+
+
+def code_of(build: Callable[..., Any]) -> CodeType:
+    """The code of a function that builds, behind `functools.partial` and decorators; of a class, that of its maker."""
+    inner = inspect.unwrap(build.func if isinstance(build, functools.partial) else build)
+    found: CodeType | None = getattr(inner, "__code__", None) or getattr(inner.__init__, "__code__", None)
+    if found is None:
+        raise InputError(f"A method is built by a function, not by {build!r:.60}.")
+    return found
+
+
+def line_in(error: BaseException, path: Path) -> str:
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f" at line {error.lineno}"
+    trace, line = error.__traceback__, ""
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = f" at line {trace.tb_lineno}"
+        trace = trace.tb_next
+    return line

@@ -1,0 +1,1 @@
+"""From requests to trajectories: one loop draws from every process."""

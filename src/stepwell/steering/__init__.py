@@ -1,0 +1,1 @@
+"""Better samples without training: what moves or weighs samples while they are drawn."""

@@ -1,0 +1,1 @@
+"""What methods are compared on: a start, prompts, rewards and a held-out measure."""

@@ -1,0 +1,1 @@
+"""Drawing digits with a flow, judged by a classifier."""

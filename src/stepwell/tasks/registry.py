@@ -1,0 +1,152 @@
+"""Tasks: a process to start from, prompts to learn on, held-out prompts to be judged by, and a reward."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from stepwell.errors import InputError, UnknownName
+from stepwell.figures.pictures import described
+from stepwell.process.base import Process
+from stepwell.recipe.card import check_options
+from stepwell.reward.mixing import Rewards
+from stepwell.sampling.rollout import Prompt
+
+Measure = Callable[[list[Prompt], list[Any]], float]
+"""measure(prompts, samples): one number for a set of samples, with the prompt that each of them answers."""
+
+
+def plainly(prompt: Prompt, completion: Any) -> str:
+    """A completion as it is, the content of its chat message, a conversation line by line, or a tensor in a few words.
+
+    Example:
+        >>> said = [{"role": "assistant", "content": "?c"}, {"role": "user", "content": ":7"}]
+        >>> plainly(Prompt(0, None), said[:1]), plainly(Prompt(0, None), said)
+        ('?c', 'assistant: ?c\\nuser: :7')
+    """
+    if isinstance(completion, Tensor):
+        return str(described(completion))
+    if isinstance(completion, list) and completion and all(isinstance(message, Mapping) for message in completion):
+        if len(completion) == 1:
+            return str(completion[0].get("content"))
+        return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in completion)
+    return str(completion)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What methods are compared on.
+
+    `process()` gives a fresh process each time, always from the same start. The score of a completion is its reward,
+    and `unit` says what that counts (of `solved`, a mean of 0.4 reads 40 %). No prompt is in both `prompts` and
+    `evaluation`, except with `same_prompts`: a generator of few classes has no others to hold out, and is judged on
+    samples from random numbers that training does not draw; the report says so. `settings` are the training settings
+    that fit the task, by field of `stepwell.training.settings`; `show(prompt, completion)` is how a report prints a
+    completion that is no image. `threads`: how many the processor should use, where the model is so small that more of
+    them only wait for each other.
+
+    `measures`: further numbers of the held-out samples, taken of those from before and from after each trial's
+    training, by a name that says which way is better where one is. `figure(start, ends)` draws the report's picture of
+    the whole comparison as an `<svg>` (see `stepwell.figures.charts.svg`): of the start's samples, a list, and of each
+    method's by its label, all of the first seed; `caption` says what is to be seen there. Both get the samples that the
+    reward gets.
+    """
+
+    name: str
+    title: str
+    description: str
+    process: Callable[[], Process]
+    prompts: list[Prompt]
+    evaluation: list[Prompt]
+    rewards: Rewards
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    show: Callable[[Prompt, Any], str] = plainly
+    unit: str = "reward"
+    threads: int | None = None
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+    figure: Callable[[list[Any], dict[str, list[Any]]], str] | None = None
+    caption: str = ""
+    same_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        for kind, prompts in (("prompts", self.prompts), ("evaluation", self.evaluation)):
+            if not prompts:
+                raise InputError(f"Task '{self.name}' has no {kind}; at least one prompt is needed there.")
+        if self.same_prompts:
+            return
+        held_out = {repr(prompt.value) for prompt in self.evaluation}
+        for prompt in self.prompts:
+            if repr(prompt.value) in held_out:
+                raise InputError(f"Task '{self.name}' trains on the held-out prompt {prompt.value!r}; keep them apart.")
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """A task that can be built: its name, one line about it, and the function that builds it."""
+
+    name: str
+    summary: str
+    build: Callable[..., Task]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The task's options with their defaults."""
+        return {name: parameter.default for name, parameter in inspect.signature(self.build).parameters.items()}
+
+
+_TASKS: dict[str, TaskEntry] = {}
+
+
+def task(name: str) -> Callable[[Callable[..., Task]], Callable[..., Task]]:
+    """Register a function that builds a `Task`; its parameters are the task's options and all have defaults.
+
+    A user's own task registers in the user's own file in the same way. The first line of the docstring is what a
+    listing shows. Raises `InputError` for a name that another file has taken.
+    """
+
+    def register(build: Callable[..., Task]) -> Callable[..., Task]:
+        taken = _TASKS.get(name)
+        if taken is not None and taken.build.__code__.co_filename != build.__code__.co_filename:
+            raise InputError(f"There is a task '{name}' already; give yours another name.")
+        for option, parameter in inspect.signature(build).parameters.items():
+            if parameter.default is inspect.Parameter.empty:
+                raise InputError(f"Option '{option}' of task '{name}' has no default; every option needs one.")
+        summary = (inspect.getdoc(build) or "").split("\n", 1)[0]
+        _TASKS[name] = TaskEntry(name, summary, build)
+        return build
+
+    return register
+
+
+def forget_task(name: str) -> None:
+    """Take a task out of the registry."""
+    _TASKS.pop(name, None)
+
+
+def tasks() -> list[TaskEntry]:
+    """All tasks, sorted by name: those that come with Stepwell and those registered since."""
+    for own in ("countdown", "digits.task", "mixture", "tools"):
+        importlib.import_module(f"stepwell.tasks.{own}")
+    return [_TASKS[name] for name in sorted(_TASKS)]
+
+
+def source_of(name: str) -> str:
+    """The file of a registered task that a user wrote, or `stepwell`."""
+    build = next(entry.build for entry in tasks() if entry.name == name)
+    return "stepwell" if build.__module__.startswith("stepwell.") else build.__code__.co_filename
+
+
+def get_task(name: str, **options: Any) -> Task:
+    """Build a task by name. Raises `UnknownName`, with the nearest one, for an unknown task or option, and
+    `InputError` for an option of another kind than its default.
+    """
+    known = {entry.name: entry for entry in tasks()}
+    if name not in known:
+        raise UnknownName("task", name, known)
+    check_options(f"task {name}", options, known[name].build)
+    return known[name].build(**options)

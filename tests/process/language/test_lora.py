@@ -1,0 +1,130 @@
+"""An adapted model: only the adapter learns, its reference is the base on the same weights, and merging keeps it."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stepwell.errors import InputError
+from stepwell.process.language.process import Language, language
+from stepwell.rng import Rng
+from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.trajectories import Trajectories
+
+Build = Callable[..., Language]
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"], "lora_dropout": 0.3}
+
+
+def drawn(process: Language) -> Trajectories:
+    requests = [Request(Prompt(0, "a b c"), 5), Request(Prompt(1, "d"), 5)]
+    return rollout(process, requests, Rng(0)).trajectories
+
+
+def scored(process: Language, rows: Trajectories) -> torch.Tensor:
+    with torch.no_grad():
+        return process.score(rows).log_prob
+
+
+def one_step(process: Language, rows: Trajectories) -> None:
+    """A large step of plain gradient ascent on whatever learns."""
+    learning = [p for p in process.module.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(learning, 0.05)
+    (process.score(rows, {"kl"})["kl"].sum() - process.score(rows).log_prob.sum()).backward()
+    optimiser.step()
+
+
+def test_the_reference_is_the_base_and_the_ratio_starts_at_one(small_language: Build) -> None:
+    base, process = small_language("llama"), small_language("llama", lora=LORA)
+    process.reference = process.frozen()
+    assert all("lora" in name for name, p in process.module.named_parameters() if p.requires_grad)
+    rows = drawn(base)
+    for _ in range(3):
+        one_step(process, rows)
+    assert all("lora" in name for name, p in process.module.named_parameters() if p.requires_grad)
+    own = drawn(process)
+    assert float((scored(process, own) - own.log_prob).abs().max()) <= 1e-5
+    assert float((scored(process, rows) - rows.log_prob).abs().max()) > 0.05
+    assert torch.equal(scored(process.reference, rows), scored(base, rows))
+    assert process.network.fast
+    assert process.reference.module is process.module
+    assert torch.equal(drawn(process.reference).action, drawn(base).action)
+    with pytest.raises(InputError, match="cannot follow"):
+        process.reference.sync(process)
+
+
+def test_the_gradient_through_kl_is_that_of_the_plain_path(small_language: Build) -> None:
+    process = small_language("llama", lora=LORA, dtype="float64")
+    process.reference = process.frozen()
+    rows, gradients = drawn(process), []
+    one_step(process, rows)
+    for fast in (True, False):
+        process.network.fast = process.reference.network.fast = fast
+        process.module.zero_grad()
+        process.score(rows, {"kl"})["kl"].sum().backward()
+        gradients.append({name: p.grad for name, p in process.module.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert max(float(g.abs().max()) for g in gradients[0].values()) > 1e-3
+    for name, gradient in gradients[0].items():
+        assert float((gradient - gradients[1][name]).abs().max()) <= 1e-10
+
+
+def test_the_merged_model_loads_and_the_one_in_training_is_untouched(small_language: Build, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    process = small_language("llama", lora=LORA)
+    process.reference = process.frozen()
+    one_step(process, drawn(process))
+    rows, before = drawn(process), {name: p.clone() for name, p in process.module.named_parameters()}
+    process.save(tmp_path / "merged")
+    process.save(tmp_path / "adapter", merged=False)
+    process.reference.save(tmp_path / "base")
+    assert all(torch.equal(p, before[name]) for name, p in process.module.named_parameters())
+    merged = language(tmp_path / "merged", device="cpu", max_new_tokens=10)
+    assert torch.allclose(scored(merged, rows), rows.log_prob, atol=1e-4)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again = language(PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload(), process.tokenizer)
+    assert torch.allclose(scored(again, rows), rows.log_prob, atol=1e-4)
+
+
+def test_an_adapted_head_takes_the_plain_path(small_language: Build) -> None:
+    options = {"r": 2, "target_modules": ["lm_head"]}
+    process = small_language("llama", lora=options, dtype="float64")
+    rows = drawn(process)
+    with pytest.warns(UserWarning, match="not known here"):
+        one_step_score = process.score(rows).log_prob
+    assert torch.allclose(one_step_score.detach(), rows.log_prob, atol=1e-10)
+    one_step_score.sum().backward()
+
+
+def test_the_adapters_start_uses_no_global_randomness(small_language: Build) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = small_language("llama", lora=LORA)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    again = small_language("llama", lora=LORA)
+    pairs = zip(first.module.parameters(), again.module.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_bad_adapters(small_language: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="do not fit this model"):
+        small_language("llama", lora={"rank": 4})
+    with pytest.raises(InputError, match="do not fit this model"):
+        small_language("llama", lora={"target_modules": ["nothing"]})
+    honest = builtins.__import__
+
+    def without_peft(name: str, *rest: Any, **more: Any) -> Any:
+        if name == "peft":
+            raise ImportError(name)
+        return honest(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without_peft)
+    with pytest.raises(InputError, match=r"stepwell\[lora\]"):
+        small_language("llama", lora=LORA)
