@@ -15,4 +15,6 @@ class LateVines(Vines):
     def plan(self, step, so_far, prompts):
         if so_far is None:
             return super().plan(step, so_far, prompts)
-        return [dataclasses.replace(r, start=(r.start[0], r.start[1] + 1)) for r in super().plan(step, so_far, prompts)]
+        return [
+            dataclasses.replace(r, start=(r.start.row, r.start.step + 1)) for r in super().plan(step, so_far, prompts)
+        ]

@@ -9,7 +9,8 @@ from stepwell.columns import Columns
 from stepwell.errors import InputError
 from stepwell.process.exact.table import markov
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import STEP_FIELDS, concatenate, count, edges, make, pad_steps, to_tensors
 
 

@@ -15,8 +15,8 @@ _HOMES = {
     "Meter": "stepwell.meter",
     "Budget": "stepwell.meter",
     "StepwellError": "stepwell.errors",
-    "Request": "stepwell.sampling.rollout",
-    "Prompt": "stepwell.sampling.rollout",
+    "Request": "stepwell.sampling.request",
+    "Prompt": "stepwell.sampling.request",
     "rollout": "stepwell.sampling.rollout",
     "Recipe": "stepwell.recipe.recipe",
     "Rewards": "stepwell.reward.mixing",
@@ -55,8 +55,8 @@ if TYPE_CHECKING:
     from stepwell.reward.mixing import Rewards as Rewards
     from stepwell.rng import Replay as Replay
     from stepwell.rng import Rng as Rng
-    from stepwell.sampling.rollout import Prompt as Prompt
-    from stepwell.sampling.rollout import Request as Request
+    from stepwell.sampling.request import Prompt as Prompt
+    from stepwell.sampling.request import Request as Request
     from stepwell.sampling.rollout import rollout as rollout
 
 __all__ = sorted([*_HOMES, *_ROOMS])

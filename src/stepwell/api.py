@@ -15,15 +15,14 @@ from stepwell.data.prompts import load_prompts
 from stepwell.errors import InputError, StepwellError, UnknownName
 from stepwell.meter import Budget, Cost
 from stepwell.methods import catalogue
-from stepwell.process.base import Process, Samples, ability
-from stepwell.process.flow.process import Flow
-from stepwell.process.language.process import Language
-from stepwell.process.pipeline.text import TextEncoder
+from stepwell.process.abilities import Redrawn, ability
+from stepwell.process.base import Process, Samples, check_process
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
 from stepwell.sampling.export import write_samples
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.solver.table import TABLES, Table
 from stepwell.training import loop
 from stepwell.training.settings import Settings
@@ -54,12 +53,14 @@ def train(
     evaluation: Any = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
     resume: bool = False,
+    teacher: Process | None = None,
     **settings: Any,
 ) -> loop.Run:
     """Train a process from rewards with a method, by id or as a recipe.
 
     `prompts` and `evaluation` are whatever `load_prompts` takes; for flows they may be any values that the flow is told
-    (class numbers, None), and rows of data without prompts. `options` are the method's; every other keyword is a field
+    (class numbers, None), and rows of data without prompts. `options` are the method's; `teacher` is the process that
+    distillation learns from; every other keyword is a field
     of `Settings` (steps, budget, learning_rate, group_size, ...).
 
     Example:
@@ -72,8 +73,7 @@ def train(
         2
     """
     given = settings_from(**settings)
-    if not isinstance(getattr(process, "module", None), torch.nn.Module):
-        raise InputError(f"What is trained is a process, such as language(FOLDER), not {process!r:.60}.")
+    check_process(process, "What is trained")
     if bool(given.evaluate_every) != (evaluation is not None):
         raise InputError("Evaluation needs both `evaluation` (what on) and `evaluate_every` (how often).")
     if not isinstance(method, str | Recipe):
@@ -83,7 +83,7 @@ def train(
     recipe, config = method, {"method": "a recipe", "options": dict(options or {})}
     if isinstance(method, str):
         card = catalogue.get(method)
-        catalogue.check_room(card, catalogue.room_of(process))
+        catalogue.check_kind(card, process.kind)
         recipe, config = card.recipe(**(options or {})), config | {"method": method, "card": card.as_dict()}
     assert isinstance(recipe, Recipe)
     rewards = reward if isinstance(reward, Rewards) else Rewards(reward)
@@ -98,6 +98,7 @@ def train(
         on_step=on_step,
         resume=resume,
         config=config,
+        teacher=teacher,
     )
 
 
@@ -139,10 +140,9 @@ def sample(
         (3, 15, True)
     """
     check_amounts(n, seed, rows_at_once)
-    if not hasattr(process, "propose"):
-        raise InputError(f"What is sampled is a process, such as flow(f, shape=(2,)), not {process!r:.60}.")
+    check_process(process, "What is sampled")
     if law:
-        process = ability(process, "with_sampler", "Drawing otherwise")(**law)
+        process = ability(process, Redrawn, "Drawing otherwise").with_sampler(**law)
     asked = prompts_for(process, [None] if prompts is None else prompts)
     most = rows_at_once or n
     pieces = [(prompt, min(most, n - begin)) for prompt in asked for begin in range(0, n, most)]
@@ -154,7 +154,8 @@ def sample(
             raise InputError(
                 f"A sample of prompt {prompt.id} ({prompt.value!r:.60}) is not finite; the states diverged."
             )
-    return CostedSamples(drawn.samples.values, drawn.samples.columns, [prompt.value for prompt in drawn.prompts], cost)
+    prompts = [prompt.value for prompt in drawn.prompts]
+    return CostedSamples(drawn.samples.values, drawn.samples.columns, prompts=prompts, cost=cost)
 
 
 def check_amounts(n: int, seed: int, rows_at_once: int | None = None) -> None:
@@ -168,7 +169,7 @@ def check_amounts(n: int, seed: int, rows_at_once: int | None = None) -> None:
 
 def prompts_for(process: Process, source: Any, column: str = "prompt") -> list[Prompt]:
     """The prompts that `source` holds (`load_prompts`), each of which this process can read (`check_prompts`)."""
-    prompts = load_prompts(source, column, anything=catalogue.room_of(process) != "language")
+    prompts = load_prompts(source, column, anything=process.any_prompt)
     check_prompts(process, prompts, f"{source}" if isinstance(source, str | os.PathLike) else "The list of prompts")
     return prompts
 
@@ -177,28 +178,9 @@ def check_prompts(process: Process, prompts: Sequence[Prompt], place: str) -> No
     """Raise `InputError`, naming the row, for a prompt that the process cannot read: it would end a run hours later."""
     for row, prompt in enumerate(prompts):
         try:
-            if isinstance(process, Language):
-                process.encoder(prompt.value)
-            elif isinstance(process, Flow) and process.encode is not None:
-                _read(process, prompt.value)
+            process.check_prompt(prompt.value)
         except StepwellError as error:
             raise InputError(f"{place}, row {row}: {error}") from error
-
-
-@torch.no_grad()
-def _read(flow: Flow, prompt: Any) -> None:
-    """Raise unless the flow can be told this prompt; text encoders are slow, so that they are not asked yet."""
-    if isinstance(flow.encode, TextEncoder):
-        if not isinstance(prompt, str):
-            raise InputError(f"The prompt {prompt!r:.60} is not a text, which is what a pipeline draws from.")
-        return
-    try:
-        flow.condition([prompt])
-    except StepwellError:
-        raise
-    except Exception as error:
-        said = " ".join(str(error).split())
-        raise InputError(f"The flow's encode cannot read {prompt!r:.60}: {type(error).__name__}: {said}") from error
 
 
 def solvers() -> dict[str, Table]:

@@ -292,18 +292,3 @@ def parts_of(part: Any) -> Iterator[Any]:
 def declared(part: Any, what: str) -> frozenset[str]:
     """The union of `needs`, `reads` or `present` over a part and all parts inside it."""
     return frozenset().union(*(getattr(piece, what, frozenset()) for piece in parts_of(part)))
-
-
-def describe(part: Any) -> str:
-    """A part as the reader of a card would write it: its name and the settings that differ from the defaults."""
-    if isinstance(part, tuple | list):
-        return "(" + ", ".join(describe(item) for item in part) + ("," if len(part) == 1 else "") + ")"
-    if not dataclasses.is_dataclass(part) or isinstance(part, type):
-        return getattr(part, "__name__", None) or repr(part)
-    settings = []
-    for entry in dataclasses.fields(part):
-        value = getattr(part, entry.name)
-        default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
-        if not (value is default or (type(value) is type(default) and value == default)):
-            settings.append(f"{entry.name}={describe(value)}")
-    return f"{type(part).__name__}({', '.join(settings)})"

@@ -36,6 +36,8 @@ class Trajectories:
     condition                what the process needs to score the rows (prompt tokens, classes, ...), left-padded
     segment (N, T)           token -> sentence, step, turn
     reward (N,), rewards (N, K), step_reward (N, T)
+    final_value (N,)         value of each row's last state, where it was cut although more would have come; else 0
+    observed (N, T, *O)      what the policy saw before each step, where actions do not determine it
     old_log_prob, reference_log_prob, value, entropy (N, T)   scored before the update, where a method needs it
     points                   what a term drew at random for each row, and what was scored there before the update
     info                     (N,) or (N, T, ...) entries that a method declared
@@ -57,6 +59,8 @@ class Trajectories:
     reward: Tensor | None = None
     rewards: Tensor | None = None
     step_reward: Tensor | None = None
+    final_value: Tensor | None = None
+    observed: Tensor | None = None
     old_log_prob: Tensor | None = None
     reference_log_prob: Tensor | None = None
     value: Tensor | None = None
@@ -85,7 +89,9 @@ class Trajectories:
 
 
 FIELDS = tuple(Trajectories.__annotations__)
-STEP_FIELDS = "action log_prob mask node segment step_reward old_log_prob reference_log_prob value entropy".split()
+STEP_FIELDS = (
+    "action log_prob mask node segment step_reward observed old_log_prob reference_log_prob value entropy".split()
+)
 
 
 def make(action: Tensor, log_prob: Tensor, mask: Tensor, **fields: Any) -> Trajectories:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import math
@@ -130,3 +131,18 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # tensors and numpy's arrays and numbers
         return _plain(value.tolist())
     return str(value)
+
+
+def describe(thing: Any) -> str:
+    """A dataclass as the reader of a card would write it: its name and the settings that differ from the defaults."""
+    if isinstance(thing, tuple | list):
+        return "(" + ", ".join(describe(item) for item in thing) + ("," if len(thing) == 1 else "") + ")"
+    if not dataclasses.is_dataclass(thing) or isinstance(thing, type):
+        return getattr(thing, "__name__", None) or repr(thing)
+    settings = []
+    for entry in dataclasses.fields(thing):
+        value = getattr(thing, entry.name)
+        default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+        if not (value is default or (type(value) is type(default) and value == default)):
+            settings.append(f"{entry.name}={describe(value)}")
+    return f"{type(thing).__name__}({', '.join(settings)})"

@@ -11,7 +11,8 @@ from stepwell.check import expectation, law, outcomes, unbiased
 from stepwell.errors import InputError, LawBroken, Unenumerable
 from stepwell.process.exact.table import markov
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 
 COIN = torch.tensor([0.25])
 WEIGHTS = torch.tensor([0.5, 0.15, 0.35], dtype=torch.float64)

@@ -390,7 +390,7 @@ TASK = '''
 import stepwell as sw
 from stepwell.tasks.registry import Task, task
 from stepwell.reward.mixing import Rewards
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 
 def longer(completions, **columns):
     return [float(len(text)) for text in completions]

@@ -4,7 +4,7 @@ import pytest
 
 from stepwell.process.exact.table import markov
 from stepwell.reward.mixing import Rewards
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 from stepwell.tasks.registry import Task
 
 

@@ -11,7 +11,7 @@ from stepwell.comparison.run import compare
 from stepwell.comparison.specs import parse_specs
 from stepwell.errors import InputError, UnknownName
 from stepwell.meter import Budget, Cost
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 from stepwell.tasks.registry import Task, forget_task, get_task, task, tasks
 
 

@@ -31,7 +31,8 @@ from stepwell.process.base import Samples
 from stepwell.process.flow.process import flow
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.mixing import Rewards
-from stepwell.sampling.rollout import Drawn, Prompt
+from stepwell.sampling.record import Drawn
+from stepwell.sampling.request import Prompt
 from stepwell.tasks.registry import Task, tasks
 from stepwell.training.log import read_lines
 from stepwell.trajectories import make

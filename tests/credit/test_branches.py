@@ -15,7 +15,8 @@ from stepwell.objective.reduction import Reduction
 from stepwell.parts import Batch
 from stepwell.process.exact.table import markov
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import concatenate, count, make
 
 

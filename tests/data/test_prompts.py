@@ -8,7 +8,7 @@ import pytest
 
 from stepwell.data.prompts import RESERVED, load_prompts
 from stepwell.errors import InputError
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 
 CHAT = [{"role": "user", "content": "2 + 2 ="}]
 ROWS = [{"prompt": "1 + 1 =", "answer": "2"}, {"prompt": "1,5 + \u2028\n1 =", "answer": "2,5"}]

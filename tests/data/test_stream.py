@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stepwell.data.stream import PromptStream
 from stepwell.errors import CheckpointError, InputError
 from stepwell.rng import Replay, Rng
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 
 counts = st.lists(st.integers(1, 9), min_size=1, max_size=8)
 

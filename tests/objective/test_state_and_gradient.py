@@ -22,12 +22,13 @@ from stepwell.objective.state import AdaptiveCoefficient, LogPartition, Multipli
 from stepwell.objective.surrogate import Score
 from stepwell.objective.term import Objective, Term
 from stepwell.objective.value import ValueLoss
-from stepwell.parts import Batch, Part, describe
+from stepwell.parts import Batch, Part
 from stepwell.process.base import Scores
 from stepwell.process.exact.table import markov
 from stepwell.recipe.recipe import Recipe
 from stepwell.rng import Rng
 from stepwell.trajectories import count
+from stepwell.writing import describe
 
 # states
 

@@ -17,7 +17,7 @@ from stepwell.process.exact.table import markov
 from stepwell.process.flow.process import Flow, flow
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 from stepwell.training.collect import collect
 from stepwell.trajectories import edges
 
@@ -266,7 +266,7 @@ def test_a_planted_tree_whose_branches_keep_the_step_has_leaves_that_are_the_sam
             requests = super().plan(step, so_far, prompts)
             if so_far is None:
                 return requests
-            return [replace(request, start=(request.start[0], request.start[1] + 1)) for request in requests]
+            return [replace(request, start=(request.start.row, request.start.step + 1)) for request in requests]
 
     _, cov = covariance(Late(1, 2, steps=STEPS - 1, begin=1))
     assert float(cov[0, 1]) == pytest.approx(float(cov[0, 0]), abs=1e-12)
@@ -338,10 +338,10 @@ def next_parents(planner):
             def plan(self, step, so_far, prompts):
                 nonlocal rows
                 asked = super().plan(step, so_far, prompts)
-                if so_far is not None and asked and int(asked[0].start[1]) > 1:
-                    place = int(asked[0].start[1]) - 1
+                if so_far is not None and asked and int(asked[0].start.step) > 1:
+                    place = int(asked[0].start.step) - 1
                     layer = (so_far.length == place + 1).nonzero()[:, 0].tolist()
-                    chosen = layer.index(asked[0].start[0])
+                    chosen = layer.index(asked[0].start.row)
                     requests.append((chosen, so_far.reward[layer].argmax().item()))
                 return asked
 

@@ -11,7 +11,8 @@ from stepwell.errors import InputError
 from stepwell.planning.demonstrations import Demonstrated
 from stepwell.process.exact.table import markov
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Completion, Prompt, Request, rollout
+from stepwell.sampling.request import Completion, Prompt, Request
+from stepwell.sampling.rollout import rollout
 
 WRITTEN = [(1, 2, 0), (2, 2, 2, 0)]
 PROMPTS = [Prompt(i, i, {"demonstration": text}) for i, text in enumerate(WRITTEN)]

@@ -18,7 +18,8 @@ from stepwell.planning.base import Planner
 from stepwell.planning.groups import DynamicSampling, Groups, WeightedPrompts
 from stepwell.process.exact.table import TabularLanguage
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, rollout
+from stepwell.sampling.request import Prompt
+from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import concatenate, make
 
 

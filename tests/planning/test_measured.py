@@ -17,7 +17,7 @@ from stepwell.planning.trees import SegmentTree
 from stepwell.process.exact.table import markov
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 from stepwell.training.collect import collect
 from stepwell.trajectories import edges
 

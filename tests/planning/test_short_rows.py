@@ -18,7 +18,7 @@ from stepwell.planning.windows import Backward
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 from stepwell.training.collect import collect
 
 PLANS = {

@@ -16,7 +16,7 @@ from stepwell.planning.windows import Backward, Tail, Windows
 from stepwell.process.flow.process import Flow, flow
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 from stepwell.training.collect import collect
 
 

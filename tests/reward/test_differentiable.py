@@ -11,7 +11,8 @@ from stepwell.process.base import Samples
 from stepwell.reward.differentiable import Judge
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Drawn, Prompt
+from stepwell.sampling.record import Drawn
+from stepwell.sampling.request import Prompt
 from stepwell.trajectories import make
 
 PROMPTS = [Prompt(10, "red", {"target": 1.0}), Prompt(20, "blue", {"target": -2.0})]

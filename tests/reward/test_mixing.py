@@ -13,7 +13,8 @@ from stepwell.meter import Meter
 from stepwell.process.base import Samples
 from stepwell.reward.mixing import Rewards
 from stepwell.reward.verifiers import ExactMatch, exact_match
-from stepwell.sampling.rollout import Drawn, Prompt
+from stepwell.sampling.record import Drawn
+from stepwell.sampling.request import Prompt
 from stepwell.trajectories import make
 
 

@@ -13,7 +13,8 @@ from stepwell.meter import Meter
 from stepwell.process.base import Samples
 from stepwell.process.exact.table import markov
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, Snapshot, rollout
+from stepwell.sampling.request import Prompt, Request, Snapshot
+from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import edges
 
 MODEL = markov(symbols=2, length=3, prompts=2, seed=1)

@@ -24,7 +24,8 @@ from stepwell.process.exact.table import markov
 from stepwell.process.flow.process import Flow, flow
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.training.collect import collect
 
 MODEL = markov(symbols=2, length=3, prompts=2, end=False, seed=1)
@@ -319,7 +320,7 @@ ROWS = textwrap.dedent(
     from stepwell.process.flow.process import flow
     from stepwell.reward.mixing import Rewards
     from stepwell.rng import Rng
-    from stepwell.sampling.rollout import Prompt
+    from stepwell.sampling.request import Prompt
     from stepwell.training.collect import collect
     from stepwell.training.distribute import World
 

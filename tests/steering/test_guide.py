@@ -22,7 +22,8 @@ from stepwell.process.flow.process import Flow, flow
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.steering.guide import RewardGuide
 from stepwell.training.collect import collect
 

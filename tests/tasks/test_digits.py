@@ -16,7 +16,8 @@ from stepwell.objective.reduction import Reduction
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.differentiable import Judge
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.tasks.digits import models as digits_model
 from stepwell.tasks.digits.models import (
     CLASSES,

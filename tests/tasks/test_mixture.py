@@ -22,7 +22,8 @@ from stepwell.process.exact.distance import sampling_floor, sliced_wasserstein
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.differentiable import Judge
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.solver.path import Linear
 from stepwell.tasks.mixture import (
     SETTINGS,

@@ -6,7 +6,8 @@ import torch
 from stepwell.errors import InputError
 from stepwell.process.language.process import language
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.tasks.registry import get_task
 from stepwell.tasks.tools import (
     CHARACTERS,

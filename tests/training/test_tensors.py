@@ -19,7 +19,7 @@ from stepwell.process.base import Samples
 from stepwell.process.flow.process import flow
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.mixing import Rewards
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 from stepwell.training import resume as saved
 from stepwell.training.log import RunLog, read_lines
 from stepwell.training.loop import train

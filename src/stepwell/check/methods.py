@@ -16,41 +16,42 @@ from stepwell.errors import LawBroken, StepwellError
 from stepwell.meter import Meter
 from stepwell.parts import Batch
 from stepwell.process.exact.table import markov
-from stepwell.process.flow.process import Flow, flow
+from stepwell.process.flow.process import flow
+from stepwell.process.models import Models
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.differentiable import Judge
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.training.collect import collect, fill
 from stepwell.training.settings import Settings, with_settings
 from stepwell.training.update import accumulate, score_in_pieces
-from stepwell.trajectories import Counts, Trajectories, count, pad_steps
+from stepwell.trajectories import Trajectories, count, pad_steps
 
 TOLERANCE = 1e-9
 """The largest deviation allowed, in float64: sums of a few hundred terms of order one, in another order."""
 
 
-def bench(recipe: Recipe, room: str = "language") -> tuple[Any, Trajectories]:
+def bench(recipe: Recipe, kind: str = "language") -> tuple[Models, Trajectories]:
     """A small process, and rows that an earlier version of it drew: real rewards, all fields filled.
 
     For flows a two-dimensional one that the recipe's own planner draws from under its own law; else a tabular model
     with ragged groups.
     """
-    if room == "flow":
+    if kind == "flow":
         return _flow_bench(recipe)
-    process = markov(symbols=4, length=6, prompts=4, seed=7)
-    process.add_value_head()
+    process = markov(symbols=4, length=6, prompts=4, seed=7).with_value_head()
     process.module.get_parameter("value").data.copy_(Rng(8).normal(4, process.contexts, dtype=torch.float64))
-    process.reference, process.teacher = process.frozen(), markov(symbols=4, length=6, prompts=4, seed=12)
+    models = Models(process, process.frozen(), markov(symbols=4, length=6, prompts=4, seed=12))
     requests = [Request(Prompt(prompt, prompt), size) for prompt, size in enumerate((5, 2, 4, 3))]
     drawn = rollout(process, requests, Rng(9))
     count_, steps = drawn.trajectories.mask.shape
     rng = Rng(10)
     noise = rng.normal(count_, steps, dtype=torch.float64) * drawn.trajectories.mask
     rows = drawn.trajectories.replace(reward=Rng(19).normal(count_, dtype=torch.float64))
-    rows = recipe.whole.draw(rows, process, rng.split("points"))
-    rows = fill(process, rows, {"old_log_prob", *recipe.whole.reads}, tokens=None)
+    rows = recipe.whole.draw(rows, models, rng.split("points"))
+    rows = fill(models, rows, {"old_log_prob", *recipe.whole.reads}, tokens=None)
     rows = rows.replace(
         log_prob=rows.log_prob + 0.05 * noise,  # the sampler is not quite the old policy
         segment=(torch.arange(steps) // 2).expand(count_, steps).contiguous(),
@@ -60,7 +61,7 @@ def bench(recipe: Recipe, room: str = "language") -> tuple[Any, Trajectories]:
     )
     moved = process.logits + 0.3 * rng.normal(*process.logits.shape, dtype=torch.float64)
     process.logits.data.copy_(moved)  # and the present policy is far enough for clips to bite
-    return process, rows
+    return models, rows
 
 
 def _tensors(rows: Trajectories) -> dict[str, Any]:
@@ -102,18 +103,18 @@ def nearness(completions: Sequence[Tensor]) -> Tensor:
 FLOW_PROMPTS = [Prompt(number, number) for number in range(3)]
 
 
-def _flow_bench(recipe: Recipe) -> tuple[Flow, Trajectories]:
+def _flow_bench(recipe: Recipe) -> tuple[Models, Trajectories]:
     process = flow(_Velocity(), (2,), encode="label").with_sampler(**recipe.sampler)
-    process.reference = process.frozen()
+    models = Models(process, process.frozen())
     _move(process, 0.1)
     stream = PromptStream(FLOW_PROMPTS, Rng(9).split("prompts"), shuffle=False)
     planner = with_settings(recipe, Settings(prompts_per_step=3)).planner
     drawn = collect(process, planner, stream, Rewards(nearness), Rng(9), 0, guide=recipe.guide).drawn
-    rows = recipe.whole.draw(drawn.trajectories, process, Rng(9).split("points"))
-    rows = fill(process, rows, {"old_log_prob", *recipe.whole.reads}, tokens=None)
+    rows = recipe.whole.draw(drawn.trajectories, models, Rng(9).split("points"))
+    rows = fill(models, rows, {"old_log_prob", *recipe.whole.reads}, tokens=None)
     noise = Rng(10).normal(*rows.mask.shape, dtype=torch.float64) * rows.mask
     _move(process, 0.05)
-    return process, rows.replace(log_prob=rows.log_prob + 0.05 * noise)
+    return models, rows.replace(log_prob=rows.log_prob + 0.05 * noise)
 
 
 def _move(process: Any, width: float) -> None:
@@ -124,32 +125,28 @@ def _move(process: Any, width: float) -> None:
 
 
 def gradient(
-    process: Any,
+    models: Models,
     recipe: Recipe,
     rows: Trajectories,
     pieces: list[Tensor] | None = None,
     tokens: int | None = None,
 ) -> Tensor:
     """The flat gradient of one update on these rows, computed piece by piece with global counts and one plan."""
-    objective, counts = recipe.whole, _counts(process, rows)
+    objective, counts = recipe.whole, count(rows, models.policy.horizon)
     states = {name: state.initial for name, state in objective.states.items()}
     judge = Judge(Rewards(nearness), FLOW_PROMPTS, Meter())
     scores = None
     if objective.plans_on_scores:
-        scores = score_in_pieces(process, rows, sorted(objective.present - {"log_prob"}), None)
+        scores = score_in_pieces(models, rows, sorted(objective.present - {"log_prob"}), None)
     targets = objective.credit(Batch(rows, counts, None, states))
     targets = objective.plan(Batch(rows, counts, scores, states), targets)
-    parameters = [p for p in process.module.parameters() if p.requires_grad]
+    parameters = [p for p in models.policy.module.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = None
     for piece in pieces or [torch.arange(len(rows))]:
-        accumulate(process, objective, rows[piece], targets[piece], counts, states, tokens, judge)
+        accumulate(models, objective, rows[piece], targets[piece], counts, states, tokens, judge)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     return torch.cat([part.reshape(-1) for part in parts])
-
-
-def _counts(process: Any, rows: Trajectories) -> Counts:
-    return count(rows, process.horizon)
 
 
 def check_method(card: Provable, tolerance: float = TOLERANCE) -> MappingProxyType[str, float]:
@@ -160,18 +157,18 @@ def check_method(card: Provable, tolerance: float = TOLERANCE) -> MappingProxyTy
     that the card names as its proof holds. Raises LawBroken, naming the first that does not.
     """
     recipe = card.recipe()
-    process, rows = bench(recipe, card.room)
-    whole = gradient(process, recipe, rows)
+    models, rows = bench(recipe, card.processes[0])
+    whole = gradient(models, recipe, rows)
     size = float(whole.norm())
     if not size > 0 or not bool(whole.isfinite().all()):
         raise LawBroken(f"The method '{card.id}' has a gradient of norm {size} on a batch that is not degenerate.")
     order = Rng(11).permutation(len(rows))
     groups = [(rows.prompt % 2 == parity).nonzero()[:, 0] for parity in (0, 1)]
     laws: dict[str, Callable[[], Tensor]] = {
-        "padding": lambda: gradient(process, recipe, pad_steps(rows, rows.mask.shape[1] + 3)),
-        "permutation": lambda: gradient(process, recipe, rows[order]),
-        "micro-batches": lambda: gradient(process, recipe, rows, tokens=1),
-        "processes": lambda: gradient(process, recipe, rows, groups),
+        "padding": lambda: gradient(models, recipe, pad_steps(rows, rows.mask.shape[1] + 3)),
+        "permutation": lambda: gradient(models, recipe, rows[order]),
+        "micro-batches": lambda: gradient(models, recipe, rows, tokens=1),
+        "processes": lambda: gradient(models, recipe, rows, groups),
     }
     report = {law: float((found() - whole).abs().max()) for law, found in laws.items()}
     report |= {f"oracle {name}": oracle(name)(card) for name in card.proof}

@@ -28,7 +28,7 @@ from stepwell.errors import InputError, LawBroken, Unenumerable
 from stepwell.process.base import Samples
 from stepwell.process.exact.table import TabularLanguage
 from stepwell.rng import Replay, Rng
-from stepwell.sampling.rollout import Drawn
+from stepwell.sampling.record import Drawn
 from stepwell.trajectories import Trajectories
 
 Result = TypeVar("Result")
@@ -199,7 +199,8 @@ def unbiased(
 
     Example:
         >>> from stepwell.process.exact.table import markov
-        >>> from stepwell.sampling.rollout import Prompt, Request, rollout
+        >>> from stepwell.sampling.request import Prompt, Request
+        >>> from stepwell.sampling.rollout import rollout
         >>> model = markov(symbols=3, length=2)
         >>> def sampler(process, rng):
         ...     return rollout(process, [Request(Prompt(0, 0), count=2)], rng)

@@ -98,7 +98,7 @@ class Tasks(Command):
 
 
 def _found(words: str, card: Card) -> bool:
-    text = " ".join((card.id, card.title, card.paper, card.arxiv, card.room, card.differs)).casefold()
+    text = " ".join((card.id, card.title, card.paper, card.arxiv, *card.processes, card.differs)).casefold()
     return all(word in text for word in words.casefold().split())
 
 

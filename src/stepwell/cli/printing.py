@@ -47,7 +47,7 @@ def print_card(card: Card) -> None:
         ("as published", card.note),
         ("paper", card.paper),
         ("arXiv", link),
-        ("room", card.room),
+        ("for", ", ".join(card.processes)),
         ("options", options or "none"),
         ("parts", "\n".join(about["parts"])),
         ("proof", ", ".join(about["proof"]) or "none yet"),

@@ -154,9 +154,9 @@ def pipeline_process(model: str, command: Any, law: Mapping[str, Any], lora: Any
 
 def with_sampler(process: Any, law: Mapping[str, Any]) -> Any:
     """The process drawn from otherwise, where anything was asked for."""
-    from stepwell.process.base import ability
+    from stepwell.process.abilities import Redrawn, ability
 
-    return ability(process, "with_sampler", "A solver")(**law) if law else process
+    return ability(process, Redrawn, "A solver").with_sampler(**law) if law else process
 
 
 def load_weights(process: Any, file: str) -> None:

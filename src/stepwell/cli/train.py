@@ -95,9 +95,9 @@ class Train(Command):
         card, options = catalogue.get(self.method), options_from(self.set)
         recipe = card.recipe(**options)
         kind = processes.kind_of(self.model)
-        if kind == "language" and card.room == "flow" and not Path(self.model).exists():
+        if kind == "language" and "flow" in card.processes and not Path(self.model).exists():
             kind = "pipeline"  # an id of the hub does not say what it is of
-        catalogue.check_room(card, {"language": "language", "pipeline": "flow"}.get(kind))
+        catalogue.check_kind(card, {"language": "language", "pipeline": "flow"}.get(kind))
         processes.refuse_unused(self, kind)
         law = self.flow.law(self.solver_steps)
         given = {entry.name: getattr(self, entry.name) for entry in fields(Settings)}
@@ -119,7 +119,7 @@ class Train(Command):
         with removed_if_empty(self.out), in_own_file(self.model if kind == "own" else None):
             saved.prepare(self.out, self.resume)
             process = self._process(kind, law, make_environment)
-            catalogue.check_room(card, catalogue.room_of(process))
+            catalogue.check_kind(card, process.kind)
             api.check_prompts(process, prompts, self.data)
             api.check_prompts(process, evaluation or [], self.evaluation or "")
             run = loop.train(

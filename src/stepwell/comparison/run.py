@@ -22,10 +22,10 @@ from stepwell.comparison.specs import MethodSpec, parse_specs
 from stepwell.errors import InputError, UnknownName
 from stepwell.figures.charts import safe
 from stepwell.meter import Budget, Cost
-from stepwell.methods.catalogue import check_room, room_of
+from stepwell.methods.catalogue import check_kind
 from stepwell.process.base import Process
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Drawn
+from stepwell.sampling.record import Drawn
 from stepwell.tasks.registry import Task, get_task, source_of
 from stepwell.tasks.warm_start import threads
 from stepwell.training.log import versions
@@ -98,9 +98,9 @@ def compare(
     total = len(specs) * len(chosen)
     with threads(built.threads), Progress(progress, built.title, str(whole), total) as view:
         view.say("starting the process")
-        room = room_of(built.process())
+        kind = built.process().kind
         for spec in specs:
-            check_room(spec.card, room)
+            check_kind(spec.card, kind)
         runner.warm(specs[0], whole)
         for turn, seed in enumerate(chosen):
             view.say(f"seed {seed}: judging the start")

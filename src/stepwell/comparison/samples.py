@@ -12,7 +12,7 @@ import torch
 from stepwell.errors import InputError
 from stepwell.figures import pictures
 from stepwell.meter import Meter
-from stepwell.sampling.rollout import Drawn
+from stepwell.sampling.record import Drawn
 from stepwell.tasks.registry import Task
 
 SHOWN = 12

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stepwell.errors import InputError
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 
 RESERVED = ("prompts", "completions", "truncated", "completion_ids")
 """What reward functions are given besides the data; no column of the data may have one of these names."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepwell.errors import CheckpointError, InputError
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 
 
 class PromptStream:

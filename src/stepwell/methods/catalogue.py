@@ -9,9 +9,7 @@ import pkgutil
 from pathlib import Path
 
 from stepwell.errors import InputError, UnknownName
-from stepwell.process.exact import TabularLanguage
-from stepwell.process.flow.process import Flow
-from stepwell.process.language.process import Language
+from stepwell.process.kinds import kinds
 from stepwell.recipe.card import Card
 from stepwell.recipe.plugins import load_installed
 from stepwell.recipe.registry import CARDS
@@ -39,22 +37,14 @@ def get(id: str) -> Card:
     return CARDS[id]
 
 
-def check_room(card: Card, room: str | None) -> None:
-    """Raise `InputError` for a flow's method on a language model, and the reverse (`room_of` the process)."""
-    if room is None or card.room == room or card.room not in _KINDS:
+def check_kind(card: Card, kind: str | None) -> None:
+    """Raise `InputError` for a method that is not for this kind of process (`Process.kind`); None is any."""
+    if kind is None or kind in card.processes:
         return
-    others = [name for name in names() if CARDS[name].room == room]
-    hint = f"such as {', '.join(others[:4])}; one of your own is registered with room='{room}'"
+    others = [name for name in names() if kind in CARDS[name].processes]
+    hint = f"such as {', '.join(others[:4])}; one of your own is registered with processes=('{kind}',)"
+    words = kinds()
+    made_for = " and ".join(words[each] for each in card.processes)
     raise InputError(
-        f"The method '{card.id}' trains {_KINDS[card.room]}, and not {_KINDS[room]}; choose a method for them, {hint}."
+        f"The method '{card.id}' trains {made_for}, and not {words[kind]}; choose a method for them, {hint}."
     )
-
-
-def room_of(process: object) -> str | None:
-    """The room whose methods are made for a process: `language`, `flow`, or None where it could be any."""
-    if isinstance(process, Flow):
-        return "flow"
-    return "language" if isinstance(process, Language | TabularLanguage) else None
-
-
-_KINDS = {"language": "language models", "flow": "flows"}

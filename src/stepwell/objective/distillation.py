@@ -1,6 +1,6 @@
 """Learning from a teacher: what it says of the student's own steps, sampled or over the whole vocabulary.
 
-The teacher is another process of the same vocabulary, given as `process.teacher` before training begins.
+The teacher is another process of the same vocabulary: `sw.train(..., teacher=...)`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stepwell.credit.traces import reward_to_go
-from stepwell.errors import MissingAbility
 from stepwell.objective.gates.step import Gate
 from stepwell.objective.regularise import Regulariser
 from stepwell.objective.state import State
 from stepwell.parts import Batch, Count, NotNegative, Part, Share
-from stepwell.process.base import Process
+from stepwell.process.models import Models
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories
 
@@ -59,16 +58,6 @@ class TeacherEstimate(Part):
     def __call__(self, batch: Batch) -> Tensor:
         d = (batch.log_prob - batch.field("teacher_log_prob")) * batch.mask
         return 0.5 * d**2 if self.estimate == "k2" else torch.exp(-d) - 1 + d
-
-
-def teacher_of(process: Process) -> Process:
-    """The process's teacher; raises `MissingAbility` where it was given none."""
-    teacher: Process | None = getattr(process, "teacher", None)
-    if teacher is None:
-        raise MissingAbility(
-            "The method learns from another model; set the process's `teacher` to one of the same vocabulary first."
-        )
-    return teacher
 
 
 @dataclass(frozen=True)
@@ -121,11 +110,11 @@ class Distillation(Regulariser):
     name: str = "teacher_divergence"
 
     @torch.no_grad()
-    def draw(self, rows: Trajectories, process: Process, rng: Rng) -> dict[str, Tensor]:
+    def draw(self, rows: Trajectories, models: Models, rng: Rng) -> dict[str, Tensor]:
         top = getattr(self.quantity, "top", 0)
         if not top:
             return {}
-        teacher, ids, laws = teacher_of(process), [], []
+        teacher, ids, laws = models.of("teacher"), [], []
         for piece in torch.arange(len(rows)).split(8):
             law = teacher.score(rows[piece], {"logits"})["logits"]
             ids.append(law.topk(min(top, law.shape[-1])).indices)

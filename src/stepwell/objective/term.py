@@ -13,7 +13,7 @@ from torch import Tensor
 from stepwell.columns import Columns
 from stepwell.objective.state import State
 from stepwell.parts import Batch, Checked, declared, parts_of
-from stepwell.process.base import Process
+from stepwell.process.models import Models
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories
 
@@ -41,7 +41,7 @@ class Loss:
 class Term(Checked):
     """One summand of an objective, a frozen dataclass with a `coefficient`.
 
-    `draw(rows, process, rng)` draws what a loss needs beyond the rollout, once for it: entries of `rows.points`.
+    `draw(rows, models, rng)` draws what a loss needs beyond the rollout, once for it: entries of `rows.points`.
     `credit(batch)` and `plan(batch, targets)` see the whole batch without a gradient and give (N,) or (N, T)
     targets; `loss(batch, targets)` sees any part of it. `coupling` says which rows a loss must see together:
     none (`rows`), those of a prompt (`groups`), or all (`batch`).
@@ -50,7 +50,7 @@ class Term(Checked):
     coefficient: float | State
     coupling: Coupling = "rows"
 
-    def draw(self, rows: Trajectories, process: Process, rng: Rng) -> dict[str, Tensor]:
+    def draw(self, rows: Trajectories, models: Models, rng: Rng) -> dict[str, Tensor]:
         """What is drawn at random for each row, (N, ...): noised points, depths of backpropagation."""
         return {}
 
@@ -95,11 +95,11 @@ class Objective:
 
     __rmul__ = __mul__
 
-    def draw(self, rows: Trajectories, process: Process, rng: Rng) -> Trajectories:
+    def draw(self, rows: Trajectories, models: Models, rng: Rng) -> Trajectories:
         """The rows with the points that the terms draw for them; of one name, the first term's."""
         points: dict[str, Tensor] = {}
         for key, term in self._named():
-            points = {**term.draw(rows, process, rng.split("draw", key)), **points}
+            points = {**term.draw(rows, models, rng.split("draw", key)), **points}
         return rows.replace(points=Columns(points, len(rows))) if points else rows
 
     @property

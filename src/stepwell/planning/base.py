@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from stepwell.data.stream import PromptStream
-from stepwell.sampling.rollout import Request
+from stepwell.sampling.request import Request
 from stepwell.trajectories import Trajectories
 
 

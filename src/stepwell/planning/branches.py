@@ -13,7 +13,7 @@ from stepwell.data.stream import PromptStream
 from stepwell.errors import InputError
 from stepwell.parts import Count, Size
 from stepwell.planning.groups import Groups
-from stepwell.sampling.rollout import Prompt, Request
+from stepwell.sampling.request import Branch, Prompt, Request
 from stepwell.trajectories import Trajectories
 
 
@@ -52,7 +52,7 @@ class Branches(Groups):
         if len(so_far) == trunks:
             law = {} if self.strides[0] == 1 else {"stride": self.strides[0]}
             return [
-                self._child(by_id[prompt], self.size, (row, place), place, 0, law)
+                self._child(by_id[prompt], self.size, Branch(row, place), place, 0, law)
                 for row, prompt in enumerate(so_far.prompt.tolist())
                 for place in self._places(int(so_far.length[row]))
             ]
@@ -64,7 +64,7 @@ class Branches(Groups):
         for source, stride in enumerate(self.strides[1:], 1):
             for row, place in enumerate(places, trunks):
                 prompt = by_id[int(so_far.prompt[row])]
-                again.append(self._child(prompt, 1, (row, place + 1), place, source, {"stride": stride}))
+                again.append(self._child(prompt, 1, Branch(row, place + 1), place, source, {"stride": stride}))
         return again
 
     def _places(self, length: int) -> list[int]:
@@ -72,7 +72,7 @@ class Branches(Groups):
         return [min(self.first + k, length - 1) for k in self.at]
 
     def _child(
-        self, prompt: Prompt, count: int, start: tuple[int, int], place: int, source: int, law: dict[str, int]
+        self, prompt: Prompt, count: int, start: Branch, place: int, source: int, law: dict[str, int]
     ) -> Request:
         settings = {"stride": (place - self.first + 1, law["stride"])} if law else None
         return Request(prompt, count, start=start, window=(place, place + 1), source=source, sampler=settings)
@@ -135,7 +135,7 @@ class Tree(Groups):
         by_id = {prompt.id: prompt for prompt in prompts.prompts}
         place = begin + level
         return [
-            Request(by_id[prompt], self.branching - 1, start=(row, min(place, length)), window=window)
+            Request(by_id[prompt], self.branching - 1, start=Branch(row, min(place, length)), window=window)
             for row, (prompt, length) in enumerate(zip(so_far.prompt.tolist(), so_far.length.tolist(), strict=True))
         ]
 
@@ -198,4 +198,4 @@ class Candidates(Groups):
     def _from(self, by_id: dict[int, Prompt], so_far: Trajectories, row: int, place: int, count: int) -> Request:
         """Candidates for the step at `place` of a row."""
         prompt, begin = by_id[int(so_far.prompt[row])], min(place, int(so_far.length[row]))
-        return Request(prompt, count, start=(row, begin), horizon=place + 1, window=(place, place + 1))
+        return Request(prompt, count, start=Branch(row, begin), horizon=place + 1, window=(place, place + 1))

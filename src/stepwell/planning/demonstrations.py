@@ -9,7 +9,7 @@ from torch import Tensor
 from stepwell.data.stream import PromptStream
 from stepwell.errors import InputError
 from stepwell.planning.groups import Groups
-from stepwell.sampling.rollout import Completion, Request
+from stepwell.sampling.request import Completion, Request
 
 
 @dataclass

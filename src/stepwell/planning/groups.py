@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepwell.data.stream import PromptStream
 from stepwell.parts import Checked, NotNegative, Range, Share, Size
-from stepwell.sampling.rollout import Request
+from stepwell.sampling.request import Request
 from stepwell.trajectories import Trajectories
 
 

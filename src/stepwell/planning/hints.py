@@ -9,7 +9,7 @@ import torch
 from stepwell.data.stream import PromptStream
 from stepwell.parts import Count
 from stepwell.planning.groups import Groups
-from stepwell.sampling.rollout import Request
+from stepwell.sampling.request import Request
 from stepwell.trajectories import Trajectories
 
 HINTED = 1

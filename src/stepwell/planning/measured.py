@@ -10,7 +10,7 @@ from torch import Tensor
 from stepwell.data.stream import PromptStream
 from stepwell.parts import Size
 from stepwell.planning.groups import Groups
-from stepwell.sampling.rollout import Request
+from stepwell.sampling.request import Branch, Request
 from stepwell.trajectories import Trajectories
 
 MEASURE = 1
@@ -63,7 +63,7 @@ class Vines(Groups):
             return []
         by_id = {prompt.id: prompt for prompt in prompts.prompts}
         return [
-            Request(by_id[int(so_far.prompt[row])], self.vines, start=(row, place), source=MEASURE)
+            Request(by_id[int(so_far.prompt[row])], self.vines, start=Branch(row, place), source=MEASURE)
             for row, place in self._places(so_far)
         ]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from stepwell.data.stream import PromptStream
 from stepwell.parts import Count, Size
 from stepwell.planning.groups import Groups
-from stepwell.sampling.rollout import Request
+from stepwell.sampling.request import Request
 from stepwell.trajectories import Trajectories, from_tensors, to_tensors
 
 FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)

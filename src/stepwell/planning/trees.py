@@ -8,7 +8,7 @@ from stepwell.data.stream import PromptStream
 from stepwell.errors import InputError
 from stepwell.parts import Size
 from stepwell.planning.groups import Groups
-from stepwell.sampling.rollout import Request
+from stepwell.sampling.request import Branch, Request
 from stepwell.trajectories import Trajectories
 
 
@@ -55,6 +55,6 @@ class SegmentTree(Groups):
         by_id = {prompt.id: prompt for prompt in prompts.prompts}
         place = so_far.length.clamp(max=level * self.segment).tolist()
         return [
-            Request(by_id[prompt], self.branching - 1, start=(row, place[row]))
+            Request(by_id[prompt], self.branching - 1, start=Branch(row, place[row]))
             for row, prompt in enumerate(so_far.prompt.tolist())
         ]

@@ -14,7 +14,7 @@ from stepwell.errors import InputError
 from stepwell.parts import Count, NotNegative, Portion, Size
 from stepwell.planning.groups import Groups
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Request
+from stepwell.sampling.request import Branch, Request
 from stepwell.trajectories import Trajectories
 
 Schedule = Literal["fixed", "progressive", "random", "decay", "exponential-decay"]
@@ -66,7 +66,10 @@ class Windows(Groups):
             return []
         by_id = {prompt.id: prompt for prompt in prompts.prompts}
         shared = enumerate(so_far.prompt.tolist())
-        return [Request(by_id[prompt], self.size - 1, start=(row, self.first), window=window) for row, prompt in shared]
+        return [
+            Request(by_id[prompt], self.size - 1, start=Branch(row, self.first), window=window)
+            for row, prompt in shared
+        ]
 
     def window(self, rollout: int, rng: Rng) -> tuple[int, int]:
         """[begin, end) of a rollout's window, counted from the first step that can be random."""
@@ -150,7 +153,7 @@ class Backward(Groups):
         for row, (prompt, length) in enumerate(zip(so_far.prompt.tolist(), so_far.length.tolist(), strict=True)):
             begin = min(split, length - 1)  # a text may be shorter
             window = (begin, self.first + self.steps)
-            requests.append(Request(by_id[prompt], self.size, start=(row, begin), window=window))
+            requests.append(Request(by_id[prompt], self.size, start=Branch(row, begin), window=window))
         return requests
 
     def keep(self, so_far: Trajectories) -> Tensor:

@@ -1,17 +1,25 @@
-"""What generates: the contract between a model and everything that samples, steers or trains it."""
+"""The contract between a generative model and everything that samples, steers or trains it."""
 
 from __future__ import annotations
 
+import copy
+import functools
+import hashlib
+import inspect
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, Self, runtime_checkable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 from torch import Tensor, nn
 
 from stepwell.columns import Columns
 from stepwell.distributions import Distribution
-from stepwell.errors import MissingAbility
+from stepwell.errors import InputError, MissingAbility
 from stepwell.meter import Meter
+from stepwell.process import kinds
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories
 
@@ -21,7 +29,7 @@ class State(Protocol):
     """A batch of partial samples. A state never changes: `advance` returns a new one.
 
     `state[index]` forks: rows may be repeated, dropped and reordered, and each copy goes on by itself with the
-    law of the original. A process that cannot do so raises `CannotFork`.
+    original's distribution. A process that cannot do so raises `CannotFork`.
     """
 
     @property
@@ -31,23 +39,61 @@ class State(Protocol):
 
 
 @dataclass(frozen=True)
+class Steps:
+    """Numbers of each step of finished rows; each field lists one tensor (T_i, ...) a row, or is None.
+
+    reward: what the step earned. segment: which sentence or turn it belongs to, whole numbers that rise along the
+    row. observation (T_i, *O): what the policy saw before the step; it comes back to `score` as
+    `trajectories.observed`.
+    """
+
+    reward: list[Tensor] | None = None
+    segment: list[Tensor] | None = None
+    observation: list[Tensor] | None = None
+
+    def __getitem__(self, index: Sequence[int]) -> Steps:
+        lists = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return Steps(**{name: [rows[i] for i in index] for name, rows in lists.items() if rows is not None})
+
+    def __add__(self, other: Steps) -> Steps:
+        lists = {entry.name: (getattr(self, entry.name), getattr(other, entry.name)) for entry in fields(self)}
+        return Steps(**{name: a + b for name, (a, b) in lists.items() if a is not None and b is not None})
+
+
+@dataclass(frozen=True)
 class Samples:
-    """What the user sees: one value a row (a text, an image, an episode) and further columns for rewards."""
+    """Finished rows as the user sees them: one value a row (a text, an image, an episode), and columns for rewards.
+
+    truncated: which rows the process cut short although they were not at their end; None for none. steps: numbers of
+    each step (`Steps`).
+    """
 
     values: list[Any]
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    truncated: list[bool] | None = None
+    steps: Steps = field(default_factory=Steps)
 
     def __len__(self) -> int:
         return len(self.values)
 
     def __getitem__(self, index: Sequence[int]) -> Samples:
         pick = lambda column: [column[i] for i in index]  # noqa: E731
-        return Samples(pick(self.values), {name: pick(column) for name, column in self.columns.items()})
+        cut = None if self.truncated is None else pick(self.truncated)
+        columns = {name: pick(column) for name, column in self.columns.items()}
+        return Samples(pick(self.values), columns, cut, self.steps[index])
+
+    def __add__(self, other: Samples) -> Samples:
+        """Both, with the rows of `other` after these; both have the same columns."""
+        columns = {name: column + other.columns[name] for name, column in self.columns.items()}
+        cut = None
+        if self.truncated is not None or other.truncated is not None:
+            cut = [flag for part in (self, other) for flag in part.truncated or [False] * len(part)]
+        return Samples(self.values + other.values, columns, cut, self.steps + other.steps)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a process says about given trajectories under its present parameters, differentiable.
+    """Numbers of given trajectories under the present parameters, differentiable.
 
     `log_prob` (N, T) is always there and 0 where the mask is False. Anything else is computed only where a
     method declared that it needs it, and asked for by name: `scores["entropy"]`.
@@ -73,72 +119,167 @@ class Scores:
 
 
 NEEDS = {
-    "entropy": "(N, T) entropy of the law of each step",
+    "entropy": "(N, T) entropy of each step's distribution",
     "value": "(N, T) the value head's estimate before each step",
-    "sum_of_squares": "(N, T) sum of the squared probabilities of each step's law",
-    "kl": "(N, T) exact KL divergence of each step's law from the reference's",
+    "final_value": "(N,) the value head's estimate after each row's last step",
+    "sum_of_squares": "(N, T) sum of the squared probabilities of each step's distribution",
+    "kl": "(N, T) exact KL divergence of each step's distribution from the reference's",
     "logits": "(N, T, K) normalised log-probabilities of every action",
     "hidden": "(N, T, D) the last hidden state before each step",
-    "mean": "(N, T, *D) the mean of each step's Gaussian law",
-    "deviation": "(N, T) the standard deviation of each step's Gaussian law, without a gradient",
+    "mean": "(N, T, *D) the mean of each step's Gaussian",
+    "deviation": "(N, T) the standard deviation of each step's Gaussian, without a gradient",
     "step_size": "(N, T) the time that each step of a flow takes",
     "forward": "(N, K, *D) the velocity predicted at points drawn around each row's final state (rows.points)",
     "denoised": "(N, K, ...) the decoded data predicted at those points",
     "sample": "(N, ...) the decoded final sample, differentiable through the last rows.points['depth'] steps",
     "pinned": "sample, with the states on the way at the values they were drawn with",
 }
+"""Scores that a process may offer beside log_prob, with their shapes."""
 
 
 AT_POINTS = frozenset({"forward", "denoised", "sample", "pinned"})
 """Needs that are not one number or vector a step; they belong to points that a term draws for each row."""
 
 
-@runtime_checkable
-class Process(Protocol):
-    """What generates. `module` holds the parameters; `meter` counts what is spent.
+class Process(ABC):
+    """A generative model that samples one step at a time.
 
-    Laws that hold for every process, checked by `stepwell.check.process`: the log-probability stored while
-    drawing equals `log_prob` afterwards; a fork has the original's law, and neither the order nor the number of
-    rows nor padding changes anything; the same seed gives the same trajectories; the meter counts what was spent.
-    A state that is given is one that this process made: it may be of the process's own type.
+    `module` holds the parameters; `meter` counts what is spent. `start`, `propose`, `advance` and `finish` draw,
+    `score` says how probable given trajectories are; everything else has a default. Optional abilities (windows,
+    critics, demonstrations, ...) are methods by the names in `stepwell.process.abilities`.
 
-    Optional, asked for by name: `deterministic(state)`, the step that windows take outside; `with_sampler(**settings)`,
-    the same model drawn from otherwise; `free_steps`, how many steps of a row's beginning ask no model.
+    Invariants of every process, checked by `stepwell.check.process`: the log-probability stored while drawing equals
+    `score` afterwards; a fork has the original's distribution, and neither the order nor the number of rows nor
+    padding changes anything; rows that are done are absorbing; the same seed gives the same trajectories; the meter
+    counts what was spent. A state that is given is one that this process made: it may be of the process's own type.
+
+    kind: whose methods train it (`language`, `flow`, or one of your own), None for any. offers: the scores besides
+    `log_prob` that `score` computes, out of `NEEDS`. horizon: the largest number of steps of a row, None where there
+    is none. free_steps: how many steps at a row's beginning ask no model. any_prompt: prompts may be any values (class
+    numbers, None), and not only texts or chats.
     """
 
+    kind: ClassVar[str | None] = None
+    free_steps: int = 0
+    any_prompt: bool = True
     module: nn.Module
     meter: Meter
+    if TYPE_CHECKING:  # a subclass may have a class attribute, an attribute or a property of these names
 
+        @property
+        def offers(self) -> Collection[str]: ...
+        @property
+        def horizon(self) -> int | None: ...
+
+    else:
+        offers = frozenset()
+        horizon = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.kind is not None:
+            kinds.register(cls.kind, f"processes of kind '{cls.kind}'")
+
+    @abstractmethod
     def start(self, prompts: Sequence[Any], rng: Rng) -> State:
-        """One row a prompt; repeat rows with `state[index]` for groups."""
-        ...
+        """One row a prompt; `state[index]` repeats rows for groups."""
 
+    @abstractmethod
     def propose(self, state: Any) -> Distribution:
-        """The law of each row's next action."""
-        ...
+        """The distribution of each row's next action. Of rows that are done it may be anything that can be drawn."""
 
+    @abstractmethod
     def advance(self, state: Any, action: Tensor, rng: Rng) -> State:
-        """Every row one step on. Models use no randomness here; an environment may."""
-        ...
+        """Every row one step on; rows that are done stay as they are.
 
+        Models use no randomness here; an environment may.
+        """
+
+    @abstractmethod
     def finish(self, state: Any) -> Samples:
-        """What the user sees of each row."""
-        ...
+        """The rows as the user sees them, whether they are done or were cut short."""
 
-    def condition(self, prompts: Sequence[Any]) -> Columns | None:
-        """What `score` needs to know of each prompt, (N,) rows, two-dimensional entries padded on the left."""
-        ...
-
-    def score(self, trajectories: Trajectories, needs: Collection[str] = (), context: Columns | None = None) -> Scores:
+    @abstractmethod
+    def score(
+        self,
+        trajectories: Trajectories,
+        needs: Collection[str] = (),
+        context: Columns | None = None,
+        reference: Process | None = None,
+    ) -> Scores:
         """Log-probabilities (N, T) under the present parameters, and whatever else is needed (`NEEDS`).
 
         `context` takes the place of `trajectories.condition`: what was drawn under one may be scored under another.
+        `reference` is the process that `kl` is measured from; it is given where `kl` is among the needs.
         """
-        ...
 
-    def frozen(self) -> Process:
-        """This process as it is now, unable to learn: the reference. It spends on the same meter."""
-        ...
+    def condition(self, prompts: Sequence[Any]) -> Columns | None:
+        """Tensors of each prompt that `score` needs, (N,) rows, two-dimensional entries padded on the left."""
+        return None
+
+    def check_prompt(self, value: Any) -> None:  # noqa: B027
+        """Raise `InputError` for a prompt that cannot be read; called for every prompt before anything is drawn."""
+
+    def row_sizes(self, rows: Trajectories) -> Tensor:
+        """(N,) the size of each row as the network sees it, in tokens or states: micro-batches are cut by it."""
+        return rows.length.clone()
+
+    def frozen(self) -> Self:
+        """A twin as it is now, unable to learn, on the same meter: the reference."""
+        twin = copy.copy(self)
+        twin.module = copy.deepcopy(self.module).requires_grad_(False)
+        return twin
+
+    def metered(self, meter: Meter) -> Self:
+        """A twin on the same parameters that spends on another meter."""
+        twin = copy.copy(self)
+        twin.meter = meter
+        return twin
+
+    def describe(self) -> dict[str, Any]:
+        """How the process draws, besides its parameters, as values for JSON: what run.json says, and what has to be
+        the same for a run to resume.
+
+        By default the class, a digest of the file it is written in, and the attributes that are plain values.
+        """
+        plain = {name: value for name, value in sorted(vars(self).items()) if _is_plain(value)}
+        return {"class": type(self).__qualname__, "source": _digest(type(self)), **plain}
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the trained parameters into a folder, as safetensors."""
+        from safetensors.torch import save
+
+        from stepwell.writing import write_whole
+
+        state = {name: value.detach().contiguous() for name, value in self.module.state_dict().items()}
+        write_whole(os.path.join(folder, "model.safetensors"), save(state))
+
+
+def _is_plain(value: Any) -> bool:
+    """Numbers, texts and lists of them, which JSON holds as they are."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(entry) for name, entry in value.items())
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+@functools.cache
+def _digest(kind: type) -> str:
+    """A digest of the file that a class is written in; empty where there is no file, as in an interactive session."""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        return ""
+
+
+def check_process(process: object, asked_by: str) -> Process:
+    """The process itself; raises `InputError` for anything that does not derive from `Process`."""
+    if not isinstance(process, Process):
+        raise InputError(
+            f"{asked_by} must be a process, such as language(FOLDER) or flow(f, shape=(2,)), got {process!r:.60}."
+        )
+    return process
 
 
 def log_prob(process: Process, trajectories: Trajectories, context: Columns | None = None) -> Tensor:
@@ -146,18 +287,13 @@ def log_prob(process: Process, trajectories: Trajectories, context: Columns | No
     return process.score(trajectories, (), context).log_prob
 
 
-def ability(process: object, name: str, asked_by: str) -> Any:
-    """An optional ability of a process, by name, or a clear error where it is absent."""
-    found = getattr(process, name, None)
-    if found is None:
-        raise MissingAbility(f"{asked_by} needs a process that can '{name}'; {type(process).__name__} cannot.")
-    return found
-
-
-def check_needs(process: object, needs: Collection[str], offered: Collection[str]) -> None:
-    """Raise `MissingAbility` for the first need that the process does not offer."""
+def check_needs(process: Process, needs: Collection[str], reference: Process | None = None) -> None:
+    """Raise `MissingAbility` for the first need that the process does not offer, and for a KL without a reference."""
     for need in needs:
-        if need not in offered:
+        if need not in process.offers:
             raise MissingAbility(
-                f"A method needs '{need}' of each step; {type(process).__name__} offers {', '.join(sorted(offered))}."
+                f"A method needs '{need}' of each step; {type(process).__name__} offers "
+                f"{', '.join(sorted(process.offers)) or 'nothing but log_prob'}."
             )
+    if "kl" in needs and reference is None:
+        raise MissingAbility("A method needs 'kl' of each step; give `reference=`, such as process.frozen().")

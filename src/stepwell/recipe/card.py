@@ -30,7 +30,8 @@ class Card:
     paper: str = ""
     arxiv: str = ""
     year: int | None = None
-    room: str = "language"
+    kind: str = "training"
+    processes: tuple[str, ...] = ("language",)
     differs: str = ""
     note: str = ""
     proof: tuple[str, ...] = ()
@@ -67,7 +68,7 @@ class Card:
 
     def as_dict(self) -> dict[str, Any]:
         """The card for JSON: every field, the options with their defaults, and the parts by default."""
-        plain = ("id", "title", "paper", "arxiv", "year", "room", "differs", "note", "catalogue", "source")
+        plain = ("id", "title", "paper", "arxiv", "year", "kind", "processes", "differs", "note", "catalogue", "source")
         answer = {name: getattr(self, name) for name in plain}
         return answer | {"proof": list(self.proof), "options": self.options, "parts": self.recipe().parts()}
 

@@ -10,10 +10,12 @@ from typing import Any, Literal
 from stepwell.errors import InputError, UnknownName
 from stepwell.objective.gradient import GradientTransform
 from stepwell.objective.term import Objective, Term
-from stepwell.parts import Checked, describe
+from stepwell.parts import Checked
 from stepwell.planning.base import Planner
 from stepwell.planning.groups import Groups
+from stepwell.sampling.request import SamplerChanges
 from stepwell.steering.guide import RewardGuide
+from stepwell.writing import describe
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,12 @@ class Recipe(Checked):
     reference: Literal["start", "synced"] = "start"
     sync_every: int = 1
     transforms: tuple[GradientTransform, ...] = ()
-    sampler: Mapping[str, Any] = field(default_factory=dict)
+    sampler: Mapping[str, Any] = field(default_factory=SamplerChanges)
     guide: RewardGuide | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "sampler", SamplerChanges(self.sampler))
         for term in self.objective.terms if isinstance(self.objective, Objective) else (self.objective,):
             if not isinstance(term, Term):
                 raise InputError(f"The objective of a recipe is {term!r:.60}; a Term, such as Policy(), is right.")

@@ -10,11 +10,13 @@ from dataclasses import fields
 from typing import Any
 
 from stepwell.errors import InputError, UnknownName
+from stepwell.process.kinds import kinds
 from stepwell.recipe.card import Card
 from stepwell.recipe.recipe import Recipe
 from stepwell.recipe.source import code_of
 
-ROOMS = ("language", "flow", "masked", "control", "steering")
+KINDS = ("training",)
+"""Kinds of card: what a method is used for."""
 
 CARDS: dict[str, Card] = {}
 """The cards of all methods that were registered so far, by id; `stepwell.methods.get` finds the others as well."""
@@ -63,9 +65,14 @@ def method(id: str, *, title: str, **card: Any) -> Callable[[Callable[..., Recip
         for name, parameter in inspect.signature(build).parameters.items():
             if parameter.default is inspect.Parameter.empty:
                 raise InputError(f"Option '{name}' of method '{id}' has no default; every option needs one.")
-        room = card.get("room", "language")
-        if room not in ROOMS:
-            raise UnknownName(f"room for method '{id}'", room, ROOMS)
+        if card.get("kind", "training") not in KINDS:
+            raise UnknownName(f"kind of method for '{id}'", str(card["kind"]), KINDS)
+        processes = card.get("processes", ("language",))
+        if not isinstance(processes, tuple) or not processes:
+            raise InputError(f"The processes of method '{id}' must be a tuple of kinds, got {processes!r:.60}.")
+        for each in processes:
+            if each not in kinds():
+                raise UnknownName(f"kind of process for method '{id}'", str(each), kinds())
         CARDS[id] = Card(id, title, build, **{"source": _loading[-1], **card})
         return build
 

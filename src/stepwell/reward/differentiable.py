@@ -12,7 +12,7 @@ from torch import Tensor
 from stepwell.errors import RewardError, StepwellError
 from stepwell.meter import Meter
 from stepwell.reward.mixing import Rewards, with_data
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 
 
 class Judge:

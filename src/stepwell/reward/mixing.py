@@ -20,7 +20,8 @@ from torch import Tensor
 from stepwell.errors import InputError, RewardError, StepwellError
 from stepwell.meter import Meter
 from stepwell.reward.verifiers import text_of
-from stepwell.sampling.rollout import Drawn, Prompt
+from stepwell.sampling.record import Drawn
+from stepwell.sampling.request import Prompt
 
 RewardFunction = Callable[..., Any]
 
@@ -55,7 +56,8 @@ class Rewards:
     Example:
         >>> from stepwell.meter import Meter
         >>> from stepwell.process.base import Samples
-        >>> from stepwell.sampling.rollout import Drawn, Prompt
+        >>> from stepwell.sampling.record import Drawn
+        >>> from stepwell.sampling.request import Prompt
         >>> from stepwell.trajectories import make
         >>> def right(completions, answer):
         ...     return [float(text == wanted) for text, wanted in zip(completions, answer, strict=True)]

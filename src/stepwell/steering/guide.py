@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from stepwell.distributions import Distribution, Gaussian
 from stepwell.errors import InputError, MissingAbility, RewardError
-from stepwell.process.base import Process, ability
-from stepwell.sampling.rollout import Prompt, Request
+from stepwell.process.abilities import Denoising, Redrawn, ability
+from stepwell.process.base import Process
+from stepwell.sampling.request import Prompt, Request
 
 Proposal = Callable[[Distribution, Any, list[Prompt]], Distribution]
 JudgeOf = Callable[[Tensor, Tensor], Tensor]
@@ -49,7 +50,7 @@ class RewardGuide:
 
         Raises `MissingAbility` for a process that predicts no data, or whose random steps are not Gaussian.
         """
-        data_prediction = ability(process, "data_prediction", "A rollout guided by a reward")
+        flow = ability(process, Denoising, "A rollout guided by a reward")
 
         def propose(law: Distribution, state: Any, prompts: list[Prompt]) -> Distribution:
             if not bool(law.random.any()) or self.scale == 0.0:
@@ -58,7 +59,7 @@ class RewardGuide:
                 raise MissingAbility(f"A reward's gradient guides Gaussian steps; a {type(law).__name__} is none.")
             with torch.enable_grad():
                 x = state.x.detach().requires_grad_()
-                samples = process.decoded(data_prediction(state, x))  # type: ignore[attr-defined]
+                samples = flow.decoded(flow.data_prediction(state, x))
                 ids = torch.tensor([prompt.id for prompt in prompts], device=x.device)
                 (gradient,) = torch.autograd.grad(judge(samples, ids).sum(), x, allow_unused=True)
             if gradient is None:
@@ -79,15 +80,15 @@ class RewardGuide:
 
         Raises `InputError` for a request that has a proposal already.
         """
-        made: dict[str, Proposal] = {}
+        made: dict[Mapping[str, Any] | None, Proposal] = {}
         for request in requests:
             if request.proposal is not None:
                 raise InputError(f"A request for prompt {request.prompt.id} has a proposal, and cannot be guided too.")
-            name = repr(sorted((request.sampler or {}).items()))
-            if name not in made:
+            if request.sampler not in made:
                 twin = process
                 if request.sampler is not None:
-                    twin = ability(process, "with_sampler", "A request with a law of its own")(**request.sampler)
-                made[name] = self.proposal(twin, judge)
-        names = [repr(sorted((request.sampler or {}).items())) for request in requests]
-        return [replace(request, proposal=made[name]) for request, name in zip(requests, names, strict=True)]
+                    twin = ability(process, Redrawn, "A request with a sampler of its own").with_sampler(
+                        **request.sampler
+                    )
+                made[request.sampler] = self.proposal(twin, judge)
+        return [replace(request, proposal=made[request.sampler]) for request in requests]

@@ -15,7 +15,7 @@ from stepwell.errors import InputError
 from stepwell.process.base import Process
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 from stepwell.tasks import warm_start
 from stepwell.tasks.cache import cached_folder
 from stepwell.tasks.registry import Task, task

@@ -25,7 +25,7 @@ from stepwell.process.exact.distance import sampling_floor, sliced_wasserstein
 from stepwell.process.exact.mixture import Mixture, Optimum, Quadratic
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 from stepwell.solver.path import Linear, Path
 from stepwell.tasks.registry import Task, task
 

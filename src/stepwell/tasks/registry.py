@@ -15,7 +15,7 @@ from stepwell.figures.pictures import described
 from stepwell.process.base import Process
 from stepwell.recipe.card import check_options
 from stepwell.reward.mixing import Rewards
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 
 Measure = Callable[[list[Prompt], list[Any]], float]
 """measure(prompts, samples): one number for a set of samples, with the prompt that each of them answers."""

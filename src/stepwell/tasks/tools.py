@@ -14,7 +14,7 @@ from stepwell.process.base import Process
 from stepwell.process.conversation import environment_return
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 from stepwell.tasks import warm_start
 from stepwell.tasks.cache import cached_folder
 from stepwell.tasks.countdown import value_of

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from stepwell.data.prompts import check_columns
 from stepwell.errors import InputError
-from stepwell.process.base import Process
-from stepwell.sampling.rollout import Prompt
+from stepwell.process.base import Process, check_process
+from stepwell.sampling.request import Prompt
 
 
 def admit(process: Process, prompts: Sequence[Prompt]) -> None:
@@ -19,9 +18,7 @@ def admit(process: Process, prompts: Sequence[Prompt]) -> None:
     Parameters that learn in float16 are refused: the gradients of a policy are often below its smallest number, and
     AdamW's squares of them always.
     """
-    module: Any = getattr(process, "module", None)
-    if not isinstance(module, torch.nn.Module):
-        raise InputError(f"What is trained is a process, such as language(FOLDER), not {process!r:.60}.")
+    module = check_process(process, "What is trained").module
     learning = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     if not learning:
         raise InputError(f"{type(process).__name__} has no parameter that can learn; train a network, not a function.")

@@ -13,13 +13,16 @@ from torch import Tensor
 from stepwell.columns import Columns
 from stepwell.data.stream import PromptStream
 from stepwell.errors import RewardError, StepwellError
-from stepwell.objective.distillation import teacher_of
 from stepwell.planning.base import Planner
-from stepwell.process.base import AT_POINTS, Process, Scores, ability
+from stepwell.process.abilities import Segmented, ability
+from stepwell.process.base import AT_POINTS, Process, Scores
+from stepwell.process.models import Models
 from stepwell.reward.differentiable import Judge
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Drawn, Prompt, Request, rollout
+from stepwell.sampling.record import Drawn
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.steering.guide import RewardGuide
 from stepwell.training.distribute import World
 from stepwell.training.update import score_in_pieces
@@ -124,18 +127,20 @@ def _noted(planner: Planner, drawn: Drawn) -> Drawn:
 
 
 def fill(
-    process: Process, rows: Trajectories, reads: Collection[str], *, tokens: int | None, world: World | None = None
+    models: Models, rows: Trajectories, reads: Collection[str], *, tokens: int | None, world: World | None = None
 ) -> Trajectories:
     """The rows with what credit and losses read of the parameters before the update, and of the reference.
 
     `value`, `entropy` and `old_x` are scores under the present parameters, `reference_x` under the reference and
-    `teacher_x` under `process.teacher`, for any need x (`process.base.NEEDS`). Fields of the rows are filled; of
+    `teacher_x` under the teacher, for any need x (`process.base.NEEDS`). Fields of the rows are filled; of
     anything else `rows.info` takes what there is of each step, and `rows.points` what was scored at points that a term
     drew. `segment` is asked of the process where the rows do not have it.
     """
     if "segment" in reads:
         if rows.segment is None:
-            rows = rows.replace(segment=ability(process, "segments", "A method that goes by sentences")(rows))
+            rows = rows.replace(
+                segment=ability(models.policy, Segmented, "A method that goes by sentences").segments(rows)
+            )
         reads = set(reads) - {"segment"}
     reads = {name for name in reads if rows.points is None or name not in rows.points}
     if not reads:
@@ -145,15 +150,14 @@ def fill(
         for prefix in ("reference_", "teacher_")
     )
     now = {name: name.removeprefix("old_") for name in sorted(reads) if name not in then | told}
-    if told:
-        teacher_of(process)  # or say that there is none
+    scorers: list[tuple[Models, dict[str, str]]] = [(models, now)]
+    scorers += [(Models(models.of("reference")), then)] if then else []
+    scorers += [(Models(models.of("teacher")), told)] if told else []
 
     def scored(index: Tensor) -> dict[str, Tensor]:
         answer: dict[str, Tensor] = {}
-        others = (getattr(process, name, None) for name in ("reference", "teacher"))
-        for scorer, wanted in zip((process, *others), (now, then, told), strict=True):
+        for scorer, wanted in scorers:
             if wanted:
-                assert scorer is not None
                 needs = sorted(set(wanted.values()) - {"log_prob"})
                 scores = score_in_pieces(scorer, rows[index], needs, tokens)
                 answer |= {name: scores[need] for name, need in wanted.items()}
@@ -174,13 +178,13 @@ def fill(
 
 
 def score_everywhere(
-    process: Process, rows: Trajectories, needs: Collection[str], tokens: int | None, world: World
+    models: Models, rows: Trajectories, needs: Collection[str], tokens: int | None, world: World
 ) -> Scores:
     """Scores as numbers of all rows, each computed by one process and known to all."""
     others = sorted(set(needs) - {"log_prob"})
 
     def scored(index: Tensor) -> dict[str, Tensor]:
-        scores = score_in_pieces(process, rows[index], others, tokens)
+        scores = score_in_pieces(models, rows[index], others, tokens)
         return {"log_prob": scores.log_prob, **scores.extra}
 
     found = world.map_rows(len(rows), scored)

@@ -18,15 +18,17 @@ from stepwell.columns import Columns
 from stepwell.data.stream import PromptStream
 from stepwell.errors import InputError, RewardError, StepwellError
 from stepwell.meter import Cost
-from stepwell.objective.distillation import teacher_of
 from stepwell.objective.gradient import ClipByNorm, global_norm
 from stepwell.parts import Batch
-from stepwell.process.base import AT_POINTS, Process, ability
+from stepwell.process.abilities import Redrawn, Valued, ability
+from stepwell.process.base import AT_POINTS, Process
+from stepwell.process.models import Models
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.differentiable import Judge
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Drawn, Prompt
+from stepwell.sampling.record import Drawn
+from stepwell.sampling.request import Prompt
 from stepwell.training import resume as saved
 from stepwell.training.admission import admit
 from stepwell.training.collect import collect, evaluate, fill, score_everywhere
@@ -84,12 +86,12 @@ class Trainer:
         out: Path | None = None,
         evaluation: Sequence[Prompt] | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
+        teacher: Process | None = None,
     ):
         self.given, self.settings, self.out, self.rewards = process, settings, out, rewards
         self.recipe = with_settings(recipe, settings)
         if self.recipe.sampler:  # evaluated as it was given, trained under the method's own law
-            process = ability(process, "with_sampler", "The method")(**self.recipe.sampler)
-        self.process = process
+            process = ability(process, Redrawn, "The method").with_sampler(**self.recipe.sampler)
         self.judge = Judge(rewards, prompts, process.meter)
         self.objective = self.recipe.whole
         self.world = World.join()
@@ -101,23 +103,37 @@ class Trainer:
         self.reads = set(self.objective.reads)
         if self.recipe.old == "recomputed" or settings.precision == "bf16":
             self.reads.add("old_log_prob")
+        reference: Process | None = None
         if "value" in self.objective.needs | self.reads:
-            ability(process, "add_value_head", "A critic")()
+            process = ability(process, Valued, "A critic").with_value_head()
         if "kl" in self.objective.needs or any(name.startswith("reference_") for name in self.reads):
-            process.reference = process.frozen()  # type: ignore[attr-defined]
-            if self.recipe.reference == "synced" and process.reference.module is process.module:  # type: ignore[attr-defined]
+            reference = process.frozen()
+            if self.recipe.reference == "synced" and reference.module is process.module:
                 raise InputError(
                     "The reference of an adapted model is its base, which cannot be synced; train it whole."
                 )
+        if teacher is not None:
+            teacher = teacher.metered(process.meter)  # what it spends is this run's
+        self.models = Models(process, reference, teacher)
         if any(name.startswith("teacher_") for name in self.reads):
-            teacher_of(process).meter = process.meter  # what it spends is this run's
+            self.models.of("teacher")
         self.parameters = [p for p in process.module.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        self.horizon: float | None = getattr(process, "horizon", None)
+        self.horizon: float | None = process.horizon
         self.done = 0.0
         self.at = Position(states={name: state.initial for name, state in self.objective.states.items()})
+
+    @property
+    def process(self) -> Process:
+        """The policy, as it is trained."""
+        return self.models.policy
+
+    @property
+    def trained(self) -> Process:
+        """The policy, with its value head where it has one, drawing as it was given."""
+        return self.given if self.process.module is self.given.module else self.process
 
     def run(self, log: RunLog, title: str = "training") -> None:
         """Steps until the settings say stop; a checkpoint between any two updates is enough to go on from."""
@@ -170,8 +186,8 @@ class Trainer:
             begin = time.monotonic()
             drawn = rewarded.drawn
             tokens = settings.tokens_per_microbatch
-            rows = self.objective.draw(drawn.trajectories, self.process, self.rng.split("points", at.step))
-            rows = fill(self.process, rows, self.reads, tokens=tokens, world=self.world)
+            rows = self.objective.draw(drawn.trajectories, self.models, self.rng.split("points", at.step))
+            rows = fill(self.models, rows, self.reads, tokens=tokens, world=self.world)
         at.drawn, at.names = Drawn(rows, drawn.samples, drawn.prompts), rewarded.names
         at.targets = self.objective.credit(Batch(rows, self.counts(rows), None, at.states))
         at.part, at.made, at.metrics = 0, 0, {}
@@ -192,13 +208,13 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         with self.arithmetic():
             if self.objective.plans_on_scores:
-                scores = score_everywhere(self.process, rows, self.objective.present, tokens, self.world)
+                scores = score_everywhere(self.models, rows, self.objective.present, tokens, self.world)
             targets = self.objective.plan(Batch(rows, counts, scores, at.states), targets)
             mine = self.share(rows)
             metrics: dict[str, float] = {}
             if len(mine):
                 part = rows[mine], targets[mine]
-                metrics = accumulate(self.process, self.objective, *part, counts, at.states, tokens, self.judge)
+                metrics = accumulate(self.models, self.objective, *part, counts, at.states, tokens, self.judge)
         self.world.sum_gradients(self.parameters)
         if self.objective.needs & AT_POINTS and all(parameter.grad is None for parameter in self.parameters):
             raise RewardError("No parameter has a part in the rewards' gradient; they do not depend on the samples.")
@@ -250,7 +266,7 @@ class Trainer:
             log.step(metrics, {"step": metrics["step"], "seconds": clock}, shown)
         self.planner.learn(at.drawn.trajectories, metrics)
         if self.recipe.reference == "synced" and (at.step + 1) % self.recipe.sync_every == 0:
-            process.reference = process.frozen()  # type: ignore[attr-defined]
+            self.models = replace(self.models, reference=process.frozen())
         at.history.append(metrics)
         self.done = done
         at.step, at.drawn, at.targets, at.part = at.step + 1, None, None, 0
@@ -319,6 +335,7 @@ def train(
     on_step: Callable[[dict[str, Any]], None] | None = None,
     resume: bool = False,
     config: dict[str, Any] | None = None,
+    teacher: Process | None = None,
 ) -> Run:
     """Train a process with a recipe.
 
@@ -328,7 +345,7 @@ def train(
     admit(process, prompts)
     folder = saved.prepare(out, resume)
     process.meter.load_state_dict(asdict(Cost()))  # what was spent before is not this run's
-    trainer = Trainer(process, recipe, prompts, rewards, settings, folder, evaluation, on_step)
+    trainer = Trainer(process, recipe, prompts, rewards, settings, folder, evaluation, on_step, teacher)
     log = RunLog(
         folder if trainer.world.is_main else None, settings.trackers, config=saved.description(trainer, config)
     )
@@ -342,7 +359,7 @@ def train(
         saved.export(trainer)
     trainer.world.gather(None)  # nobody leaves while another still writes
     cost = process.meter.read()
-    return Run(process, trainer.recipe, settings, trainer.at.history, cost, trainer.at.step, folder)
+    return Run(trainer.trained, trainer.recipe, settings, trainer.at.history, cost, trainer.at.step, folder)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,8 @@ from torch import Tensor
 from stepwell.columns import Columns
 from stepwell.errors import CheckpointError, InputError
 from stepwell.meter import Cost
-from stepwell.parts import describe
 from stepwell.process.base import Samples
-from stepwell.sampling.rollout import Drawn
+from stepwell.sampling.record import Drawn
 from stepwell.training import checkpoint
 from stepwell.training.distribute import World
 from stepwell.training.log import RunLog
@@ -44,12 +43,10 @@ def prepare(out: str | Path | None, resume: bool) -> Path | None:
 
 
 def description(trainer: Trainer, config: dict[str, Any] | None) -> dict[str, Any]:
-    """What run.json says of a run; `work`: what its costs count, where that is not tokens."""
-    flow = hasattr(getattr(trainer.process, "sampler", None), "tables")
+    """What run.json says of a run."""
     return {
         "process": type(trainer.process).__name__,
-        **({"work": "latents"} if flow else {}),
-        **getattr(trainer.process, "conversation", {}),
+        **trainer.process.describe(),
         "parts": trainer.recipe.parts(),
         "settings": trainer.settings.as_dict(),
         "threads": torch.get_num_threads(),
@@ -66,33 +63,11 @@ def fingerprint(trainer: Trainer) -> dict[str, Any]:
     return {
         "model": hashlib.sha256("\n".join(shapes).encode()).hexdigest(),
         "data": hashlib.sha256(repr(prompts).encode()).hexdigest(),
-        "sampling law": sampling_law(process, trainer.given, trainer.horizon),
-        "environment": conversation(process),
+        "process": {"trained": process.describe(), "evaluated": trainer.given.describe()},
         "method": "\n".join(trainer.recipe.parts()),
         "reward": repr((trainer.rewards.names, trainer.rewards.weights)),
         "settings": {name: getattr(trainer.settings, name) for name in kept},
     }
-
-
-def sampling_law(process: Any, evaluated: Any, horizon: float | None) -> str:
-    """How the process draws, in the same words whenever it is the same: truncation and length, or a flow's law.
-
-    A flow is trained under the method's law and `evaluated` under its own; metrics depend on both.
-    """
-    if not hasattr(getattr(process, "sampler", None), "tables"):
-        compiled = getattr(getattr(process, "network", None), "compiled", None) is not None
-        return f"{'compiled, ' if compiled else ''}{getattr(process, 'truncation', '')}, at most {horizon} steps"
-    laws = [
-        [*dict.fromkeys(describe(table) for table in twin.sampler.tables), twin.sampler.times, twin.sampler.guidance]
-        for twin in dict.fromkeys((process, evaluated))
-    ]
-    return f"{describe(process.path)}, {process.predicts}, {laws}"
-
-
-def conversation(process: Any) -> dict[str, Any] | None:
-    """What a language model talks to, and how: None where it talks to nothing."""
-    settings = getattr(process, "conversation", None)
-    return None if settings is None else {**settings, "source": process.environment_source}
 
 
 def save(trainer: Trainer, meters: list[dict[str, Any]]) -> None:
@@ -137,7 +112,7 @@ def restore(trainer: Trainer, log: RunLog) -> None:
         for name, parameter in _trainable(trainer).items():
             parameter.copy_(groups["parameters"][name])
         if "reference" in groups:
-            for name, parameter in trainer.process.reference.module.named_parameters():  # type: ignore[attr-defined]
+            for name, parameter in trainer.models.of("reference").module.named_parameters():
                 parameter.copy_(groups["reference"][name])
     checkpoint.load_optimiser(trainer.optimiser, groups.get("optimiser", {}))
     trainer.stream.load_state_dict(state["stream"])
@@ -167,8 +142,7 @@ def _refuse_another_run(folder: Path, theirs: dict[str, Any], ours: dict[str, An
     for what, started_with in (
         ("model", "the model"),
         ("data", "the prompts"),
-        ("sampling law", _law_in_words(ours)),
-        ("environment", "the environment (its file, turns, role and stop)"),
+        ("process", f"the process ({_different(theirs, ours)})"),
         ("reward", "the rewards and weights"),
         ("method", "the method and options"),
     ):
@@ -184,16 +158,17 @@ def _refuse_another_run(folder: Path, theirs: dict[str, Any], ours: dict[str, An
             )
 
 
-def _law_in_words(ours: dict[str, Any]) -> str:
-    flow = not ours["sampling law"].endswith(" steps")
-    return "the solver, times and guidance" if flow else "the temperature, truncation, length and choice of compile"
+def _different(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Which entries of `Process.describe` differ, in words."""
+    pairs = [(theirs.get("process", {}).get(role, {}), ours["process"][role]) for role in ours["process"]]
+    names = {name for before, now in pairs for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+    return ", ".join(name.replace("_", " ") for name in sorted(names))
 
 
 def export(trainer: Trainer) -> None:
     """The trained model where the user looks for it: the run's folder loads like any model folder."""
-    export_model = getattr(trainer.process, "save", None)
-    if export_model is not None:
-        export_model(trainer.out)
+    assert trainer.out is not None
+    trainer.process.save(trainer.out)
 
 
 def _own_meter(meters: list[dict[str, Any]], world: World) -> dict[str, Any]:
@@ -210,7 +185,7 @@ def _trainable(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
 
 def _reference(trainer: Trainer) -> dict[str, Tensor]:
     """The reference's own parameters; none where it shares the policy's (adapters switched off)."""
-    reference = getattr(trainer.process, "reference", None)
+    reference = trainer.models.reference
     if reference is None or reference.module is trainer.process.module:
         return {}
     return {name: p.detach() for name, p in reference.module.named_parameters()}

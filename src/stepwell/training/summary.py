@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from stepwell.figures.pictures import described, is_image
-from stepwell.sampling.rollout import Drawn
+from stepwell.sampling.record import Drawn
 from stepwell.trajectories import Trajectories
 
 

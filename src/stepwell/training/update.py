@@ -12,36 +12,28 @@ from stepwell.objective.term import Objective
 from stepwell.parts import Batch
 from stepwell.process.base import Process, Scores
 from stepwell.process.batching import token_batches
+from stepwell.process.models import Models
 from stepwell.trajectories import Counts, Trajectories
 
 
-def row_sizes(rows: Trajectories) -> Tensor:
-    """(N,) tokens of each row as the network sees it: its prompt's and its own."""
-    sizes = rows.length.clone()
-    for key, entry in ({} if rows.condition is None else rows.condition).items():
-        if entry.dtype == torch.bool and entry.dim() == 2 and key.endswith("mask"):
-            sizes += entry.sum(1)
-    return sizes
-
-
 @torch.no_grad()
-def score_in_pieces(process: Process, rows: Trajectories, needs: Collection[str], tokens: int | None) -> Scores:
-    """Scores as numbers only, computed for a few rows at a time."""
+def score_in_pieces(models: Models, rows: Trajectories, needs: Collection[str], tokens: int | None) -> Scores:
+    """Scores of the policy as numbers only, computed for a few rows at a time."""
     if tokens is None:
-        return process.score(rows, needs).detach()
-    pieces = token_batches(row_sizes(rows), tokens)
-    scored = [process.score(rows[piece], needs).detach() for piece in pieces]
+        return models.score(rows, needs).detach()
+    pieces = token_batches(models.policy.row_sizes(rows), tokens)
+    scored = [models.score(rows[piece], needs).detach() for piece in pieces]
     order = torch.cat(pieces).argsort()
     extra = {need: torch.cat([scores[need] for scores in scored])[order] for need in needs}
     return Scores(torch.cat([scores.log_prob for scores in scored])[order], extra)
 
 
-def cut(rows: Trajectories, coupling: str, tokens: int | None) -> list[Tensor] | None:
+def cut(process: Process, rows: Trajectories, coupling: str, tokens: int | None) -> list[Tensor] | None:
     """Row indices of micro-batches of at most `tokens` padded tokens, or None where coupled rows do not fit one."""
     everything = torch.arange(len(rows))
     if tokens is None:
         return [everything]
-    sizes = row_sizes(rows)
+    sizes = process.row_sizes(rows)
     if coupling == "rows":
         return token_batches(sizes, tokens)
     units = [everything] if coupling == "batch" else [(rows.prompt == p).nonzero()[:, 0] for p in rows.prompt.unique()]
@@ -58,7 +50,7 @@ def cut(rows: Trajectories, coupling: str, tokens: int | None) -> list[Tensor] |
 
 
 def accumulate(
-    process: Process,
+    models: Models,
     objective: Objective,
     rows: Trajectories,
     targets: Columns,
@@ -73,13 +65,13 @@ def accumulate(
     holds more than `tokens`; neither the loss nor the gradient depends on the cut. Where coupled rows do not fit, the
     loss's gradient in the scores is taken on all rows first, and sent back piece by piece: one more forward, exact.
     """
-    pieces = cut(rows, objective.coupling, tokens)
+    pieces = cut(models.policy, rows, objective.coupling, tokens)
     if pieces is None:
-        return _through_scores(process, objective, rows, targets, counts, states, tokens, judge)
+        return _through_scores(models, objective, rows, targets, counts, states, tokens, judge)
     metrics: dict[str, float] = {}
     for piece in pieces:
         part = rows[piece]
-        batch = Batch(part, counts, process.score(part, objective.needs), states, judge)
+        batch = Batch(part, counts, models.score(part, objective.needs), states, judge)
         loss = objective.loss(batch, targets[piece])
         if loss.value.requires_grad:  # it does not where no step of these rows is trained: a window that is empty
             loss.value.backward()
@@ -89,7 +81,7 @@ def accumulate(
 
 
 def _through_scores(
-    process: Process,
+    models: Models,
     objective: Objective,
     rows: Trajectories,
     targets: Columns,
@@ -98,15 +90,15 @@ def _through_scores(
     tokens: int | None,
     judge: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> dict[str, float]:
-    numbers = score_in_pieces(process, rows, objective.needs, tokens)
+    numbers = score_in_pieces(models, rows, objective.needs, tokens)
     leaves = Scores(
         numbers.log_prob.requires_grad_(), {name: value.requires_grad_() for name, value in numbers.extra.items()}
     )
     loss = objective.loss(Batch(rows, counts, leaves, states, judge), targets)
     inputs = {"log_prob": leaves.log_prob, **leaves.extra}
     slopes = torch.autograd.grad(loss.value, list(inputs.values()), allow_unused=True)
-    for piece in token_batches(row_sizes(rows), tokens or len(rows)):
-        scores = process.score(rows[piece], objective.needs)
+    for piece in token_batches(models.policy.row_sizes(rows), tokens or len(rows)):
+        scores = models.score(rows[piece], objective.needs)
         parts = [
             (scores[name] * slope[piece]).sum()
             for name, slope in zip(inputs, slopes, strict=True)

@@ -36,7 +36,7 @@ from stepwell.planning.hints import Hinted
 from stepwell.planning.measured import Vines, WithGreedy
 from stepwell.planning.trees import SegmentTree
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Request
+from stepwell.sampling.request import Request
 from stepwell.trajectories import count
 
 ORACLES = {
@@ -335,7 +335,7 @@ class NoCopies(SegmentTree):
         requests = super().plan(step, so_far, prompts)
         if so_far is None or len(so_far) >= 4:
             return requests if so_far is None else []
-        return [request for request in requests if so_far.mask[request.start[0]].sum() > request.start[1]]
+        return [request for request in requests if so_far.mask[request.start.row].sum() > request.start.step]
 
 
 @dataclass

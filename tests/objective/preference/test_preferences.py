@@ -30,7 +30,7 @@ from stepwell.parts import Batch
 from stepwell.process.exact.table import markov
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 from stepwell.training.collect import fill
 from stepwell.training.loop import train
 from stepwell.training.settings import Settings

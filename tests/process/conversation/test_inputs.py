@@ -12,7 +12,9 @@ from stepwell.errors import InputError
 from stepwell.process.conversation import Turns
 from stepwell.process.language.process import Language, language
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Drawn, Prompt, Request, rollout
+from stepwell.sampling.record import Drawn
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 
 Build = Callable[..., Language]
 PROMPTS = ["a b c d", "e", "f g h a b c d e f g"]

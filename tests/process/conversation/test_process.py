@@ -21,7 +21,9 @@ from stepwell.process.conversation import Turns, environment_return
 from stepwell.process.conversation.process import TurnsState
 from stepwell.process.language.process import Language, language
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Drawn, Prompt, Request, rollout
+from stepwell.sampling.record import Drawn
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import count
 
 Build = Callable[..., Language]

@@ -12,7 +12,8 @@ from stepwell.check import law, process
 from stepwell.errors import MissingAbility
 from stepwell.process.exact.table import TabularLanguage, conditioned, markov
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import pad_steps
 
 SHAPES = [

@@ -9,7 +9,8 @@ from torch import nn
 import stepwell as sw
 from stepwell.errors import InputError, RewardError
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 
 
 def to_one(x, t):

@@ -15,7 +15,8 @@ from stepwell.distributions import Gaussian, Point
 from stepwell.errors import InputError, LawBroken, UnknownName
 from stepwell.process.flow.process import Flow, flow
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.solver.path import path as path_named
 from stepwell.solver.table import table
 

@@ -14,7 +14,8 @@ from stepwell.errors import InputError, MissingAbility
 from stepwell.process.base import AT_POINTS
 from stepwell.process.flow.process import Flow, flow
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import concatenate, pad_steps
 
 STEPS = 6

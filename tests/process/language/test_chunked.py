@@ -14,7 +14,8 @@ from stepwell.process.language.chunked import Head, chunked_statistics, statisti
 from stepwell.process.language.process import Language, language
 from stepwell.process.language.truncation import Truncation
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import Trajectories
 
 Build = Callable[..., Language]

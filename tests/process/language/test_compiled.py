@@ -17,7 +17,8 @@ import torch
 from stepwell.process.language import compiled
 from stepwell.process.language.process import Language, language
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import Trajectories
 
 Build = Callable[..., Language]

@@ -13,7 +13,8 @@ import torch
 from stepwell.errors import InputError
 from stepwell.process.language.process import Language, language
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import Trajectories
 
 Build = Callable[..., Language]

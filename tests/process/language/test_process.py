@@ -15,7 +15,9 @@ from stepwell.process.language import process as module_under_test
 from stepwell.process.language.network import CausalNetwork
 from stepwell.process.language.process import Language, language
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Drawn, Prompt, Request, rollout
+from stepwell.sampling.record import Drawn
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import Trajectories
 
 Build = Callable[..., Language]

@@ -9,7 +9,8 @@ from stepwell.errors import InputError
 from stepwell.process.exact.table import markov
 from stepwell.process.language.segments import segments, sentence_ends
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Completion, Prompt, Request, rollout
+from stepwell.sampling.request import Completion, Prompt, Request
+from stepwell.sampling.rollout import rollout
 
 
 def test_a_segment_holds_the_token_that_ends_it():

@@ -14,7 +14,8 @@ from stepwell.process.language.prompts import Packed
 from stepwell.process.language.shared_forward import Line, _Fused, joint_attention, line
 from stepwell.process.language.shared_prefix import SharedCache, SharedLayer, _Room
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import Trajectories
 
 Build = Callable[..., Language]

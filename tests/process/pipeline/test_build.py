@@ -16,7 +16,8 @@ from stepwell.process.flow.process import Flow
 from stepwell.process.pipeline import networks as pipeline_networks
 from stepwell.process.pipeline.build import pipeline
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 
 diffusers = pytest.importorskip("diffusers", reason="pipelines need diffusers installed")
 

@@ -22,7 +22,8 @@ from stepwell.process.pipeline.build import pipeline
 from stepwell.process.pipeline.loading import LORA_FILE
 from stepwell.process.pipeline.networks import Base
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt, Request, rollout
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 
 diffusers = pytest.importorskip("diffusers", reason="pipelines need diffusers installed")
 pytest.importorskip("peft", reason="adapters need peft installed")

@@ -14,7 +14,7 @@ class Provable(Protocol):
     """A card as far as oracles see it."""
 
     id: str
-    room: str
+    processes: tuple[str, ...]
     proof: tuple[str, ...]
 
     @property

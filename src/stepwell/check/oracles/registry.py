@@ -140,7 +140,7 @@ class _Nothing:
     """A stream that a planner may ask for prompts, and whose answer is not a finished step."""
 
     def take(self, count: int, weights: Tensor | None = None) -> list[Any]:
-        from stepwell.sampling.rollout import Prompt
+        from stepwell.sampling.request import Prompt
 
         return [Prompt(0, 0)] * count
 

@@ -14,7 +14,9 @@ from stepwell.distributions import Distribution
 from stepwell.errors import CannotFork, LawBroken
 from stepwell.process.base import Process
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Drawn, Prompt, Request, rollout
+from stepwell.sampling.record import Drawn
+from stepwell.sampling.request import Branch, Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import Trajectories
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
@@ -42,7 +44,7 @@ class Bench:
         """The rows drawn, and two that branch off in the middle of the longest."""
         row = int(drawn.trajectories.length.argmax())
         step = int(drawn.trajectories.length[row]) // 2
-        branch = Request(drawn.prompts[row], 2, start=(row, step), horizon=self.horizon)
+        branch = Request(drawn.prompts[row], 2, start=Branch(row, step), horizon=self.horizon)
         more = rollout(self.process, [branch], self.rng.split("branch"), so_far=drawn.trajectories)
         return (drawn + more).trajectories
 

@@ -21,7 +21,9 @@ from stepwell.meter import Cost
 from stepwell.process.base import Process, State
 from stepwell.process.exact.table import TabularLanguage
 from stepwell.rng import Replay, Rng
-from stepwell.sampling.rollout import Drawn, Prompt, Request, rollout
+from stepwell.sampling.record import Drawn
+from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import Trajectories, concatenate, pad_steps
 
 _WALK = 6  # steps along which forks are compared

@@ -17,7 +17,7 @@ from stepwell.comparison.results import FILE, Comparison
 from stepwell.errors import InputError
 from stepwell.figures import charts
 from stepwell.figures.charts import Line
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 from stepwell.tasks.registry import plainly
 from stepwell.training.log import CLOCK, COMPLETIONS, METRICS, RUN, SAMPLES, read_lines
 from stepwell.writing import write_whole

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from stepwell.objective.state import State, value_of
 from stepwell.objective.surrogate import Clip, Surrogate
 from stepwell.objective.term import Loss, Term
 from stepwell.parts import Batch, Count, Part, Positive, Size
-from stepwell.process.base import Process, ability
+from stepwell.process.abilities import Denoising, ability
+from stepwell.process.models import Models
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories
 
@@ -35,15 +36,16 @@ class Noised(Part):
     grid: bool = False
     shared: bool = False
 
-    def draw(self, rows: Trajectories, process: Process, rng: Rng) -> dict[str, Tensor]:
+    def draw(self, rows: Trajectories, models: Models, rng: Rng) -> dict[str, Tensor]:
         """time (N, K), noise (N, K, *D), target (N, K, *D): the velocity of the straight line from x_0 to e, and
         `reach` (N, K): |x_0hat - x_0| for a velocity that is off by one."""
-        law, path = ability(process, "sampler", "A loss on the forward path"), process.path  # type: ignore[attr-defined]
+        flow = ability(models.policy, Denoising, "A loss on the forward path")
+        path = flow.path
         owner = rows.prompt.unique(return_inverse=True)[1] if self.shared else torch.arange(len(rows))
         count, shape = int(owner.max()) + 1, rows.action.shape[2:]
         kind = rows.action.dtype
         if self.grid:
-            allowed = torch.tensor(law.times[:-1], dtype=torch.float64)
+            allowed = torch.tensor(flow.sampler.times[:-1], dtype=torch.float64)
             chosen = (rng.uniform(count, self.points) * len(allowed)).long().clamp(max=len(allowed) - 1)
             time = allowed[chosen]
         else:
@@ -96,8 +98,8 @@ class ForwardPairs(Pairs):
     score: Part = field(default_factory=DenoisingScore)
     noised: Noised = field(default_factory=lambda: Noised(shared=True, grid=True))
 
-    def draw(self, rows: Trajectories, process: Process, rng: Rng) -> dict[str, Tensor]:
-        return self.noised.draw(rows, process, rng)
+    def draw(self, rows: Trajectories, models: Models, rng: Rng) -> dict[str, Tensor]:
+        return self.noised.draw(rows, models, rng)
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ class ForwardPolicy(Term):
     needs = frozenset({"forward"})
     reads = frozenset({"old_forward"})
 
-    def draw(self, rows: Trajectories, process: Process, rng: Rng) -> dict[str, Tensor]:
-        return self.noised.draw(rows, process, rng)
+    def draw(self, rows: Trajectories, models: Models, rng: Rng) -> dict[str, Tensor]:
+        return self.noised.draw(rows, models, rng)
 
     def credit(self, batch: Batch) -> dict[str, Tensor]:
         return {"advantage": self.credit_of(batch)}
@@ -151,8 +153,8 @@ class NegativeAware(Term):
     needs = frozenset({"forward"})
     reads = frozenset({"old_forward"})
 
-    def draw(self, rows: Trajectories, process: Process, rng: Rng) -> dict[str, Tensor]:
-        return self.noised.draw(rows, process, rng)
+    def draw(self, rows: Trajectories, models: Models, rng: Rng) -> dict[str, Tensor]:
+        return self.noised.draw(rows, models, rng)
 
     def credit(self, batch: Batch) -> dict[str, Tensor]:
         advantage = self.credit_of(batch).clamp(-self.bound, self.bound)
@@ -194,8 +196,8 @@ class DirectReward(Term):
     def needs(self) -> frozenset[str]:
         return frozenset({"denoised" if self.renoised else "pinned" if self.pinned else "sample"})
 
-    def draw(self, rows: Trajectories, process: Process, rng: Rng) -> dict[str, Tensor]:
-        law: Any = ability(process, "sampler", "A reward that is differentiated")
+    def draw(self, rows: Trajectories, models: Models, rng: Rng) -> dict[str, Tensor]:
+        law = ability(models.policy, Denoising, "A reward that is differentiated").sampler
         steps = len(law.times) - 1
         if self.renoised:
             shape = (len(rows), self.renoised)

@@ -14,7 +14,7 @@ from stepwell.objective.preference.pairs import Pairing, Pairs, SequenceScore
 from stepwell.objective.state import State, value_of
 from stepwell.objective.term import Loss, Term
 from stepwell.parts import Batch, NotNegative, Part, Positive, Range
-from stepwell.process.base import Process
+from stepwell.process.models import Models
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories
 
@@ -86,7 +86,7 @@ class RejectionPairs(Pairs):
     temperature: Positive = 0.5
     keep: Annotated[int, Range("a whole number from 2 on", 2, whole=True)] = 4
 
-    def draw(self, rows: Trajectories, process: Process, rng: Rng) -> dict[str, Tensor]:
+    def draw(self, rows: Trajectories, models: Models, rng: Rng) -> dict[str, Tensor]:
         assert rows.reward is not None
         kept = torch.zeros(len(rows), dtype=torch.bool, device=rows.reward.device)
         for prompt in rows.prompt.unique().tolist():

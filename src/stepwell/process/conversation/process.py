@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stepwell.distributions import Categorical, Point
 from stepwell.errors import InputError
-from stepwell.process.base import Samples
+from stepwell.process.base import Samples, Steps
 from stepwell.process.conversation.distribution import Partly
 from stepwell.process.conversation.environment import origin
 from stepwell.process.conversation.episode import Episode, Seat, Turn
@@ -60,7 +60,6 @@ class Turns(Language):
     Raises `InputError` for an environment that does not do as it should.
     """
 
-    reads_columns = True
     encoder: ConversationEncoder
 
     def __init__(
@@ -91,17 +90,21 @@ class Turns(Language):
         self.make_environment, self.max_turns, self.stop = make_environment, max_turns, stops
         self.environment, self.environment_source = origin(make_environment)
 
-    @property
-    def conversation(self) -> dict[str, Any]:
-        """What makes it this conversation and no other, besides the model: the environment's name, and the settings."""
+    def describe(self) -> dict[str, Any]:
+        """The model's, and what makes it this conversation: the environment, its file, and the settings."""
         settings = {"max_turns": self.max_turns, "role": self.encoder.role, "stop": list(self.stop)}
-        return {"environment": self.environment, **settings}
+        own = {"environment": self.environment, **settings, "source": self.environment_source}
+        return {**super().describe(), **own}
 
-    def start(self, prompts: Sequence[Any], rng: Rng, columns: Sequence[Mapping[str, Any]] | None = None) -> TurnsState:
+    def start(self, prompts: Sequence[Any], rng: Rng) -> TurnsState:
+        """One row and one environment a prompt."""
+        return self.start_on(prompts, [{}] * len(prompts), rng)
+
+    def start_on(self, prompts: Sequence[Any], columns: Sequence[Mapping[str, Any]], rng: Rng) -> TurnsState:
         """One row and one environment a prompt; `columns` are those of each prompt's data."""
         state = super().start(prompts, rng)
         episodes: list[Episode] = []
-        for prompt, data, limit in zip(prompts, columns or [{}] * len(prompts), state.limit.tolist(), strict=True):
+        for prompt, data, limit in zip(prompts, columns, state.limit.tolist(), strict=True):
             seat, said = Seat.open(self.make_environment, prompt, data)
             if any(seat.environment is other.seat.environment for other in episodes):
                 raise InputError(
@@ -197,15 +200,14 @@ class Turns(Language):
         ]
         columns = {
             "completion_ids": plain.columns["completion_ids"],
-            "truncated": [
-                episode.truncated or not ended for (episode, _), ended in zip(rows, state.ended.tolist(), strict=True)
-            ],
             "turns": turns,
             "environment_return": [sum(turn.reward for turn in episode.turns) for episode, _ in rows],
-            "segment": [_segments(episode, length) for episode, length in rows],
-            "step_reward": [_step_rewards(episode, length) for episode, length in rows],
         }
-        return Samples(values, columns)
+        ended = zip(rows, state.ended.tolist(), strict=True)
+        truncated = [episode.truncated or not whole for (episode, _), whole in ended]
+        segment = [torch.tensor(_segments(episode, length), dtype=torch.long) for episode, length in rows]
+        reward = [torch.tensor(_step_rewards(episode, length), dtype=torch.float64) for episode, length in rows]
+        return Samples(values, columns, truncated, Steps(reward, segment))
 
     def _messages(self, state: TurnsState, row: int) -> list[dict[str, Any]]:
         """A chat after its prompt: what the model said, and what it was answered."""

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +49,11 @@ class StringTable(nn.Module):
 
     def __init__(self, logits: Tensor, value: Tensor):
         super().__init__()
-        self.logits, self.value = nn.Parameter(logits), nn.Parameter(value)
+        self.logits = logits if isinstance(logits, nn.Parameter) else nn.Parameter(logits)
+        self.value = nn.Parameter(value)
 
 
-class TabularLanguage:
+class TabularLanguage(Process):
     """A language model that is a table: every string, probability and gradient can be written down.
 
     Strings have at most `length` symbols out of 0..symbols-1. With `end`, symbol 0 ends a string early; without,
@@ -65,7 +66,9 @@ class TabularLanguage:
         1.0
     """
 
-    offers = frozenset({"entropy", "value", "sum_of_squares", "kl", "logits", "hidden"})
+    kind = "language"
+    any_prompt = False
+    offers = frozenset({"entropy", "value", "final_value", "sum_of_squares", "kl", "logits", "hidden"})
 
     def __init__(
         self, logits: Tensor, length: int, order: int | None = 1, end: bool = True, value: Tensor | None = None
@@ -79,8 +82,6 @@ class TabularLanguage:
         self.module: nn.Module = StringTable(logits.double(), value.double())
         self.module.get_parameter("value").requires_grad_(False)
         self.meter = Meter()
-        self.reference: Process | None = None
-        self.teacher: Process | None = None
 
     @property
     def logits(self) -> Tensor:
@@ -105,8 +106,8 @@ class TabularLanguage:
         return Point(self.propose(state).logits.argmax(-1))
 
     def advance(self, state: StringState, action: Tensor, rng: Rng) -> StringState:
-        text = state.text.clone()
-        text[:, state.position] = action
+        text, live = state.text.clone(), ~state.done
+        text[live, state.position] = action[live]
         over = (action == END) if self.end else torch.zeros_like(state.done)
         position = state.position + 1
         return replace(state, text=text, position=position, done=state.done | over | (position >= self.length))
@@ -119,8 +120,14 @@ class TabularLanguage:
     def condition(self, prompts: Sequence[int]) -> Columns:
         return Columns({"prompt": torch.tensor(prompts, dtype=torch.long)}, len(prompts))
 
-    def score(self, trajectories: Trajectories, needs: Collection[str] = (), context: Columns | None = None) -> Scores:
-        check_needs(self, needs, self.offers)
+    def score(
+        self,
+        trajectories: Trajectories,
+        needs: Collection[str] = (),
+        context: Columns | None = None,
+        reference: Process | None = None,
+    ) -> Scores:
+        check_needs(self, needs, reference)
         condition = trajectories.condition if context is None else context
         if condition is None:
             raise MissingAbility("A tabular model scores rows by their prompt; these trajectories have no condition.")
@@ -139,6 +146,8 @@ class TabularLanguage:
                 extra[need] = steps.entropy().reshape(mask.shape) * mask
             elif need == "value":
                 extra[need] = self.module.get_parameter("value")[rows, contexts] * mask
+            elif need == "final_value":
+                extra[need] = self._final_value(trajectories, condition["prompt"])
             elif need == "sum_of_squares":
                 extra[need] = law.exp().pow(2).sum(-1) * mask
             elif need == "logits":
@@ -146,17 +155,23 @@ class TabularLanguage:
             elif need == "hidden":  # the table is a linear output layer on which context it is
                 extra[need] = one_hot(rows * self.contexts + contexts, self.prompts * self.contexts).to(law.dtype)
             else:
-                reference = self if self.reference is None else self.reference
+                assert reference is not None
                 with torch.no_grad():
                     other = reference.score(trajectories, {"logits"}, context)["logits"]
                 extra[need] = steps.kl(Categorical(other.flatten(0, 1))).reshape(mask.shape).masked_fill(~mask, 0.0)
         return Scores(log_prob, extra)
 
+    def _final_value(self, rows: Trajectories, prompt: Tensor) -> Tensor:
+        """(N,) the value of the context that each row's last symbol leads to."""
+        after = torch.cat([rows.action, rows.action.new_zeros(len(rows), 1)], 1)
+        context = self._contexts(after).gather(1, rows.length[:, None])[:, 0]
+        return self.module.get_parameter("value")[prompt, context]
+
     def segments(self, trajectories: Trajectories) -> Tensor:
         """(N, T) which segment each step is in: one ends with the symbol `STOP`."""
         return segments(trajectories.action, torch.tensor([STOP]))
 
-    def encode(self, completion: Sequence[int]) -> Tensor:
+    def encode_completion(self, completion: Sequence[int]) -> Tensor:
         """(T,) the symbols of a string written elsewhere."""
         symbols = [int(symbol) for symbol in completion]
         if not symbols or len(symbols) > self.length or not all(0 <= symbol < self.symbols for symbol in symbols):
@@ -170,14 +185,10 @@ class TabularLanguage:
         """The largest number of steps of a row."""
         return self.length
 
-    def add_value_head(self) -> None:
-        """Let the table of values learn."""
-        self.module.get_parameter("value").requires_grad_(True)
-
-    def frozen(self) -> TabularLanguage:
+    def with_value_head(self) -> Self:
+        """A twin on the same logits whose table of values, a copy of this one's, learns."""
         twin = copy.copy(self)
-        twin.module = copy.deepcopy(self.module).requires_grad_(False)
-        twin.reference = None
+        twin.module = StringTable(self.logits, self.module.get_parameter("value").detach().clone())
         return twin
 
     # what can be enumerated

@@ -7,16 +7,16 @@ import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from stepwell.columns import Columns
 from stepwell.distributions import Gaussian, Point
-from stepwell.errors import InputError, MissingAbility
+from stepwell.errors import InputError, MissingAbility, StepwellError
 from stepwell.meter import Meter
-from stepwell.process.base import Samples, Scores, check_needs
+from stepwell.process.base import Process, Samples, Scores, check_needs
 from stepwell.process.flow.checks import (
     check_arguments,
     check_condition,
@@ -36,6 +36,7 @@ from stepwell.solver.path import path as path_named
 from stepwell.solver.schedule import Past, Schedule
 from stepwell.solver.table import Table
 from stepwell.trajectories import Trajectories
+from stepwell.writing import describe
 
 Encode = Callable[[Sequence[Any]], Mapping[str, Tensor]]
 Decode = Callable[[Tensor], Tensor]
@@ -71,7 +72,7 @@ class FlowState:
         return torch.full((len(self.x),), self.step > self.last, device=self.x.device)
 
 
-class Flow:
+class Flow(Process):
     """A generator that denoises: a velocity, noise or data prediction, drawn from by a table over a grid of times.
 
     A trajectory has 1 + n steps. Action 0 is the noise that the row starts from, which no parameter has a part in;
@@ -79,6 +80,7 @@ class Flow:
     are never trained. Built by `flow`, which see for the arguments.
     """
 
+    kind = "flow"
     offers = frozenset({"entropy", "kl", "mean", "deviation", "step_size", "forward", "denoised", "sample", "pinned"})
     free_steps = 1  # the noise
 
@@ -105,7 +107,6 @@ class Flow:
         self.told = own if dtype is None else None  # half precision networks, around states that need more of it
         self.device = torch.device("cpu") if first is None else first.device
         self.meter = Meter()
-        self.reference: Flow | None = None
         if law.guidance != 1.0 and unconditional is None:
             raise InputError("Guidance compares with the unconditional prediction; give `unconditional` to the flow.")
 
@@ -180,17 +181,23 @@ class Flow:
         entries = check_condition(self.encode(prompts), len(prompts), self.unconditional)
         return Columns(entries, len(prompts))
 
-    def score(self, trajectories: Trajectories, needs: Collection[str] = (), context: Columns | None = None) -> Scores:
+    def score(
+        self,
+        trajectories: Trajectories,
+        needs: Collection[str] = (),
+        context: Columns | None = None,
+        reference: Process | None = None,
+    ) -> Scores:
         """Log-densities (N, 1 + n) of the trained steps, float64 sums over dimensions, and what else is needed.
 
         A step is scored once for all rows that share the state before it. Raises `MissingAbility` for a need that is
         not offered, a KL without a `reference`, and for `forward`, `denoised` or `sample` without the points that a
         term draws for them.
         """
-        check_needs(self, needs, self.offers)
-        if "kl" in needs and self.reference is None:
-            raise MissingAbility("A method needs 'kl' of each step; set the flow's `reference`, say to frozen().")
-        return scores(self, trajectories, needs, context)
+        check_needs(self, needs, reference)
+        if not isinstance(reference, Flow | None):
+            raise MissingAbility(f"A flow's KL is measured from a flow, not from {type(reference).__name__}.")
+        return scores(self, trajectories, needs, context, reference)
 
     def predict(self, x: Tensor, time: Tensor, condition: Columns | None, guidance: float = 1.0) -> Tensor:
         """What the network predicts at x (N, *D) and time (N,); with guidance w, u + w (c - u) of the conditional
@@ -236,26 +243,75 @@ class Flow:
             raise InputError("Guidance compares with the unconditional prediction; give `unconditional` to the flow.")
         return twin
 
-    def frozen(self) -> Flow:
+    def frozen(self) -> Self:
         """A twin that cannot learn, on the same meter: a copy, or what the network itself says (adapters off)."""
         twin = copy.copy(self)
-        own = getattr(self.module, "frozen", None)
-        twin.module = own() if own is not None else copy.deepcopy(self.module).requires_grad_(False)
-        twin.reference, twin.learns = None, False
+        if isinstance(self.module, Freezes):
+            twin.module = self.module.frozen()
+        else:
+            twin.module = copy.deepcopy(self.module).requires_grad_(False)
+        twin.learns = False
         return twin
+
+    def check_prompt(self, value: Any) -> None:
+        """Raise `InputError` for a prompt that `encode` cannot read; a text encoder, which is slow, is not run yet."""
+        if self.encode is None:
+            return
+        if isinstance(self.encode, ChecksPrompts):
+            self.encode.check(value)
+            return
+        try:
+            with torch.no_grad():
+                self.condition([value])
+        except StepwellError:
+            raise
+        except Exception as error:
+            said = " ".join(str(error).split())
+            raise InputError(f"The flow's encode cannot read {value!r:.60}: {type(error).__name__}: {said}") from error
+
+    def row_sizes(self, rows: Trajectories) -> Tensor:
+        """(N,) states of each row, and the tokens of its prompt where the condition has a mask of them."""
+        sizes = rows.length.clone()
+        for name, entry in () if rows.condition is None else rows.condition.items():
+            if entry.dtype == torch.bool and entry.dim() == 2 and name.endswith("mask"):
+                sizes += entry.sum(1)
+        return sizes
+
+    def describe(self) -> dict[str, Any]:
+        """Path, prediction, and the sampler: its solvers, times and guidance."""
+        solvers = [*dict.fromkeys(describe(table) for table in self.sampler.tables)]
+        sampler = {"solver": solvers, "times": list(self.sampler.times), "guidance": self.sampler.guidance}
+        return {"work": "latents", "path": describe(self.path), "predicts": self.predicts, **sampler}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """The network's weights as safetensors, or the folder that the network itself writes."""
-        own = getattr(self.module, "save", None)
-        if own is not None:
-            own(folder)
-            return
-        from safetensors.torch import save
+        if isinstance(self.module, WritesFolder):
+            self.module.save(folder)
+        else:
+            super().save(folder)
 
-        from stepwell.writing import write_whole
 
-        state = {name: value.contiguous() for name, value in self.module.state_dict().items()}
-        write_whole(os.path.join(folder, "model.safetensors"), save(state))
+@runtime_checkable
+class ChecksPrompts(Protocol):
+    """An encoder that can tell without running whether it can read a prompt."""
+
+    def check(self, prompt: Any) -> None:
+        """Raise `InputError` for a prompt that it cannot read."""
+        ...
+
+
+@runtime_checkable
+class Freezes(Protocol):
+    """A network with a frozen twin of its own: that of an adapted model is its base."""
+
+    def frozen(self) -> nn.Module: ...
+
+
+@runtime_checkable
+class WritesFolder(Protocol):
+    """A network that writes a whole folder, as `diffusers` reads it."""
+
+    def save(self, folder: str | os.PathLike[str]) -> None: ...
 
 
 class Function(nn.Module):
@@ -302,7 +358,8 @@ def flow(
 
     Example:
         >>> target = flow(lambda x, t: x / t, shape=(2,), steps=4)  # all data is at the origin
-        >>> from stepwell.sampling.rollout import Prompt, Request, rollout
+        >>> from stepwell.sampling.request import Prompt, Request
+        >>> from stepwell.sampling.rollout import rollout
         >>> drawn = rollout(target, [Request(Prompt(0, None), 3)], Rng(0))
         >>> drawn.trajectories.mask.shape, bool(drawn.trajectories.action[:, -1].abs().max() < 1e-6)
         (torch.Size([3, 5]), True)

@@ -33,7 +33,9 @@ class Steps:
         return values.new_zeros(*rows.mask.shape, *values.shape[1:]).index_put((self.row, self.step), values)
 
 
-def scores(flow: Flow, rows: Trajectories, needs: Collection[str], context: Columns | None) -> Scores:
+def scores(
+    flow: Flow, rows: Trajectories, needs: Collection[str], context: Columns | None, reference: Flow | None = None
+) -> Scores:
     """Everything that `Flow.score` offers, computed together where it can be."""
     condition = rows.condition if context is None else context
     if condition is None and flow.encode is not None:
@@ -55,9 +57,9 @@ def scores(flow: Flow, rows: Trajectories, needs: Collection[str], context: Colu
         times = torch.tensor(flow.sampler.times, dtype=torch.float64, device=flow.device)
         answer["step_size"] = steps.table((times[steps.step - 1] - times[steps.step]), here)
     if "kl" in needs:
-        assert flow.reference is not None
+        assert reference is not None
         with torch.no_grad():
-            other = scores(flow.reference, rows, ("mean",), context)["mean"].to(flow.device)
+            other = scores(reference, rows, ("mean",), context)["mean"].to(flow.device)
         law = Gaussian(other[steps.row, steps.step], steps.law.standard_deviation)
         answer["kl"] = steps.table(steps.law.kl(law), here)
     if {"forward", "denoised"} & set(needs):

@@ -1,1 +1,5 @@
 """Causal language models of `transformers`: a step is a token."""
+
+from stepwell.process.kinds import register
+
+register("language", "language models")

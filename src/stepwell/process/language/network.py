@@ -246,17 +246,19 @@ class CausalNetwork:
         with model.disable_adapter() if self.base_only else contextlib.nullcontext():
             yield
 
-    def add_value_head(self) -> nn.Linear:
-        """A linear layer on the last hidden state, (D,) -> 1, starting at zero; the one there is, if there is one."""
+    def with_value_head(self) -> CausalNetwork:
+        """A twin with a linear layer on the last hidden state, (D,) -> 1: the one there is, else one of zeros."""
+        twin = copy.copy(self)
         if self.value_head is None:
             size = self.causal.config.get_text_config().hidden_size
             dtype = torch.float64 if self.causal.dtype == torch.float64 else torch.float32
             head = nn.utils.skip_init(nn.Linear, size, 1, device=self.device, dtype=dtype)  # draws no random numbers
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
-            self.module.value_head = head
-        assert self.value_head is not None
-        return self.value_head
+            module = LanguageModule(self.module.model)  # type: ignore[arg-type]
+            module.value_head = head
+            twin.module = module.eval()
+        return twin
 
     def frozen(self) -> CausalNetwork:
         """A twin that cannot learn: a copy, or for an adapted model its base, on the same weights."""

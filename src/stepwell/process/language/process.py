@@ -7,16 +7,16 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepwell.columns import Columns
 from stepwell.distributions import Categorical, Point
 from stepwell.errors import InputError, MissingAbility, StepwellError
 from stepwell.meter import Meter
-from stepwell.process.base import Samples, Scores, check_needs
+from stepwell.process.base import Process, Samples, Scores, check_needs
 from stepwell.process.batching import token_batches
 from stepwell.process.language import loading
 from stepwell.process.language.cache import empty_cache, forked, joined
@@ -38,17 +38,19 @@ CHUNK_ELEMENTS = {"cpu": 2**22, "accelerator": 2**26}
 """How many logits a chunk holds at most, unless `chunk` says how many steps: 16 and 256 MiB in float32."""
 
 
-class Language:
+class Language(Process):
     """A causal language model; see `language`, which makes one.
 
-    `module` holds all parameters, `reference` what `kl` is measured from (set by whoever needs it), `meter` what
-    was spent. The network is always in evaluation mode, also while it learns: dropout would draw other numbers when
+    The network is always in evaluation mode, also while it learns: dropout would draw other numbers when
     scoring than when sampling, and the ratio of the two laws would not start at 1.
 
     The truncation (top-k, top-p, min-p) is computed from the parameters of the moment, and `score` keeps the action
     that was taken whatever they have become, so that its log-probability stays finite; with unchanged parameters it
     is kept anyway, so the two laws are the same (up to rounding where a token lies exactly at the border).
     """
+
+    kind = "language"
+    any_prompt = False
 
     def __init__(
         self,
@@ -65,8 +67,6 @@ class Language:
     ):
         self.network = CausalNetwork(module, Meter(), compile)
         self.module = self.network.module
-        self.reference: Language | None = None
-        self.teacher: Language | None = None
         self.encoder, self.tokenizer = encoder, encoder.tokenizer
         self.ends, self.pad = torch.tensor(list(ends)), pad
         self.truncation, self.max_new_tokens = truncation, max_new_tokens
@@ -85,12 +85,8 @@ class Language:
         return self.max_new_tokens
 
     @property
-    def meter(self) -> Meter:
+    def meter(self) -> Meter:  # type: ignore[override]
         return self.network.meter
-
-    @meter.setter
-    def meter(self, meter: Meter) -> None:
-        self.network.meter = meter
 
     @property
     def device(self) -> torch.device:
@@ -156,8 +152,7 @@ class Language:
     def finish(self, state: LanguageState) -> Samples:
         """Texts without special tokens; for a chat, a list with the assistant's message.
 
-        Columns: `completion_ids`, the tokens with the end token where one was drawn, and `truncated`, True where
-        none was.
+        Column: `completion_ids`, the tokens with the end token where one was drawn; rows without one are truncated.
         """
         tokens, lengths = state.tokens.tolist(), state.length.tolist()
         ids = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
@@ -166,7 +161,7 @@ class Language:
             [{"role": "assistant", "content": text}] if chat else text
             for text, chat in zip(texts, state.chat.tolist(), strict=True)
         ]
-        return Samples(values, {"completion_ids": ids, "truncated": (~state.ended).tolist()})
+        return Samples(values, {"completion_ids": ids}, truncated=(~state.ended).tolist())
 
     def _bring_up_to_date(self, state: LanguageState, wanted: Tensor) -> None:
         """Read all tokens of the `wanted` rows (N,) bool that were not read yet; equal texts are read once.
@@ -227,12 +222,27 @@ class Language:
 
     # scoring
 
+    def check_prompt(self, value: Any) -> None:
+        """Raise `InputError` for a prompt that is no text or chat, or too long for the model."""
+        self.encoder(value)
+
+    def row_sizes(self, rows: Trajectories) -> Tensor:
+        """(N,) tokens of each row, its prompt's and its own."""
+        sizes = rows.length.clone()
+        return sizes if rows.condition is None else sizes + rows.condition["prompt_mask"].sum(1)
+
     def condition(self, prompts: Sequence[Any]) -> Columns:
         """`prompt_ids` and `prompt_mask` (N, P), padded on the left."""
         ids, mask = left_padded([self.encoder(prompt) for prompt in prompts], self.pad)
         return Columns({"prompt_ids": ids, "prompt_mask": mask}, len(prompts))
 
-    def score(self, trajectories: Trajectories, needs: Collection[str] = (), context: Columns | None = None) -> Scores:
+    def score(
+        self,
+        trajectories: Trajectories,
+        needs: Collection[str] = (),
+        context: Columns | None = None,
+        reference: Process | None = None,
+    ) -> Scores:
         """Log-probabilities (N, T) of the law tokens are drawn from, under the present parameters.
 
         Entropy, sum of squares and logits are of that same law; `kl` is of the laws at temperature but before
@@ -240,13 +250,14 @@ class Language:
         device of `trajectories`. Without gradients, rows are scored at most `tokens_at_once` padded tokens at a
         time; with them, cutting the rows is the caller's part (`stepwell.process.batching.token_batches`).
 
-        Raises `MissingAbility` for a value without `add_value_head`, and for a KL without a `reference`.
+        Raises `MissingAbility` for a value without a value head (`with_value_head`), and for a KL without a
+        `reference`, which has to be a language too.
         """
         if "value" in needs and self.network.value_head is None:
-            raise MissingAbility("A method needs 'value' of each step; call add_value_head() on the language first.")
-        if "kl" in needs and self.reference is None:
-            raise MissingAbility("A method needs 'kl' of each step; set the language's `reference`, say to frozen().")
-        check_needs(self, needs, self.offers)
+            raise MissingAbility("A method needs 'value' of each step; score the twin that with_value_head() gives.")
+        check_needs(self, needs, reference)
+        if not isinstance(reference, Language | None):
+            raise MissingAbility(f"A language's KL is measured from a language, not from {type(reference).__name__}.")
         condition = trajectories.condition if context is None else context
         if condition is None:
             raise InputError(
@@ -256,21 +267,24 @@ class Language:
         columns = tuple(column.to(self.device) for column in rows)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.network.can_learn):
             if torch.is_grad_enabled() or self.tokens_at_once is None:
-                values = self._score(columns, needs)
+                values = self._score(columns, needs, reference)
             else:
                 lengths = columns[1].sum(1) + trajectories.length.to(self.device)
                 batches = token_batches(lengths, self.tokens_at_once)
-                parts = [self._score(tuple(c[batch.to(self.device)] for c in columns), needs) for batch in batches]
+                pieces = (tuple(c[batch.to(self.device)] for c in columns) for batch in batches)
+                parts = [self._score(piece, needs, reference) for piece in pieces]
                 order = torch.cat(batches).argsort().to(self.device)
                 values = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
         values = {name: value.to(trajectories.mask.device) for name, value in values.items()}
         return Scores(values.pop("log_prob"), values)
 
-    def _score(self, columns: tuple[Tensor, ...], needs: Collection[str]) -> dict[str, Tensor]:
+    def _score(
+        self, columns: tuple[Tensor, ...], needs: Collection[str], reference: Language | None
+    ) -> dict[str, Tensor]:
         """Everything asked for, (N, T, ...), in one forward pass; the columns are those `pack` takes."""
         prompt_ids, prompt_mask, action, mask = columns
         packed = pack(prompt_ids, prompt_mask, action, mask, self.pad)
-        reference = self.reference if "kl" in needs else None
+        reference = reference if "kl" in needs else None
         fast = self.network.is_fast(packed) and (reference is None or reference.network.is_fast(packed))
         other: tuple[Tensor, Tensor | None] | None = None
         if reference is not None:
@@ -300,7 +314,7 @@ class Language:
 
     # texts written elsewhere, and what they are made of
 
-    def encode(self, completion: Any) -> Tensor:
+    def encode_completion(self, completion: Any) -> Tensor:
         """(T,) tokens of a completion written elsewhere, a text or an assistant's message, with the end token.
 
         Raises `InputError` for anything else, and for one of more than `max_new_tokens` tokens.
@@ -328,24 +342,39 @@ class Language:
 
         return Turns(self, make_environment, **settings)
 
-    def add_value_head(self) -> nn.Linear:
-        """A linear value head on the last hidden state, (D,) -> 1, starting at zero; a parameter of `module`."""
-        return self.network.add_value_head()
+    def with_value_head(self) -> Self:
+        """A twin with a linear value head on the last hidden state, (D,) -> 1: the one there is, else one of zeros."""
+        twin = copy.copy(self)
+        twin.network = self.network.with_value_head()
+        twin.module = twin.network.module
+        return twin
 
-    def frozen(self) -> Language:
+    def metered(self, meter: Meter) -> Self:
+        """A twin on the same parameters that spends on another meter."""
+        twin = copy.copy(self)
+        twin.network = copy.copy(self.network)
+        twin.network.meter = meter
+        return twin
+
+    def frozen(self) -> Self:
         """A twin that cannot learn, on the same meter: a copy, or for an adapted model its base without the adapter.
 
         The latter shares its weights with this one, which never change; it is the model before any training,
         however far the adapter has come.
         """
         twin = copy.copy(self)
-        twin.reference, twin.network = None, self.network.frozen()
+        twin.network = self.network.frozen()
         twin.module = twin.network.module
         return twin
 
     def sync(self, other: Language, rate: float = 1.0) -> None:
         """Move this model's parameters to `other`'s, all the way or by `rate` of it (a reference that follows)."""
         self.network.sync(other.network, rate)
+
+    def describe(self) -> dict[str, Any]:
+        """Temperature and truncation, the longest row, and whether the network is compiled."""
+        compiled = self.network.compiled is not None
+        return {"truncation": f"{self.truncation}", "max_new_tokens": self.max_new_tokens, "compiled": compiled}
 
     def save(self, folder: str | os.PathLike[str], merged: bool = True) -> None:
         """Weights as safetensors, with the tokenizer, so that `AutoModelForCausalLM.from_pretrained` loads them.
@@ -425,5 +454,6 @@ def language(
     if head is not None and head.is_file():
         from safetensors.torch import load_file
 
-        process.add_value_head().load_state_dict(load_file(head))
+        process = process.with_value_head()
+        process.network.value_head.load_state_dict(load_file(head))  # type: ignore[union-attr]
     return process

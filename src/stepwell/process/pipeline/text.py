@@ -26,12 +26,16 @@ class TextEncoder:
     def __call__(self, prompts: Sequence[Any]) -> dict[str, Tensor]:
         """One row a prompt. Raises `InputError` for a prompt that is not a text."""
         for prompt in prompts or [""]:
-            if not isinstance(prompt, str):
-                raise InputError(f"The prompt {prompt!r} is not a text, which is what a pipeline draws from.")
+            self.check(prompt)
             if prompt not in self.known:
                 self.known[prompt] = self._checked(self._encoded(prompt)[0], prompt)
         rows = [self.known[prompt] for prompt in prompts or [""]]
         return {name: torch.cat([row[name] for row in rows])[: len(prompts)] for name in rows[0]}
+
+    def check(self, prompt: Any) -> None:
+        """Raise `InputError` for a prompt that is not a text."""
+        if not isinstance(prompt, str):
+            raise InputError(f"The prompt {prompt!r:.60} is not a text, which is what a pipeline draws from.")
 
     def unconditional(self, negative_prompt: str | None = None) -> dict[str, Tensor]:
         """What guidance compares with, one row: the negative prompt, or what the pipeline takes in its place."""

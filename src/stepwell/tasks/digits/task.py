@@ -17,7 +17,7 @@ from torch import Tensor
 from stepwell.errors import InputError
 from stepwell.process.base import Process
 from stepwell.reward.mixing import Rewards
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 from stepwell.tasks.digits.models import (
     CLASSES,
     NO_LABEL,

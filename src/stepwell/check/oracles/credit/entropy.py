@@ -26,6 +26,7 @@ from stepwell.objective.term import Objective
 from stepwell.parts import Batch, Constant, Part
 from stepwell.process.base import Scores
 from stepwell.process.exact.table import markov
+from stepwell.process.models import Models
 from stepwell.rng import Rng
 from stepwell.training.collect import fill
 from stepwell.trajectories import count, make
@@ -52,7 +53,7 @@ def conversations() -> Batch:
     rows = rows.replace(
         condition=process.condition([0] * len(prompt)), reward=rng.normal(len(prompt), dtype=torch.float64)
     )
-    rows = fill(process, rows, {"entropy", "old_log_prob"}, tokens=None)
+    rows = fill(Models(process), rows, {"entropy", "old_log_prob"}, tokens=None)
     old, entropy = rows.old_log_prob, rows.entropy
     assert old is not None
     assert entropy is not None
@@ -150,7 +151,7 @@ def larger_scores_are_damped(card: Provable) -> float:
     process = markov(symbols=2, length=3, order=None, end=False, seed=4)
     rows = process.trajectories()
     steps = torch.arange(process.length).expand_as(rows.mask).contiguous()
-    rows = fill(process, rows.replace(segment=steps), {"entropy"}, tokens=None)
+    rows = fill(Models(process), rows.replace(segment=steps), {"entropy"}, tokens=None)
     scores, contexts = process.score(rows, {"sum_of_squares"}), process._contexts(rows.action)
     sizes: dict[int, dict[int, float]] = {}
     for row, step in rows.mask.nonzero().tolist():

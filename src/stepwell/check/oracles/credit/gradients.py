@@ -21,6 +21,7 @@ from stepwell.objective.term import Objective, Term
 from stepwell.parts import Batch, Part
 from stepwell.process.base import Scores
 from stepwell.process.exact.table import TabularLanguage, markov
+from stepwell.process.models import Models
 from stepwell.rng import Rng
 from stepwell.training.collect import fill
 from stepwell.trajectories import count
@@ -62,7 +63,7 @@ def group_gradient(
     rows, probability = all_groups(process, size, reward)
     flat = torch.tensor(list(itertools.product(range(len(reward)), repeat=size))).reshape(-1)
     rows = rows.replace(**{name: value[flat] for name, value in fields.items()})
-    rows = fill(process, rows, objective.reads - fields.keys(), tokens=None)
+    rows = fill(Models(process), rows, objective.reads - fields.keys(), tokens=None)
     counts = count(rows, process.horizon)
     scores = process.score(rows, objective.needs)
     leaf = Scores(scores.log_prob.detach().requires_grad_())
@@ -94,7 +95,7 @@ def written_out() -> tuple[TabularLanguage, Batch]:
     columns = torch.stack([reward, rng.normal(len(ids), dtype=torch.float64), answers.double()], 1)
     node = torch.arange(rows.mask.numel()).reshape(rows.mask.shape).masked_fill(~rows.mask, -1)
     rows = rows.replace(prompt=prompt, reward=reward, rewards=columns, node=node)
-    rows = fill(process, rows, {"old_log_prob", "old_sum_of_squares"}, tokens=None)
+    rows = fill(Models(process), rows, {"old_log_prob", "old_sum_of_squares"}, tokens=None)
     return process, Batch(rows, count(rows, process.horizon), process.score(rows, {"entropy"}).detach())
 
 

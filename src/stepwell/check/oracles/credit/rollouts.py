@@ -22,9 +22,10 @@ from stepwell.objective.term import Objective
 from stepwell.parts import Batch, column
 from stepwell.planning.base import Planner
 from stepwell.process.exact.table import TabularLanguage, markov
+from stepwell.process.models import Models
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 from stepwell.training.collect import collect, fill
 from stepwell.trajectories import Trajectories, count
 
@@ -55,7 +56,7 @@ def drawn(process: TabularLanguage, planner: Planner, rng: Rng, judge: Judge = j
 def ascent(process: TabularLanguage, policy: Policy, rows: Trajectories) -> Tensor:
     """-dL/d logits on these rows, at the old policy."""
     objective = Objective((policy,))
-    rows = fill(process, rows, {"old_log_prob", *objective.reads}, tokens=None)
+    rows = fill(Models(process), rows, {"old_log_prob", *objective.reads}, tokens=None)
     counts = count(rows, process.horizon)
     targets = objective.plan(Batch(rows, counts, process.score(rows).detach()))
     return -gradient_of(process, objective.loss(Batch(rows, counts, process.score(rows)), targets).value)

@@ -16,7 +16,9 @@ from stepwell.distributions import Gaussian, Point
 from stepwell.errors import LawBroken
 from stepwell.meter import Meter
 from stepwell.parts import Batch
+from stepwell.process.base import Process
 from stepwell.process.flow.process import Flow, FlowState, flow
+from stepwell.process.models import Models
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.differentiable import Judge
 from stepwell.reward.mixing import Rewards
@@ -26,13 +28,13 @@ from stepwell.training.update import accumulate
 from stepwell.trajectories import Trajectories, count
 
 
-def affine_flow(recipe: Recipe, dimension: int = 2, seed: int = 0) -> Flow:
-    """A flow of an affine velocity under the method's law, and a reference a little way off."""
+def affine_flow(recipe: Recipe, dimension: int = 2, seed: int = 0) -> Models:
+    """A flow of an affine velocity under the method's sampler, and a reference a little way off."""
     network = Affine(recipe.sampler["steps"], dimension, seed)
     process = flow(network, (dimension,), encode="label").with_sampler(**recipe.sampler)
-    process.reference = process.frozen()
-    process.reference.module.move(0.1, seed + 1)  # type: ignore[operator]
-    return process
+    reference = process.frozen()
+    reference.module.move(0.1, seed + 1)  # type: ignore[operator]
+    return Models(process, reference)
 
 
 def planned(recipe: Recipe, **settings: Any) -> Recipe:
@@ -41,32 +43,32 @@ def planned(recipe: Recipe, **settings: Any) -> Recipe:
     return recipe.replace(planner=replace(recipe.planner, **mine))  # type: ignore[type-var]
 
 
-def drawn(process: Flow, recipe: Recipe, rollout: int = 0, seed: int = 5, count: int = 3) -> Trajectories:
+def drawn(models: Models, recipe: Recipe, rollout: int = 0, seed: int = 5, count: int = 3) -> Trajectories:
     """Rows as a training step draws them, for `count` prompts, with everything that the method reads filled in."""
     recipe = planned(recipe, prompts=count)
     stream = PromptStream(prompts(count), Rng(seed).split("prompts"), shuffle=False)
-    rows = collect(process, recipe.planner, stream, Rewards(nearness), Rng(seed), rollout).drawn.trajectories
-    return filled(process, recipe, rows, seed)
+    rows = collect(models.policy, recipe.planner, stream, Rewards(nearness), Rng(seed), rollout).drawn.trajectories
+    return filled(models, recipe, rows, seed)
 
 
-def filled(process: Flow, recipe: Recipe, rows: Trajectories, seed: int = 5) -> Trajectories:
+def filled(models: Models, recipe: Recipe, rows: Trajectories, seed: int = 5) -> Trajectories:
     """The rows with the points that the method draws and the fields that it reads, under the present parameters."""
-    rows = recipe.whole.draw(rows, process, Rng(seed).split("points"))
-    return fill(process, rows, {"old_log_prob", *recipe.whole.reads}, tokens=None)
+    rows = recipe.whole.draw(rows, models, Rng(seed).split("points"))
+    return fill(models, rows, {"old_log_prob", *recipe.whole.reads}, tokens=None)
 
 
-def loss_gradient(process: Flow, recipe: Recipe, rows: Trajectories, names: int = 3) -> tuple[Tensor, float]:
+def loss_gradient(models: Models, recipe: Recipe, rows: Trajectories, names: int = 3) -> tuple[Tensor, float]:
     """The gradient of the method's loss on all rows at once, flat, and the number that it logs first."""
-    objective, counts = recipe.whole, count(rows, process.horizon)
+    objective, counts = recipe.whole, count(rows, models.policy.horizon)
     states = {name: state.initial for name, state in objective.states.items()}
     with torch.no_grad():
-        scores = process.score(rows, sorted(objective.needs - {"log_prob", "sample", "denoised"}))
+        scores = models.score(rows, sorted(objective.needs - {"log_prob", "sample", "denoised"}))
     targets = objective.plan(Batch(rows, counts, scores, states), objective.credit(Batch(rows, counts, None, states)))
-    parameters = list(process.module.parameters())
+    parameters = list(models.policy.module.parameters())
     for parameter in parameters:
         parameter.grad = None
     judge = Judge(Rewards(nearness), prompts(names), Meter())
-    metrics = accumulate(process, objective, rows, targets, counts, states, None, judge)
+    metrics = accumulate(models, objective, rows, targets, counts, states, None, judge)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     return torch.cat([part.reshape(-1) for part in parts]), next(iter(metrics.values()))
 
@@ -83,10 +85,9 @@ def rewards(rows: Trajectories) -> Tensor:
     return rows.reward
 
 
-def both(process: Flow) -> tuple[Numbers, Numbers]:
-    """The parameters of a process and of its reference."""
-    assert process.reference is not None, "the process has no reference"
-    return Numbers.of(process.module), Numbers.of(process.reference.module)
+def both(models: Models) -> tuple[Numbers, Numbers]:
+    """The parameters of a policy and of its reference."""
+    return Numbers.of(models.policy.module), Numbers.of(models.of("reference").module)
 
 
 class Signs(Flow):
@@ -136,7 +137,7 @@ LARGEST = 10
 """The most normals that a rollout may draw for all of its outcomes to be drawn."""
 
 
-def every_outcome(process: Flow, recipe: Recipe, rollout: int = 0) -> Trajectories:
+def every_outcome(process: Process, recipe: Recipe, rollout: int = 0) -> Trajectories:
     """The rows of every outcome of a rollout for one prompt, each outcome a prompt: means over them are expectations.
 
     Raises `LawBroken` where outcomes draw different numbers of normals, or more than `LARGEST`.
@@ -144,11 +145,11 @@ def every_outcome(process: Flow, recipe: Recipe, rollout: int = 0) -> Trajectori
     signs = Signs.__new__(Signs)
     signs.__dict__ |= process.__dict__
     signs.used = {}
-    drawn(signs, recipe, rollout, count=1)
+    drawn(Models(signs), recipe, rollout, count=1)
     draws = signs.used.pop(0)
     if draws > LARGEST:
         raise LawBroken(f"A rollout draws {draws} normals; at most {LARGEST} can be gone through.")
-    rows = drawn(signs, recipe, rollout, count=2**draws)
+    rows = drawn(Models(signs), recipe, rollout, count=2**draws)
     if set(signs.used.values()) != {draws}:
         raise LawBroken(f"Outcomes of one rollout draw from {min(signs.used.values())} to {draws} normals or more.")
     return rows

@@ -21,7 +21,7 @@ from stepwell.objective.regularise import Regulariser
 from stepwell.parts import Batch
 from stepwell.planning.windows import Windows
 from stepwell.process.base import Scores
-from stepwell.process.flow.process import Flow
+from stepwell.process.models import Models
 from stepwell.recipe.recipe import Recipe
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories, count, make
@@ -51,20 +51,20 @@ def gaussian_gradient(card: Provable) -> float:
     for options in variants(card):
         options |= known(card, {"level": 0.6, "eta": 0.8})
         recipe = card.recipe(**options)
-        process = affine_flow(recipe)
-        rows = drawn(process, recipe)
+        models = affine_flow(recipe)
+        rows = drawn(models, recipe)
         rows = rows.replace(reward=rewards(rows) + Rng(6).normal(len(rows), dtype=torch.float64) ** 3)
-        found, _ = loss_gradient(process, recipe, rows)
-        worst = max(worst, deviation(found, _policy_gradient(card, options, process, rows)))
+        found, _ = loss_gradient(models, recipe, rows)
+        worst = max(worst, deviation(found, _policy_gradient(card, options, models, rows)))
     return worst
 
 
-def _policy_gradient(card: Provable, options: dict[str, Any], process: Flow, rows: Trajectories) -> Tensor:
+def _policy_gradient(card: Provable, options: dict[str, Any], models: Models, rows: Trajectories) -> Tensor:
     defined, dimension = definition(card.id), rows.action.shape[2]
     steps = steps_by_hand(card, options, rows.mask.shape[1] - 1)
-    numbers, flat = Numbers.of(process.module), rows.action.flatten(2)
+    numbers, flat = Numbers.of(models.policy.module), rows.action.flatten(2)
     if defined.kl:
-        taken = path_log_ratio(rows, steps, *both(process))
+        taken = path_log_ratio(rows, steps, *both(models))
         rows = rows.replace(reward=rewards(rows) - card.options[defined.kl] * taken)
     views = seen(rows)
     tables = defined.advantage(views), defined.weight(views), factors(views, defined.factor, steps, dimension)
@@ -84,7 +84,7 @@ NODES = 20
 
 
 def _quadrature(
-    process: Flow, recipe: Recipe, steps: Sequence[Step], width: float = 1.0, nodes: int = NODES
+    models: Models, recipe: Recipe, steps: Sequence[Step], width: float = 1.0, nodes: int = NODES
 ) -> tuple[Trajectories, Tensor]:
     """Rows that each hold one random step from a state of its own, at nodes^2 values of its noise, and their weights.
 
@@ -93,7 +93,7 @@ def _quadrature(
     points, weights = np.polynomial.hermite_e.hermegauss(nodes)
     grid = torch.tensor(list(itertools.product(points, repeat=2)), dtype=torch.float64)
     mass = torch.tensor([a * b for a, b in itertools.product(weights / weights.sum(), repeat=2)], dtype=torch.float64)
-    numbers, places = Numbers.of(process.module), [k for k, step in enumerate(steps[:-1], 1) if step.noise > 0]
+    numbers, places = Numbers.of(models.policy.module), [k for k, step in enumerate(steps[:-1], 1) if step.noise > 0]
     states = width * Rng(7).normal(len(places), 2, dtype=torch.float64)
     count_ = len(grid)
     action = torch.zeros(len(places) * count_, len(steps) + 1, 2, dtype=torch.float64)
@@ -105,17 +105,17 @@ def _quadrature(
         mask[here, k] = True
     length = torch.full((len(action),), action.shape[1])
     prompt = torch.zeros(len(action), dtype=torch.long)
-    condition = process.condition([0] * len(action))
+    condition = models.policy.condition([0] * len(action))
     rows = make(action, torch.zeros(mask.shape).double(), mask, length=length, prompt=prompt, condition=condition)
     reward = Rng(8).normal(len(rows), dtype=torch.float64)
-    return filled(process, recipe, rows.replace(reward=reward)), mass.repeat(len(places))
+    return filled(models, recipe, rows.replace(reward=reward)), mass.repeat(len(places))
 
 
-def _moved(process: Flow, steps: Sequence[Step], rows: Trajectories, width: float) -> tuple[Tensor, Tensor]:
+def _moved(models: Models, steps: Sequence[Step], rows: Trajectories, width: float) -> tuple[Tensor, Tensor]:
     """|mu - mu_old|^2 and log p - log p_old (N,) of each row's step after a move of the parameters, which is made."""
-    old = Numbers.of(process.module)
-    process.module.move(width, seed=9)  # type: ignore[operator]
-    new = Numbers.of(process.module)
+    old = Numbers.of(models.policy.module)
+    models.policy.module.move(width, seed=9)  # type: ignore[operator]
+    new = Numbers.of(models.policy.module)
     squares, log_ratio = torch.zeros(2, len(rows), dtype=torch.float64)
     places = _places(rows)
     for k in places.unique().tolist():
@@ -148,11 +148,11 @@ def _mean_ratios(card: Provable, options: dict[str, Any]) -> tuple[Tensor, Tenso
     """E_old[r] by quadrature, |mu - mu_old|^2 and q of every trained step, after a move, through the method's ratio."""
     recipe = card.recipe(**options, **known(card, {"steps": 6}))
     steps = steps_by_hand(card, options, recipe.sampler["steps"])
-    process = affine_flow(recipe)
-    rows, mass = _quadrature(process, recipe, steps)
-    squares, _ = _moved(process, steps, rows, 0.1)
+    models = affine_flow(recipe)
+    rows, mass = _quadrature(models, recipe, steps)
+    squares, _ = _moved(models, steps, rows, 0.1)
     with torch.no_grad():
-        scores = process.score(rows, sorted(recipe.whole.needs - {"log_prob", "kl"}))
+        scores = models.score(rows, sorted(recipe.whole.needs - {"log_prob", "kl"}))
         log_ratio = _policy(recipe).ratio(Batch(rows, count(rows), scores))
     ratio = log_ratio[rows.mask].exp()
     size = NODES**2
@@ -185,15 +185,15 @@ def divergence_bound(card: Provable) -> float:
     has gone on in the direction of its advantage: all eight cells of that table."""
     recipe = card.recipe(**known(card, {"steps": 5}))
     steps = steps_by_hand(card, {}, 5)
-    process = affine_flow(recipe)
-    rows, _ = _quadrature(process, recipe, steps, nodes=6)
-    squares, log_ratio = _moved(process, steps, rows, 0.1)
+    models = affine_flow(recipe)
+    rows, _ = _quadrature(models, recipe, steps, nodes=6)
+    squares, log_ratio = _moved(models, steps, rows, 0.1)
     share = squares / (2 * _noises(steps, rows) ** 2) / 2
     near, far = share.unique()[1:3].tolist()
     threshold = min(1.2 * near, (near + far) / 2)
     recipe = card.recipe(**known(card, {"steps": 5, "threshold": threshold}))
     objective, counts = recipe.whole, count(rows)
-    scores = process.score(rows, sorted(objective.needs - {"log_prob"})).detach()
+    scores = models.score(rows, sorted(objective.needs - {"log_prob"})).detach()
     leaf = Scores(scores.log_prob.requires_grad_(), scores.extra)
     targets = objective.plan(Batch(rows, counts, scores))
     slope = torch.autograd.grad(objective.loss(Batch(rows, counts, leaf), targets).value, leaf.log_prob)[0][rows.mask]
@@ -214,9 +214,9 @@ def step_divergence(card: Provable) -> float:
     for options in variants(card):
         recipe = card.recipe(**options, kl=0.3)
         (term,) = (term for term in recipe.whole.terms if isinstance(term, Regulariser))
-        process = affine_flow(recipe)
-        rows = drawn(process, recipe)
-        numbers, reference = both(process)
+        models = affine_flow(recipe)
+        rows = drawn(models, recipe)
+        numbers, reference = both(models)
         published = options.get("variant") == "published" and card.id == "flow-grpo"
         value, answer, share = 0.0, Slopes(numbers), 0.3 / float(rows.mask.sum())
         for k, step in enumerate(steps_by_hand(card, options, recipe.sampler["steps"]), 1):
@@ -226,10 +226,10 @@ def step_divergence(card: Provable) -> float:
             if len(x):
                 value += scale * float(gap.square().sum()) / (2 * step.noise**2)
                 answer.add(step.place, x, scale * step.velocity * gap / step.noise**2)
-        found, _ = loss_gradient(process, recipe.replace(objective=term), rows)
+        found, _ = loss_gradient(models, recipe.replace(objective=term), rows)
         counts = count(rows)
         with torch.no_grad():
-            loss = term.loss(Batch(rows, counts, process.score(rows, ["kl"])), term.plan(Batch(rows, counts), {}))
+            loss = term.loss(Batch(rows, counts, models.score(rows, ["kl"])), term.plan(Batch(rows, counts), {}))
         worst = max(worst, deviation(found, answer.flat), abs(float(loss.value) / value - 1.0))
     return worst
 

@@ -15,7 +15,7 @@ from stepwell.process.flow.process import flow
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 from stepwell.training.collect import collect
 from stepwell.training.settings import Settings, with_settings
 from stepwell.training.update import accumulate

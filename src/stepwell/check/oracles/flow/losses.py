@@ -43,10 +43,10 @@ def step_preference(card: Provable) -> float:
     beta, steps, size = 3.0, 5, 4
     options = known(card, {"beta": beta, "steps": steps, "candidates": size, "eta": 0.8})
     recipe = card.recipe(**options)
-    process = affine_flow(recipe)
-    rows = drawn(process, recipe)
-    found, value = loss_gradient(process, recipe, rows)
-    numbers, reference = both(process)
+    models = affine_flow(recipe)
+    rows = drawn(models, recipe)
+    found, value = loss_gradient(models, recipe, rows)
+    numbers, reference = both(models)
     chain, views = steps_by_hand(card, options, steps), seen(rows)
     pairs, answer, loss = _pairs(views, by_state=True), Slopes(numbers), 0.0
     worst = float(len(pairs) != 3 * (steps - 1))
@@ -97,10 +97,10 @@ def denoising_preference(card: Provable) -> float:
     """
     beta, steps = 0.7, 5
     recipe = card.recipe(**known(card, {"beta": beta, "steps": steps, "points": 3}))
-    process = affine_flow(recipe)
-    rows = drawn(process, recipe)
-    found, value = loss_gradient(process, recipe, rows)
-    numbers, reference = both(process)
+    models = affine_flow(recipe)
+    rows = drawn(models, recipe)
+    found, value = loss_gradient(models, recipe, rows)
+    numbers, reference = both(models)
     time, x, target = _at_points(rows)
     place = _places(time, steps)
     now, then = (_velocities(law, x, place) - target for law in (numbers, reference))
@@ -147,10 +147,10 @@ def negative_aware_minimum(card: Provable) -> float:
     """
     beta, bound = 0.7, 0.8
     recipe = card.recipe(**known(card, {"beta": beta, "bound": bound, "steps": 4, "points": 3}))
-    process = affine_flow(recipe)
-    rows = drawn(process, recipe)
+    models = affine_flow(recipe)
+    rows = drawn(models, recipe)
     _, x, target = _at_points(rows)
-    then = _velocities(Numbers.of(process.module), x, _places(points(rows)["time"], 4))
+    then = _velocities(Numbers.of(models.policy.module), x, _places(points(rows)["time"], 4))
     good = torch.tensor(
         [
             0.5 + max(-bound, min(bound, z)) / (2 * bound)
@@ -196,10 +196,10 @@ def weighted_matching(card: Provable) -> float:
     worst, steps = 0.0, 5
     for weight, power in WEIGHTS.items():
         recipe = card.recipe(**known(card, {"weight": weight, "steps": steps, "points": 3}))
-        process = affine_flow(recipe)
-        rows = drawn(process, recipe)
-        found, _ = loss_gradient(process, recipe, rows)
-        numbers, answer = Numbers.of(process.module), Slopes(Numbers.of(process.module))
+        models = affine_flow(recipe)
+        rows = drawn(models, recipe)
+        found, _ = loss_gradient(models, recipe, rows)
+        numbers, answer = Numbers.of(models.policy.module), Slopes(Numbers.of(models.policy.module))
         time, x, target = _at_points(rows)
         place = _places(time, steps)
         error = _velocities(numbers, x, place) - target

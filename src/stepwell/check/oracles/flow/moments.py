@@ -24,6 +24,7 @@ from stepwell.credit.group import GroupCredit
 from stepwell.credit.shaping import Bounded, DivergencePenalty, Outcome
 from stepwell.objective.policy import Policy
 from stepwell.parts import Part
+from stepwell.process.models import Models
 from stepwell.recipe.recipe import Recipe
 
 
@@ -80,13 +81,13 @@ def unscaled(credit: Part) -> Part:
 
 def _expected(card: Provable, recipe: Recipe, chains: Sequence[Chain], level: float, rollout: int = 0) -> float:
     """How far the expectation of the method's gradient is from the sum of the chains'."""
-    process = affine_flow(recipe, dimension=1)
+    models = affine_flow(recipe, dimension=1)
     policy = recipe.whole.terms[0]
     assert isinstance(policy, Policy)
     recipe = recipe.replace(credit_of=unscaled(policy.credit_of))
-    rows = every_outcome(process, recipe, rollout)
-    found, _ = loss_gradient(process, recipe, rows, names=int(rows.prompt.max()) + 1)
-    numbers = Numbers.of(process.module)
+    rows = every_outcome(models.policy, recipe, rollout)
+    found, _ = loss_gradient(models, recipe, rows, names=int(rows.prompt.max()) + 1)
+    numbers = Numbers.of(models.policy.module)
     exact = [expected_reward_gradient(chain, level, numbers) for chain in chains]
     return deviation(-found, torch.stack(exact).sum(0))
 
@@ -219,20 +220,20 @@ def path_divergence(card: Provable) -> float:
     recipe = planned(card.recipe(steps=steps, kl=kl), size=2)
     law, level = law_by_hand(card, {})
     chain = Chain((law,) * (steps - 1) + ("ode",), tuple(uniform_times(steps)), dict.fromkeys(range(steps - 1), 1.0))
-    process = affine_flow(recipe, dimension=1)
-    rows = every_outcome(process, recipe)
+    models = affine_flow(recipe, dimension=1)
+    rows = every_outcome(models.policy, recipe)
     names = int(rows.prompt.max()) + 1
-    found, _ = loss_gradient(process, recipe, rows, names)
-    numbers, reference = both(process)
+    found, _ = loss_gradient(models, recipe, rows, names)
+    numbers, reference = both(models)
     worst = deviation(-found, expected_reward_gradient(chain, level, numbers, kl, reference))
     policy = recipe.whole.terms[0]
     assert isinstance(policy, Policy)
     assert isinstance(policy.credit_of, GroupCredit)
     linear = recipe.replace(credit_of=replace(policy.credit_of, reward=_LastState() + DivergencePenalty(kl)))
-    _tilt(process, chain, level, kl)
-    rows = every_outcome(process, linear)
-    at_optimum, _ = loss_gradient(process, linear, rows, names)
-    moved = abs(float(rows.action[:, -1].mean()) - _tilted_mean(both(process)[1], chain, level, kl))
+    _tilt(models, chain, level, kl)
+    rows = every_outcome(models.policy, linear)
+    at_optimum, _ = loss_gradient(models, linear, rows, names)
+    moved = abs(float(rows.action[:, -1].mean()) - _tilted_mean(both(models)[1], chain, level, kl))
     return max(worst, float(at_optimum.norm() / found.norm()), moved)
 
 
@@ -254,9 +255,10 @@ def _gains(chain: Chain, level: float, numbers: Numbers) -> list[float]:
 
 
 @torch.no_grad()
-def _tilt(process: Any, chain: Chain, level: float, kl: float) -> None:
+def _tilt(models: Models, chain: Chain, level: float, kl: float) -> None:
     """Put the network at the drift that maximises E[x_n] - kl KL, around a reference whose first step forgets."""
-    network, reference = process.module, process.reference.module
+    network: Any = models.policy.module
+    reference: Any = models.of("reference").module
     reference.slope[0] = 1.0
     network.slope.copy_(reference.slope)
     network.shift.copy_(reference.shift)

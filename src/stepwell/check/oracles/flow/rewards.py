@@ -35,14 +35,14 @@ def truncated_sum(card: Provable) -> float:
     cases: list[dict[str, Any]] = [{"depth": 1}, {"depth": 3}, {"depth": 0}] if "depth" in card.options else [{}]
     for options, solver in itertools.product(cases, ("ddim", "ddpm")):
         recipe = planned(card.recipe(**options, steps=steps, solver=solver), size=4)
-        process = affine_flow(recipe)
-        numbers, law = Numbers.of(process.module), "ode" if solver == "ddim" else "ddpm"
+        models = affine_flow(recipe)
+        numbers, law = Numbers.of(models.policy.module), "ode" if solver == "ddim" else "ddpm"
         chain = chain_by_hand([law] * steps, 1.0, uniform_times(steps), steps)
-        rows = drawn(process, recipe)
+        rows = drawn(models, recipe)
         depth = points(rows)["depth"].tolist()
         if options:
             worst = max(worst, float(any(found != (options["depth"] or steps) for found in depth)))
-        found, _ = loss_gradient(process, recipe, rows)
+        found, _ = loss_gradient(models, recipe, rows)
         worst = max(worst, deviation(found, _terms(chain, numbers, rows, depth)))
         if all(number == steps for number in depth):
             worst = max(worst, deviation(found, _differences(chain, numbers, rows)))
@@ -57,13 +57,13 @@ def adjoint_gradient(card: Provable) -> float:
     worst, steps = 0.0, 4
     for solver in ("ddim", "ddpm"):
         recipe = planned(card.recipe(steps=steps, solver=solver), size=4)
-        process = affine_flow(recipe)
-        rows = drawn(process, recipe)
-        for place, parameter in enumerate(process.module.parameters()):
+        models = affine_flow(recipe)
+        rows = drawn(models, recipe)
+        for place, parameter in enumerate(models.policy.module.parameters()):
             parameter.data.add_(0.1 * Rng(3).split(place).normal(*parameter.shape, dtype=torch.float64))
-        numbers, law = Numbers.of(process.module), "ode" if solver == "ddim" else "ddpm"
+        numbers, law = Numbers.of(models.policy.module), "ode" if solver == "ddim" else "ddpm"
         chain = chain_by_hand([law] * steps, 1.0, uniform_times(steps), steps)
-        found, _ = loss_gradient(process, recipe, rows)
+        found, _ = loss_gradient(models, recipe, rows)
         worst = max(worst, deviation(found, _terms(chain, numbers, rows, [steps] * len(rows))))
     return worst
 
@@ -130,10 +130,10 @@ def renoised_gradient(card: Provable) -> float:
     variance t^2, and x_0hat = (I - t A) x_t - t b, E[r'(x_0hat) x_t'] = -2 [(I - t A) (m m' + t^2 I) - (t b + c) m'].
     """
     recipe = planned(card.recipe(**known(card, {"noises": 2, "steps": 4})), size=4)
-    process = affine_flow(recipe, dimension=1)
-    rows = recipe.whole.draw(drawn(process, recipe), process, _Even(0))
-    found, _ = loss_gradient(process, recipe, rows)
-    numbers, t = Numbers.of(process.module), 0.25
+    models = affine_flow(recipe, dimension=1)
+    rows = recipe.whole.draw(drawn(models, recipe), models, _Even(0))
+    found, _ = loss_gradient(models, recipe, rows)
+    numbers, t = Numbers.of(models.policy.module), 0.25
     answer, factor = Slopes(numbers), 1 - t * float(numbers.slope[3])
     mean = (1 - t) * rows.action[:, -1]
     pull = -2 * t * (factor * mean - t * float(numbers.shift[3]) - TARGET) / len(rows)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stepwell.errors import UnknownName
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Prompt
+from stepwell.sampling.request import Prompt
 
 LAWS = ("ode", "flow", "flow-published", "dance", "ddpm")
 

@@ -151,7 +151,7 @@ def flow_minimum(card: Provable) -> float:
     table = (flow / mass.clamp(min=1e-300)).clamp(min=1e-300).log()[None]
     for model in (target, process):
         model.module.get_parameter("value").data.copy_(table)
-        model.add_value_head()
+    target, process = target.with_value_head(), process.with_value_head()
     return relative_slope(only(card, beta=0.7), target, process)
 
 

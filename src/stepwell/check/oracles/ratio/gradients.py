@@ -28,7 +28,8 @@ from stepwell.parts import Batch
 from stepwell.process.base import Scores
 from stepwell.process.exact.table import TabularLanguage, markov
 from stepwell.rng import Rng
-from stepwell.sampling.rollout import Completion, Prompt, Request, rollout
+from stepwell.sampling.request import Completion, Prompt, Request
+from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import Trajectories, count
 
 NEEDS = ("entropy", "hidden", "logits")

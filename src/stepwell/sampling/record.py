@@ -1,0 +1,194 @@
+"""The record of a rollout: whoever draws rows, here or elsewhere, makes trajectories of them through it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from stepwell.process.base import Process, Samples
+from stepwell.sampling.request import Begun, Prompt, Request
+from stepwell.trajectories import Trajectories, concatenate, make
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Trajectories and, row by row, the samples as the user sees them and the prompts they answer."""
+
+    trajectories: Trajectories
+    samples: Samples
+    prompts: list[Prompt]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: Tensor) -> Drawn:
+        """The rows at the given places, or where a bool tensor is True."""
+        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index
+        rows = index.tolist()
+        return Drawn(self.trajectories[index], self.samples[rows], [self.prompts[row] for row in rows])
+
+    def __add__(self, other: Drawn) -> Drawn:
+        """Both, with the rows of `other` after these; both belong to one step's rollout."""
+        return Drawn(
+            concatenate([self.trajectories, other.trajectories]),
+            self.samples + other.samples,
+            self.prompts + other.prompts,
+        )
+
+
+class Record:
+    """The steps of rows while they are drawn. Rows come and go, so every step lists its rows.
+
+    `owner` (N,) is the request that each row answers. Call `add` once for every step of every row, in the order of
+    steps; `weigh` where rows were drawn from another distribution than the process's; `end` once for every row that is
+    judged; and `drawn` at last. A row that an engine drew whole is put on record by `add_rows`.
+
+    Example:
+        >>> from stepwell.process.exact import markov
+        >>> process, request = markov(symbols=3, length=2), Request(Prompt(0, 0), 1)
+        >>> record = Record([request], torch.tensor([0]))
+        >>> record.add_rows([torch.tensor([1, 0])], [torch.tensor([-0.5, -1.0])])
+        >>> record.end(torch.tensor([0]), Samples([(1, 0)]))
+        >>> record.drawn(process).trajectories.log_prob.tolist()
+        [[-0.5, -1.0]]
+    """
+
+    def __init__(self, requests: Sequence[Request], owner: Tensor):
+        rows = len(owner)
+        self.requests, self.owner = list(requests), owner
+        self.steps: list[tuple[Tensor, int, Tensor, Tensor, Tensor]] = []
+        self.position = torch.zeros(rows, dtype=torch.long)  # (N,) the next step of each row
+        self.log_weight = torch.zeros(rows, dtype=torch.float64)
+        self.truncated = torch.zeros(rows, dtype=torch.bool)
+        self._ended: list[tuple[Tensor, Samples]] = []
+        self._begun: Begun | None = None
+
+    def begin(self, begun: Begun) -> None:
+        """The steps behind the rows where they start."""
+        prefix, everyone = begun.prefix, torch.arange(len(self.owner))
+        self._begun = begun
+        if prefix is None:
+            return
+        window = self.requests[0].window if begun.windowed else None
+        self.log_weight += prefix.weight.double().cpu()
+        for step in range(begun.steps):
+            trained = prefix.mask[:, step].cpu() & (window is None or window[0] <= step < window[1])
+            self.add(everyone, step, prefix.action[:, step], prefix.log_prob[:, step], trained)
+
+    def add(self, rows: Tensor, step: int, action: Tensor, log_prob: Tensor, random: Tensor) -> None:
+        """Step number `step` of `rows` (M,): action (M, ...), its log-probability under the distribution it was drawn
+        from (M,), and whether it was random (M,) bool, so that it may be trained."""
+        self.steps.append((rows, step, action, log_prob, random))
+
+    def add_rows(
+        self, action: Sequence[Tensor], log_prob: Sequence[Tensor], random: Sequence[Tensor] | None = None
+    ) -> None:
+        """All steps of all rows: action (T_i, ...), log_prob (T_i,) and random (T_i,) bool, True unless given."""
+        longest = max(len(row) for row in action)
+        for step in range(longest):
+            here = [row for row, steps in enumerate(action) if step < len(steps)]
+            drawn, log_p = (torch.stack([column[row][step] for row in here]) for column in (action, log_prob))
+            every = torch.ones(len(here), dtype=torch.bool)
+            trained = every if random is None else torch.stack([random[row][step] for row in here]).cpu()
+            self.add(torch.tensor(here), step, drawn, log_p, trained)
+
+    def weigh(self, rows: Tensor, log_ratio: Tensor) -> None:
+        """Add log p - log q (M,) of a step that was drawn from q in place of the process's own p."""
+        self.log_weight[rows] += log_ratio.double().cpu()
+
+    def end(self, rows: Tensor, samples: Samples) -> None:
+        """The samples of rows (M,) that are at their end."""
+        self._ended.append((rows, samples))
+
+    def drawn(self, process: Process, *, version: int = 0, first_node: int = 0) -> Drawn:
+        """Everything on record. New nodes are numbered from `first_node`."""
+        requests, owner, total = self.requests, self.owner, len(self.owner)
+        action, log_prob, mask = self._table(total)
+        node = first_node + torch.arange(mask.numel()).reshape(mask.shape)
+        node = node.masked_fill(torch.arange(mask.shape[1]) >= self.position[:, None], -1)
+        if self._begun is not None and self._begun.node is not None:
+            node[:, : self._begun.node.shape[1]] = self._begun.node.cpu()
+        samples = self._samples(total)
+        cut = torch.zeros(total, dtype=torch.bool) if samples.truncated is None else torch.tensor(samples.truncated)
+        condition = process.condition([request.prompt.value for request in requests])
+        trajectories = make(
+            action,
+            log_prob,
+            mask,
+            length=self.position,
+            prompt=torch.tensor([requests[i].prompt.id for i in owner.tolist()]),
+            node=node,
+            truncated=self.truncated | cut,
+            outcome=torch.tensor([requests[i].judged for i in owner.tolist()]),
+            weight=self.log_weight.to(log_prob.dtype),
+            source=torch.tensor([requests[i].source for i in owner.tolist()]),
+            version=torch.full((total,), version),
+            condition=None if condition is None else condition[owner],
+            **self._steps(samples, log_prob),
+        )
+        if trajectories.mask.device != action.device:
+            trajectories = trajectories.to(action.device)
+        return Drawn(trajectories, samples, [requests[i].prompt for i in owner.tolist()])
+
+    def _table(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """action (N, T, ...), log_prob (N, T), mask (N, T)."""
+        for row, step, *_ in self.steps:
+            self.position[row] = step + 1
+        width = int(self.position.max())
+        if not self.steps:  # every row was done at its start
+            return torch.zeros(rows, 0, dtype=torch.long), torch.zeros(rows, 0), torch.zeros(rows, 0).bool()
+        first, kinds = self.steps[0][2], [(step[2].dtype, step[3].dtype) for step in self.steps]
+        action_kind, log_prob_kind = (reduce(torch.promote_types, column) for column in zip(*kinds, strict=True))
+        if all(len(row) == rows for row, *_ in self.steps):  # nobody left before the end
+            mask = torch.stack([random for *_, random in self.steps], 1)
+            log_prob = torch.stack([log_p.to(log_prob_kind) for *_, log_p, _ in self.steps], 1)
+            action = torch.stack([drawn.to(action_kind) for _, _, drawn, *_ in self.steps], 1)
+            return action, log_prob.masked_fill(~mask.to(log_prob.device), 0.0), mask
+        action = torch.zeros(rows, width, *first.shape[1:], dtype=action_kind, device=first.device)
+        log_prob = torch.zeros(rows, width, dtype=log_prob_kind, device=first.device)
+        mask = torch.zeros(rows, width, dtype=torch.bool)
+        for row, step, drawn, log_p, random in self.steps:
+            action[row, step], mask[row, step] = drawn.to(action_kind), random
+            log_prob[row, step] = log_p.to(log_prob_kind).masked_fill(~random.to(log_p.device), 0.0)
+        return action, log_prob, mask
+
+    def _samples(self, total: int) -> Samples:
+        """The samples in the order of the rows; None for rows that were not judged."""
+        if not self._ended:
+            return Samples([None] * total)
+        joined = self._ended[0][1]
+        for _, part in self._ended[1:]:
+            joined = joined + part
+        place = torch.cat([rows for rows, _ in self._ended])
+        if len(place) == total:
+            return joined[place.argsort().tolist()]
+        blank = {name: [None] * total for name in joined.columns}
+        values, columns = [None] * total, {**blank}
+        for at, row in enumerate(place.tolist()):
+            values[row] = joined.values[at]
+            for name, column in joined.columns.items():
+                columns[name][row] = column[at]
+        return Samples(values, columns)
+
+    def _steps(self, samples: Samples, log_prob: Tensor) -> dict[str, Tensor]:
+        """`segment`, `step_reward` (N, T) and `observed` (N, T, *O), where the process or the rows' start has them."""
+        steps, fields = samples.steps, {}
+        found = (("segment", steps.segment, torch.long), ("step_reward", steps.reward, log_prob.dtype))
+        for name, rows, kind in (*found, ("observed", steps.observation, None)):
+            if rows is None:
+                continue
+            wide = [torch.as_tensor(row, dtype=kind, device=log_prob.device) for row in rows]
+            table = torch.zeros(*log_prob.shape, *wide[0].shape[1:], dtype=wide[0].dtype, device=log_prob.device)
+            for row, numbers in enumerate(wide):
+                table[row, : len(numbers)] = numbers
+            fields[name] = table
+        prefix = None if self._begun is None else self._begun.prefix
+        if "segment" not in fields and prefix is not None and prefix.segment is not None:
+            width = log_prob.shape[1]
+            if prefix.segment.shape[1] == width:
+                fields["segment"] = prefix.segment.to(log_prob.device)
+        return fields

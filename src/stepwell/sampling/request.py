@@ -1,0 +1,297 @@
+"""Requests: how many samples of which prompt, from where on, and under what."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepwell.distributions import Distribution
+from stepwell.errors import InputError
+from stepwell.process.abilities import ReadsColumns, Tokenised, ability
+from stepwell.process.base import Process, State
+from stepwell.rng import Rng
+from stepwell.trajectories import Trajectories, make, together
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the user's data: the value a process starts from, and the columns that go to the reward."""
+
+    id: int
+    value: Any
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+class SamplerChanges(Mapping[str, Any]):
+    """Settings of a process's sampler that differ from its own, by name; hashable, so that equal ones are drawn
+    together. Lists become tuples; raises `InputError` for a value that cannot be hashed.
+
+    Example:
+        >>> SamplerChanges({"steps": 4, "times": [1.0, 0.0]}) == SamplerChanges({"times": (1.0, 0.0), "steps": 4})
+        True
+    """
+
+    def __init__(self, settings: Mapping[str, Any] = {}):
+        self._settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        try:
+            self._key = frozenset(self._settings.items())
+        except TypeError as error:
+            raise InputError(f"Settings of a sampler must be hashable, got {dict(settings)!r:.80}.") from error
+
+    def __getitem__(self, name: str) -> Any:
+        return self._settings[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._settings)
+
+    def __len__(self) -> int:
+        return len(self._settings)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and dict(self) == dict(other)
+
+    def __repr__(self) -> str:
+        return repr(self._settings)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Rows where they start: their state (N), and the steps behind them, the first `steps` of `prefix` (N rows).
+
+    `node` (N, P): the nodes of those steps that keep theirs, P being 0 where they become nodes of this rollout.
+    `windowed`: only the steps inside a request's window go on being trained.
+    """
+
+    state: State
+    prefix: Trajectories | None = None
+    steps: int = 0
+    node: Tensor | None = None
+    windowed: bool = False
+
+
+class Start(ABC):
+    """Where the rows of a request start. Requests whose starts have one `key` begin side by side."""
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for starts of one kind that are equally far along."""
+        return type(self)
+
+    def taken(self, process: Process, request: Request) -> Request:
+        """The request as it can be drawn: with a start that this process knows."""
+        return request
+
+    @abstractmethod
+    def begin(
+        self, process: Process, requests: Sequence[Request], owner: Tensor, rng: Rng, so_far: Trajectories | None
+    ) -> Begun:
+        """The rows of requests whose starts are all of this kind; `owner` (N,) is the request of each row."""
+
+
+@dataclass(frozen=True)
+class Root(Start):
+    """The prompt itself."""
+
+    def begin(
+        self, process: Process, requests: Sequence[Request], owner: Tensor, rng: Rng, so_far: Trajectories | None
+    ) -> Begun:
+        return Begun(started(process, requests, rng)[owner])
+
+
+@dataclass(frozen=True)
+class Branch(Start):
+    """After the first `step` steps of row `row` of what was drawn so far, whose nodes the rows go on sharing."""
+
+    row: int
+    step: int
+
+    @property
+    def key(self) -> Hashable:
+        return Branch, self.step
+
+    def begin(
+        self, process: Process, requests: Sequence[Request], owner: Tensor, rng: Rng, so_far: Trajectories | None
+    ) -> Begun:
+        sources = torch.tensor([_branch(request).row for request in requests])
+        state = started(process, requests, rng)
+        outside = so_far is None or int(sources.min()) < 0 or int(sources.max()) >= len(so_far) or self.step < 0
+        if so_far is None or outside or bool((so_far.length[sources] < self.step).any()):
+            raise InputError(
+                f"A request branches at rows {sources.tolist()}, step {self.step}, which were not all drawn."
+            )
+        prefix = so_far[sources]
+        for request, prompt, row in zip(requests, prefix.prompt.tolist(), sources.tolist(), strict=True):
+            if request.prompt.id != prompt:
+                raise InputError(
+                    f"A request for prompt {request.prompt.id} branches at row {row}, which answers prompt {prompt}."
+                )
+        for step in range(self.step):
+            state = process.advance(state, prefix.action[:, step], rng)
+        prefix = prefix[owner]
+        if bool((prefix.weight != 0).any()):
+            raise InputError("Rows with importance weights cannot be branched at a step; continue a Snapshot instead.")
+        return Begun(state[owner], prefix, self.step, prefix.node[:, : self.step], windowed=True)
+
+
+@dataclass(frozen=True)
+class Snapshot(Start):
+    """A one-row state to continue from, with the trajectory that led there."""
+
+    state: State
+    trajectory: Trajectories
+
+    @property
+    def key(self) -> Hashable:
+        return Snapshot, id(self)
+
+    def begin(
+        self, process: Process, requests: Sequence[Request], owner: Tensor, rng: Rng, so_far: Trajectories | None
+    ) -> Begun:
+        everywhere, steps = torch.zeros(len(owner), dtype=torch.long), int(self.trajectory.length[0])
+        prefix = self.trajectory[everywhere]
+        return Begun(self.state[everywhere], prefix, steps, prefix.node[:, :steps], windowed=True)
+
+
+@dataclass(frozen=True)
+class Continuation(Start):
+    """One row of an earlier rollout, gone through again: for processes that are determined by their actions."""
+
+    row: Trajectories
+
+    @property
+    def key(self) -> Hashable:
+        fields = frozenset(name for name, _ in self.row.present())
+        return Continuation, int(self.row.length[0]), "segment" in fields
+
+    def begin(
+        self, process: Process, requests: Sequence[Request], owner: Tensor, rng: Rng, so_far: Trajectories | None
+    ) -> Begun:
+        state = started(process, requests, rng)
+        rows = together([_continued(request).row for request in requests])
+        if bool((rows.weight != 0).any()):
+            raise InputError("Rows with importance weights cannot be gone on with; continue a Snapshot instead.")
+        steps = int(self.row.length[0])
+        for step in range(steps):
+            state = process.advance(state, rows.action[:, step], rng)
+        return Begun(state[owner], rows[owner], steps)
+
+
+@dataclass(frozen=True)
+class Completion(Start):
+    """A sample written elsewhere, such as a demonstration: a whole row that nothing is drawn for.
+
+    Its stored log-probability is 0, that of whoever wrote it with certainty. `mask` (T,) says which of its steps are
+    trained, all unless given; `segments` (T,) which sentence, step or turn each belongs to.
+    """
+
+    value: Any
+    mask: Sequence[bool] | None = None
+    segments: Sequence[int] | None = None
+
+    def taken(self, process: Process, request: Request) -> Request:
+        action = ability(process, Tokenised, "A completion that is given").encode_completion(self.value)[None]
+        steps = action.shape[1]
+        for name, entries in (("mask", self.mask), ("segments", self.segments)):
+            if entries is not None and len(entries) != steps:
+                raise InputError(
+                    f"Completion.{name} must have {steps} entries, one for each step of {self.value!r:.60}, got "
+                    f"{len(entries)}."
+                )
+        mask = torch.ones(1, steps, dtype=torch.bool) if self.mask is None else torch.tensor([list(self.mask)]).bool()
+        length = torch.tensor([steps])
+        row = make(action, torch.zeros(action.shape[:2], device=action.device), mask, length=length)
+        if self.segments is not None:
+            row = row.replace(segment=torch.tensor([list(self.segments)]))
+        return replace(request, start=Continuation(row), horizon=steps)
+
+    def begin(
+        self, process: Process, requests: Sequence[Request], owner: Tensor, rng: Rng, so_far: Trajectories | None
+    ) -> Begun:
+        taken = [request.start.taken(process, request) for request in requests]
+        return taken[0].start.begin(process, taken, owner, rng, so_far)
+
+
+def started(process: Process, requests: Sequence[Request], rng: Rng) -> State:
+    """One row a request, at its prompt or at what takes the prompt's place."""
+    values = [request.prompt.value if request.context is None else request.context for request in requests]
+    if isinstance(process, ReadsColumns):
+        return process.start_on(values, [request.prompt.columns for request in requests], rng)
+    return process.start(values, rng)
+
+
+def _branch(request: Request) -> Branch:
+    assert isinstance(request.start, Branch)
+    return request.start
+
+
+def _continued(request: Request) -> Continuation:
+    assert isinstance(request.start, Continuation)
+    return request.start
+
+
+@dataclass(frozen=True)
+class Request:
+    """`count` samples for one prompt.
+
+    context: takes the prompt's place while drawing (a hint, a prefix); the rows are scored under the prompt unless
+    told otherwise. start: where the rows begin, a `Start`; None is `Root()`, a pair (row, step) is `Branch(row,
+    step)`, and one row of trajectories is a `Continuation`. horizon: the most steps of a row, those before its start
+    included. proposal: maps the process's distribution, the state and each row's prompt to the distribution drawn
+    from; the row's log weight keeps the account. source: a number that the rows carry, for methods that tell
+    behaviours apart. judged: rows that are not have no outcome; they are there to branch from. reward: the rows'
+    judgement where the data have it; no reward function is asked then.
+
+    window (begin, end): only steps begin..end-1 are drawn at random and trained. Before its start a row keeps what
+    it was drawn with, and elsewhere it takes the process's `deterministic` step: the likeliest token, the ODE's step.
+    sampler: settings of the process for these rows alone (`with_sampler`), which hold for the steps outside the
+    window, since trained steps are scored under the sampler that all rows share.
+    """
+
+    prompt: Prompt
+    count: int = 8
+    context: Any = None
+    start: Start = field(default_factory=Root)
+    horizon: int | None = None
+    proposal: Callable[[Distribution, State, list[Prompt]], Distribution] | None = None
+    source: int = 0
+    window: tuple[int, int] | None = None
+    sampler: Mapping[str, Any] | None = None
+    judged: bool = True
+    reward: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", _start(self.start, self.prompt.id))
+        if self.sampler is not None:
+            object.__setattr__(self, "sampler", SamplerChanges(self.sampler))
+        for name in ("count", "horizon"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"Request.{name} must be at least 1, got {value} (prompt {self.prompt.id}).")
+        if self.window is not None and not 0 <= self.window[0] <= self.window[1]:
+            raise InputError(
+                f"Request.window must be (begin, end) with 0 <= begin <= end, got {self.window} (prompt "
+                f"{self.prompt.id})."
+            )
+
+
+def _start(given: Any, prompt: int) -> Start:
+    """The start that a request was given, in any of its forms."""
+    if given is None:
+        return Root()
+    if isinstance(given, Trajectories):
+        return Continuation(given)
+    if isinstance(given, tuple) and len(given) == 2:
+        return Branch(*given)
+    if not isinstance(given, Start):
+        raise InputError(
+            f"Request.start must be a Start, such as Branch(row, step), got {given!r:.60} (prompt {prompt})."
+        )
+    return given
