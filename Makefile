@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all bench lint docs clean
+.PHONY: demo test test-slow test-all bench lint docs clean
 
 demo: .venv/.run  ## compare three methods on a real task, with a report
 	$(BIN)/stepwell compare countdown --methods grpo,ppo,dpo --budget 60s --seeds 1 --out runs/demo
 
 test: .venv/.test  ## the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-slow: .venv/.test  ## the slow tests alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 test-all: .venv/.test  ## the tests, with the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ''

@@ -659,7 +659,7 @@ def outcome(case: Case) -> Record:
 
 
 def differences(before: Record, now: Record) -> list[str]:
-    """What of two records differs, in a few words: the weights, the first metric, the first cost, ..."""
+    """The differences of two records in a few words: the weights, the first metric, the first cost, ..."""
     if "error" in before or "error" in now:
         if "error" in before and "error" in now:
             return []
@@ -673,8 +673,8 @@ def differences(before: Record, now: Record) -> list[str]:
         if first:
             found.append(f"metric {first} at step {step}")
             break
-    files = before.get("files", {}).keys() | now.get("files", {}).keys()
-    found += [name for name in sorted(files) if before.get("files", {}).get(name) != now.get("files", {}).get(name)]
+    files = before.get("files", {})  # a folder may hold more than it did
+    found += [name for name in sorted(files) if files[name] != now.get("files", {}).get(name)]
     first = first_difference(before.get("cost", {}), now.get("cost", {}))
     return [*found, f"cost {first}"] if first else found
 

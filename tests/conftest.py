@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from stepwell.cli import main
-from stepwell.process.language.process import Language, language
+from stepwell.process.language.build import language
+from stepwell.process.language.process import Language
 
 torch.set_num_threads(1)  # the tensors are small: threads that wait for each other make tests ten times slower
 

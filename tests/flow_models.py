@@ -10,7 +10,7 @@ def velocity(x, t):
     """The exact velocity of standard normal data on the linear path."""
     return x * (2 * t - 1) / (t * t + (1 - t) ** 2)
 
-def told(x, t, label):
+def labelled(x, t, label):
     """Standard normal data around the label in every coordinate."""
     mean = label.to(x).reshape(-1, *[1] * (x.dim() - 1))
     return velocity(x - (1 - t) * mean, t) - mean

@@ -32,7 +32,7 @@ def test_categorical_agrees_with_torch():
     torch.testing.assert_close(ours.probabilities, theirs.probs)
 
 
-def test_categorical_draws_have_the_law_of_its_probabilities():
+def test_categorical_draws_have_its_probabilities():
     one = Categorical(logits(2, rows=1))
     exact = law(lambda rng: int(one.sample(rng)))
     assert [exact[symbol] for symbol in range(5)] == pytest.approx(one.probabilities[0].tolist(), abs=1e-14)
@@ -50,7 +50,7 @@ def test_forbidden_symbols_are_never_drawn_and_count_nothing_even_in_gradients()
     assert gradient.isfinite().all()
 
 
-def test_the_kl_divergence_is_that_of_the_first_law_from_the_second():
+def test_the_kl_divergence_is_that_of_the_first_from_the_second():
     one, two = Categorical(logits(3, 1)), Categorical(logits(4, 1))
     sampled = expectation(lambda rng: (lambda a: one.log_prob(a) - two.log_prob(a))(one.sample(rng)))
     torch.testing.assert_close(one.kl(two), sampled)
@@ -103,7 +103,7 @@ def test_a_deterministic_step_has_no_density_and_uses_no_randomness():
     [Categorical(logits(5)), gaussians(5, 4, 3)[0], Point(torch.arange(4.0))],
     ids=["categorical", "gaussian", "point"],
 )
-def test_rows_of_a_law_are_the_law_of_the_rows(one):
+def test_rows_of_a_distribution_are_the_distribution_of_the_rows(one):
     assert isinstance(one, Distribution)
     index = torch.tensor([3, 0, 0])
     action = one.sample(Rng(0))

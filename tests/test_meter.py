@@ -13,7 +13,7 @@ def test_costs_add_and_subtract_unit_by_unit():
     assert (one + two) - two == one
 
 
-def test_a_meter_counts_what_it_is_told_and_nothing_else():
+def test_a_meter_counts_what_is_added_and_nothing_else():
     meter = Meter()
     meter.add(forward=3, model_evaluations=1)
     meter.add(forward=4)

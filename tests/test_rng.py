@@ -1,4 +1,4 @@
-"""The one door of randomness: its draws have the laws they state, and its twin walks through exactly those."""
+"""The one door of randomness: its draws have the probabilities they state, and its twin walks through exactly those."""
 
 import math
 from collections import Counter
@@ -69,7 +69,7 @@ def test_a_stream_resumes_bit_for_bit_from_its_state():
     assert torch.equal(resumed.split("x").uniform(2), onwards[1])
 
 
-def test_categorical_has_the_law_that_replay_enumerates():
+def test_categorical_has_the_probabilities_that_replay_enumerates():
     program = lambda rng: tuple(rng.categorical(PROBABILITIES).tolist())  # noqa: E731
     exact = law(program)
     one, two = PROBABILITIES.double().tolist()
@@ -81,7 +81,7 @@ def test_categorical_normalises_its_weights():
     assert law(lambda rng: rng.categorical(torch.tensor([[2.0, 6.0]]))) == {(0,): 0.25, (1,): 0.75}
 
 
-def test_gumbel_top_k_has_the_law_of_sequential_draws_without_replacement():
+def test_gumbel_top_k_draws_as_sequential_draws_without_replacement():
     log_weights = torch.tensor([[0.5, 0.2, 0.05, 0.25]]).log()
     program = lambda rng: tuple(rng.without_replacement(log_weights, 2)[0].tolist())  # noqa: E731
     exact = law(program)
@@ -100,11 +100,11 @@ def test_the_chi_square_test_notices_draws_in_another_order():
 
 @pytest.mark.parametrize("rng", [Rng(0), Replay()])
 def test_more_draws_without_replacement_than_there_are_indices_are_refused(rng):
-    with pytest.raises(InputError, match="only 2"):
+    with pytest.raises(InputError, match="at most 2, the indices of positive weight"):
         rng.without_replacement(torch.tensor([[0.0, 0.0, -math.inf]]), 3)
 
 
-def test_what_is_left_when_the_likeliest_is_gone_keeps_its_law_however_unlikely_it_was():
+def test_the_rest_keeps_its_probabilities_when_the_likeliest_is_gone():
     weights = torch.tensor([[0.0, -800.0, -800.0 + math.log(3)]], dtype=torch.float64)
     found = law(lambda rng: rng.without_replacement(weights, 3)[0])
     assert found == pytest.approx({(0, 1, 2): 0.25, (0, 2, 1): 0.75}, abs=1e-12)
@@ -250,8 +250,8 @@ def test_the_largest_uniform_draws_the_last_symbol_that_there_is(symbols):
 
 
 @pytest.mark.parametrize("row", [[0.0, 0.0], [math.nan, 1.0], [-1.0, 2.0], [math.inf, 1.0]])
-def test_what_is_no_law_is_refused(row):
-    with pytest.raises(InputError, match="no law"):
+def test_rows_that_are_no_probabilities_are_refused(row):
+    with pytest.raises(InputError, match="must be numbers of at least 0"):
         Rng(0).categorical(torch.tensor([[0.5, 0.5], row]))
 
 

@@ -89,7 +89,7 @@ def test_padding_keeps_the_type_of_every_field():
 
 
 def test_padding_to_fewer_steps_is_refused():
-    with pytest.raises(InputError, match="cannot be padded to 2"):
+    with pytest.raises(InputError, match="steps must be at least the 3"):
         pad_steps(rows([3]), 2)
 
 

@@ -1,4 +1,4 @@
-"""What a step costs besides the network, beside diffusers; and what windows and batched scoring save."""
+"""The cost of a step without the network, compared with diffusers, and the savings of windows and batched scoring."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def fastest(works: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Seconds of each, the best of some runs after one that warms up; in turns, so that a busy machine hits all."""
+    """Seconds of each, the best of `repeats` after one that warms up; in turns, so that a busy machine slows all."""
     times = [math.inf] * len(works)
     for run in range(repeats + 1):
         for place, work in enumerate(works):
@@ -41,7 +41,7 @@ def fastest(works: Sequence[Callable[[], object]], repeats: int) -> list[float]:
 def overhead(steps: int = 20, repeats: int = 30) -> list[tuple[str, str, float, float]]:
     """(solver, what is drawn, theirs, ours): seconds a step of drawing one sample, with a model that costs nothing.
 
-    Theirs is what a pipeline does, `set_timesteps` and `step`; ours a rollout of a flow.
+    Theirs makes the calls of a pipeline, `set_timesteps` and `step`; ours is a rollout of a flow.
     """
     import diffusers
 
@@ -62,8 +62,8 @@ def overhead(steps: int = 20, repeats: int = 30) -> list[tuple[str, str, float, 
             def ours(process: Flow = process, request: list[Request] = request) -> None:
                 rollout(process, request, Rng(0))
 
-            found = fastest([theirs, ours], repeats)
-            rows.append((solver, what, found[0] / steps, found[1] / steps))
+            seconds = fastest([theirs, ours], repeats)
+            rows.append((solver, what, seconds[0] / steps, seconds[1] / steps))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/solvers_measured.md: what every table comes to on models whose answer is known; no timing in it."""
+"""Write docs/solvers_measured.md: the errors of every table on models whose answer is known; no timing in it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def deterministic(problem: Problem, counts: Sequence[int], sizes: tuple[int, int
     exact = [problem.exact(noise) for noise in noises]
     cells: dict[str, list[str]] = {table.name: [] for table in solvers.tables()}
     for count in counts:
-        best: dict[str, tuple[float, str, solvers.Entry]] = {}
+        best: dict[str, tuple[float, str, solvers.Sampler]] = {}
         for entry in solvers.entries(problem, count):
             solver, name = entry.name.split(", ")
             error = rms(entry.draw(noises[0]), exact[0])

@@ -15,7 +15,7 @@ from stepwell.solver.path import Linear, Path
 
 Data = Callable[[Tensor, float], Tensor]
 NEARLY_CLEAN = 12.0
-"""log(alpha / sigma) at which the reference ends: what is left of the noise is below 1e-5."""
+"""log(alpha / sigma) at which the reference ends: the noise that is left is below 1e-5."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def components_of(dimension: int, components: int) -> tuple[Tensor, Tensor]:
 def mixture(path: Path, dimension: int = 16, components: int = 8) -> Problem:
     """Components of equal weight (`components_of`), denoised exactly.
 
-    Diagonal covariances leave two matrix products a prediction, so that what is measured is the solvers.
+    Diagonal covariances leave two matrix products a prediction, so that the solvers' own time is measured.
     """
     means, variances = components_of(dimension, components)
 
@@ -104,7 +104,7 @@ def mixture(path: Path, dimension: int = 16, components: int = 8) -> Problem:
 
 
 class Network(nn.Module):
-    """A perceptron with residual blocks that is told the time in sines: (x (N, D), t (N,)) -> velocity (N, D)."""
+    """A perceptron with residual blocks, conditioned on the time in sines: (x (N, D), t (N,)) -> velocity (N, D)."""
 
     def __init__(self, dimension: int, width: int, blocks: int = 2):
         super().__init__()
@@ -121,7 +121,7 @@ class Network(nn.Module):
 
 
 def digits(steps: int = 1200, width: int = 192) -> Problem:
-    """Flow matching on 8 x 8 digits, on the linear path, for a few seconds; used in double precision."""
+    """A network trained by flow matching on 8 x 8 digits, on the linear path, in a few seconds; in float64."""
     from sklearn.datasets import load_digits
 
     images = torch.tensor(load_digits().data, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Solvers, their overhead, windows and batched scoring of flows, beside diffusers' schedulers, in one run.
+"""Solvers, their overhead, windows and batched scoring of flows, compared with diffusers' schedulers, in one run.
 
 The last line is JSON: each ratio is the peer's error or time over ours, above 1 means ours is better.
 
@@ -6,11 +6,11 @@ The last line is JSON: each ratio is the peer's error or time over ours, above 1
 over samples and dimensions, to the exact end of the probability-flow ODE from the same noise. The model is an exact
 denoiser of a mixture in 16 dimensions, on the linear path and on a variance-preserving one; the ratio is that of the
 path that is **worse for us**. The peers are all of diffusers' schedulers that draw no noise, in every setting they
-offer (`flow_schedulers`), and are asked at exactly the noise level they believe to be at. Ours are the tables without
-noise on named grids, and a schedule that an evolution found from the best of those (`flow_solvers`). Each side's
-entry is chosen on one set of noises; what is reported is its error on another. Where a scheduler begins just below
-the end of the path, it is held against the exact solution from there. The table also shows our best without the
-search, the best of their schedulers on our best grids, and the same comparison on a network trained here.
+offer (`schedulers`), evaluated at exactly the noise level they believe to be at. Ours are the tables without noise on
+named grids, and a schedule that an evolution found from the best of those (`solvers`). Each side's sampler is chosen on
+one set of noises, and its error on another is reported. A scheduler that begins just below the end of the path is
+compared with the exact solution from there. The table also shows our best without the search, the best of their
+schedulers on our best grids, and the same comparison on a network trained here.
 
 `overhead` is time a step without the model, `window` a training step on 10 steps against one on 3 of them, `replay`
 scoring steps with their gradient one at a time against all at once; the last two are ours against ours.
@@ -41,11 +41,11 @@ COUNTS = (5, 8, 10, 20)
 NEAR_THE_END = 0.99
 SHOWN = 5
 KEPT = 20
-"""Entries of the mixture's ranking that are tried on the network."""
+"""The best samplers on the mixture, which are tried on the network."""
 
 
 @dataclass(frozen=True)
-class Row:
+class SamplerError:
     """A sampler's error on the noises it was chosen on, and on others."""
 
     name: str
@@ -59,23 +59,23 @@ class Noises:
 
     problem: Problem
     z: Tensor
-    known: dict[float, Tensor] = field(default_factory=dict)
+    exact: dict[float, Tensor] = field(default_factory=dict)
 
     def error(self, samples: Tensor, start: float = 1.0) -> float:
         time = start if NEAR_THE_END <= start < 1.0 else 1.0
         key = round(time, 5)
-        if key not in self.known:
-            self.known[key] = self.problem.exact(self.z, time)
-        return float((samples.double() - self.known[key]).square().mean().sqrt())
+        if key not in self.exact:
+            self.exact[key] = self.problem.exact(self.z, time)
+        return float((samples.double() - self.exact[key]).square().mean().sqrt())
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """At one number of evaluations: the best of each side by rank, all names by rank, and three single ones."""
+class BothSides:
+    """At one number of evaluations: the best of each side and the names, both by rank, and the best crossed sampler."""
 
-    theirs: list[Row]
-    ours: list[Row]
-    crossed: Row | None
+    theirs: list[SamplerError]
+    ours: list[SamplerError]
+    crossed: SamplerError | None
     names: dict[str, list[str]]
 
     @property
@@ -90,17 +90,23 @@ class Comparison:
 Draw = Callable[[Tensor], Tensor]
 
 
-def ranked(entries: Iterable[tuple[str, Draw, float]], chosen_on: Noises) -> list[tuple[Row, Draw, float]]:
-    """(name, sampler, start) by error; those that fail or leave the numbers are out, and of equals one stays."""
-    found: dict[float, tuple[Row, Draw, float]] = {}
+def ranked(entries: Iterable[tuple[str, Draw, float]], chosen_on: Noises) -> list[tuple[SamplerError, Draw, float]]:
+    """(name, sampler, start) by error; those that fail or diverge are left out, and of equals one stays."""
+    by_error: dict[float, tuple[SamplerError, Draw, float]] = {}
     for name, draw, start in entries:
         try:
             error = chosen_on.error(draw(chosen_on.z), start)
-        except (ValueError, RuntimeError, IndexError, TypeError, ZeroDivisionError):  # what a scheduler does not offer
+        except (
+            ValueError,
+            RuntimeError,
+            IndexError,
+            TypeError,
+            ZeroDivisionError,
+        ):  # settings it does not offer
             continue
         if math.isfinite(error):
-            found.setdefault(error, (Row(name, error), draw, start))
-    return [found[error] for error in sorted(found)]
+            by_error.setdefault(error, (SamplerError(name, error), draw, start))
+    return [by_error[error] for error in sorted(by_error)]
 
 
 def scheduler_entries(problem: Problem, count: int, only: Sequence[str] | None) -> Iterable[tuple[str, Draw, float]]:
@@ -119,7 +125,7 @@ def _theirs(entry: schedulers.Scheduler, problem: Problem, count: int) -> Draw:
     return lambda z: schedulers.run(entry, entry.at_most(count), problem.data, z, problem.path)
 
 
-def compare(problem: Problem, count: int, chosen_on: Noises, reported: Noises, **options: Any) -> Comparison:
+def compare(problem: Problem, count: int, chosen_on: Noises, reported: Noises, **options: Any) -> BothSides:
     """Both sides at one number of evaluations; `only_theirs`, `only_ours`: names to try, `generations` of a search."""
     theirs = ranked(scheduler_entries(problem, count, options.get("only_theirs")), chosen_on)
     entries = list(solvers.entries(problem, count))
@@ -133,15 +139,16 @@ def compare(problem: Problem, count: int, chosen_on: Noises, reported: Noises, *
     crossed = ranked(_crossed(problem, best), chosen_on)
     both = [*ranked([(found.name, found.draw, 1.0)], chosen_on), *ours[:SHOWN]]
 
-    def told(rows: Sequence[tuple[Row, Draw, float]]) -> list[Row]:
+    def reported_errors(rows: Sequence[tuple[SamplerError, Draw, float]]) -> list[SamplerError]:
         return [replace(row, error=reported.error(draw(reported.z), start)) for row, draw, start in rows]
 
     names = {"theirs": [row.name for row, *_ in theirs[:KEPT]], "ours": [row.name for row, *_ in ours[:KEPT]]}
-    return Comparison(told(theirs[:SHOWN]), told(both), next(iter(told(crossed[:1])), None), names)
+    best_crossed = next(iter(reported_errors(crossed[:1])), None)
+    return BothSides(reported_errors(theirs[:SHOWN]), reported_errors(both), best_crossed, names)
 
 
-def _crossed(problem: Problem, best: Sequence[solvers.Entry]) -> Iterable[tuple[str, Draw, float]]:
-    """Their schedulers that take a list of levels, on our best grids: the solver's part apart from the grid's."""
+def _crossed(problem: Problem, best: Sequence[solvers.Sampler]) -> Iterable[tuple[str, Draw, float]]:
+    """Their schedulers that take a list of levels, on our best grids: the solver's share without the grid's."""
     for entry in best[:SHOWN]:
         times = entry.schedule.times
         for scheduler in schedulers.on_times(problem.path, times):
@@ -155,8 +162,8 @@ def _crossed(problem: Problem, best: Sequence[solvers.Entry]) -> Iterable[tuple[
             yield f"{scheduler.name}, on our grid {entry.name.split(', ')[-1]}", draw, 1.0
 
 
-def show(console: Console, problem: Problem, found: dict[int, Comparison]) -> None:
-    for count, comparison in found.items():
+def show(console: Console, problem: Problem, by_count: dict[int, BothSides]) -> None:
+    for count, comparison in by_count.items():
         title = f"{problem.name}, {count} evaluations: {comparison.ratio:.2f} ({comparison.unsearched:.2f} unsearched)"
         grid = Grid(title=title, title_justify="left", expand=False)
         for heading in ("diffusers", "chosen on", "error", "stepwell", "chosen on", "error"):
@@ -174,22 +181,22 @@ def show(console: Console, problem: Problem, found: dict[int, Comparison]) -> No
 def errors(
     console: Console, counts: Sequence[int] = COUNTS, sizes: tuple[int, int] = (128, 256), generations: int = 8
 ) -> dict[str, float]:
-    """The ratios of errors; for each count the worse of the two paths. The network is shown, and counts nothing."""
+    """The ratios of errors, for each count that of the worse path; the network's are shown only."""
     ratios: dict[str, float] = {}
     names: dict[int, dict[str, list[str]]] = {}
     for problem in (mixture(Linear()), mixture(path("vp-linear")), digits()):
         noises = [Noises(problem, problem.noise(size, seed)) for size, seed in zip(sizes, (11, 12), strict=True)]
-        found = {}
+        by_count = {}
         for count in counts:
             network = problem.name.startswith("digits")
-            known = names.get(count, {}) if network else {}
-            only = {"only_theirs": known["theirs"], "only_ours": known["ours"]} if known else {}
-            found[count] = compare(problem, count, *noises, generations=generations, **only)
-            names.setdefault(count, found[count].names)
+            tried = names.get(count, {}) if network else {}
+            only = {"only_theirs": tried["theirs"], "only_ours": tried["ours"]} if tried else {}
+            by_count[count] = compare(problem, count, *noises, generations=generations, **only)
+            names.setdefault(count, by_count[count].names)
             if not network:
                 key = f"error_{count}"
-                ratios[key] = min(ratios.get(key, math.inf), found[count].ratio)
-        show(console, problem, found)
+                ratios[key] = min(ratios.get(key, math.inf), by_count[count].ratio)
+        show(console, problem, by_count)
     return ratios
 
 

@@ -1,7 +1,7 @@
-"""The schedulers of diffusers without noise of their own, in every setting they offer, run on a model that is given.
+"""The schedulers of diffusers without noise of their own, in every setting they offer, run on a given model.
 
-A scheduler is treated as well as can be: the model is asked at exactly the noise level that the scheduler believes it
-to be at, and not at a rounded timestep.
+A scheduler is treated as well as possible: the model is evaluated at exactly the noise level that the scheduler
+believes to be at, and not at a rounded timestep.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Scheduler:
     per_step: int = 1
 
     def at_most(self, evaluations: int) -> Any:
-        """With as many steps as leave it at this number of evaluations, or just below; None where there are none."""
+        """The scheduler with the most steps that make at most this number of evaluations; None where none do."""
         for steps in range(-(-evaluations // self.per_step), 1, -1):
-            found = self.build(steps)
-            if len(found.timesteps) <= evaluations:
-                return found
+            scheduler = self.build(steps)
+            if len(scheduler.timesteps) <= evaluations:
+                return scheduler
         return None
 
 
@@ -70,35 +70,34 @@ def run(entry: Scheduler, scheduler: Any, data: Callable[[Tensor, float], Tensor
     state = x / scale
     for place, timestep in enumerate(scheduler.timesteps):
         if hasattr(scheduler, "scale_model_input"):
-            scheduler.scale_model_input(state, timestep)  # some keep count of where they are in it
+            scheduler.scale_model_input(state, timestep)  # some count their steps in it
         level = levels(scheduler, place, timestep)
         time = _time(level, path)
-        here = state * path.alpha(time) if entry.coordinates == "ratio" else state
-        clean = data(here, time)
+        on_path = state * path.alpha(time) if entry.coordinates == "ratio" else state
+        clean = data(on_path, time)
         if entry.output == "edm":
             spread = scheduler.config.sigma_data
             skip = spread**2 / (level**2 + spread**2)
             output = (clean - skip * state) * math.sqrt(level**2 + spread**2) / (level * spread)
         elif entry.output == "velocity" and path.name == "linear":
-            output = (here - clean) / time
+            output = (on_path - clean) / time
         else:
-            noise = (here - path.alpha(time) * clean) / path.sigma(time)
+            noise = (on_path - path.alpha(time) * clean) / path.sigma(time)
             output = noise if entry.output == "noise" else path.alpha(time) * noise - path.sigma(time) * clean
         state = scheduler.step(output, timestep, state, return_dict=False)[0]
     return state
 
 
 def entries(path: Path) -> list[Scheduler]:
-    """All of them that run on the path: `Linear`, or a `VariancePreserving` one."""
-    found = _flows() if path.name == "linear" else _preserving(path)
-    return list(found)
+    """All schedulers that run on the path: `Linear`, or a `VariancePreserving` one."""
+    return list(_flows() if path.name == "linear" else _preserving(path))
 
 
 _made: dict[str, Any] = {}
 
 
 def _set(kind: str, steps: int, **options: Any) -> Any:
-    """A copy of the one that was made first with these options, as making some of them takes a third of a second."""
+    """A copy of a scheduler with these options that is made once, as some of them take a third of a second."""
     import diffusers
 
     key = f"{kind} {options}"
@@ -110,7 +109,7 @@ def _set(kind: str, steps: int, **options: Any) -> Any:
 
 
 def _multistep() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(name, class, options) of those that share their noise levels' options."""
+    """(name, class, options) of the schedulers that share the options of their noise levels."""
     for order, style in ((1, "midpoint"), (2, "midpoint"), (2, "heun"), (3, "midpoint")):
         options: dict[str, Any] = {"solver_order": order, "solver_type": style}
         name = f"{order} {style}"
@@ -167,7 +166,7 @@ def _flow(name: str, kind: str, options: dict[str, Any]) -> Scheduler:
 
 
 def betas(path: VariancePreserving) -> list[float]:
-    """The path as diffusers takes it: beta_k = 1 - alpha_k^2 / alpha_(k-1)^2, so that alphas_cumprod is alpha^2."""
+    """The path in diffusers' terms: beta_k = 1 - alpha_k^2 / alpha_(k-1)^2, so that alphas_cumprod is alpha^2."""
     squares = [1.0, *(path.alpha((place + 1) / DISCRETE) ** 2 for place in range(DISCRETE))]
     return [1.0 - after / before for before, after in itertools.pairwise(squares)]
 
@@ -221,7 +220,7 @@ def _ipndm(path: Path, spread: Callable[[Path, int], list[float]], steps: int) -
 
 
 def on_times(path: Path, times: Sequence[float]) -> list[Scheduler]:
-    """Those that take a list of noise levels, on the times of a grid that ends at 0, or the nearest trained ones."""
+    """The schedulers that take a list of noise levels, on a grid's times that end at 0, or the nearest trained ones."""
     found = []
     if path.name == "linear":
         levels: dict[str, Any] = {"sigmas": np.array(times[:-1])}

@@ -1,4 +1,4 @@
-"""Our side of the comparison: every table without noise on every grid, and schedules that are searched for."""
+"""Our side of the comparison: every table without noise on every grid, and schedules found by a search."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stepwell.solver.table import TABLES, Table
 
 
 @dataclass(frozen=True)
-class Entry:
+class Sampler:
     """One sampler: `draw(z)` turns standard normal noise (N, D) into samples."""
 
     name: str
@@ -59,13 +59,13 @@ def scaled(problem: Problem, z: Tensor, time: float) -> Tensor:
     return math.hypot(problem.path.alpha(time), problem.path.sigma(time)) * z
 
 
-def entries(problem: Problem, evaluations: int) -> Iterator[Entry]:
+def entries(problem: Problem, evaluations: int) -> Iterator[Sampler]:
     """Every table on every grid, with as many steps as the evaluations allow."""
     for table in tables():
         most = evaluations // table.evaluations + 1
         for steps in range(most, 1, -1):
             found = [
-                Entry(f"{table.name}, {name}", _sampler(problem, times, table), Schedule.of(times, table))
+                Sampler(f"{table.name}, {name}", _sampler(problem, times, table), Schedule.of(times, table))
                 for name, times in grids(problem.path, steps)
                 if _evaluations(problem.path, table, times) <= evaluations
             ]
@@ -75,7 +75,7 @@ def entries(problem: Problem, evaluations: int) -> Iterator[Entry]:
 
 
 def _evaluations(path: Path, table: Table, times: Sequence[float]) -> int:
-    """What `integrate` will ask: no inner prediction where lambda is infinite at either end."""
+    """Evaluations that `integrate` will make: no inner prediction where lambda is infinite at either end."""
     steps = len(times) - 1
     if table.inner is None:
         return steps
@@ -92,9 +92,9 @@ def _sampler(problem: Problem, times: Sequence[float], table: Table) -> Callable
 
 
 def searched(
-    problem: Problem, z: Tensor, exact: Tensor, best: Sequence[Entry], generations: int = 8, population: int = 40
-) -> Entry:
-    """What an evolution finds, from noise z (N, D) with samples `exact`, beginning at the best of the named entries.
+    problem: Problem, z: Tensor, exact: Tensor, best: Sequence[Sampler], generations: int = 8, population: int = 40
+) -> Sampler:
+    """The sampler that an evolution finds from noise z (N, D) with samples `exact`, beginning at the best named ones.
 
     It chooses a table for each step and the times, among those of the best grids that begin at the same time, and of a
     fine one.
@@ -122,4 +122,4 @@ def searched(
         return found.schedule.sample(problem.data, x, problem.path, Rng(0), output="data").final
 
     names = list(dict.fromkeys(table.name for table in found.schedule.tables))
-    return Entry(f"searched: {', '.join(names)}", draw, found.schedule)
+    return Sampler(f"searched: {', '.join(names)}", draw, found.schedule)

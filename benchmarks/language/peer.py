@@ -1,4 +1,4 @@
-"""TRL's GRPO trainer and our process on the same random model: what the language benchmark runs."""
+"""TRL's GRPO trainer and our process on the same random model, for the language benchmark."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def model(shape: Shape) -> Any:
-    """A Qwen2 with random weights, its proportions those of the small ones people train."""
+    """A Qwen2 with random weights, in the proportions of small models that people train."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=shape.vocabulary,
@@ -64,12 +64,12 @@ def model(shape: Shape) -> Any:
 
 
 def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-    """Any number that differs within a group: how many different words a completion has."""
+    """A number that differs within a group: the count of different words in a completion."""
     return [float(len(set(text.split()))) for text in completions]
 
 
 class Clock(TrainerCallback):
-    """How long each step of TRL's trainer took, its rollout included."""
+    """The seconds of each step of TRL's trainer, its rollout included."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self.now = now
@@ -83,7 +83,7 @@ class Clock(TrainerCallback):
         self.seconds.append(self.now() - self.begin)
 
 
-class Pair:
+class PeerAndOurs:
     """The peer and ours, each with its own copy of one model."""
 
     def __init__(self, shape: Shape, now: Callable[[], float], compile: bool = False):
@@ -154,7 +154,7 @@ class Pair:
             group_size=self.shape.group,
             on_step=lambda metrics: seconds.append(self.clock.now()),
         )
-        return [end - begin for begin, end in itertools.pairwise(seconds)]  # what comes before the first step included
+        return [end - begin for begin, end in itertools.pairwise(seconds)]  # the first includes the preparations
 
     # log-probabilities and their gradient, of the same rows
 
@@ -187,21 +187,21 @@ class Pair:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The trainer's words and warnings are no results."""
+    """Hide the trainer's output and warnings, which are not results."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 
 
 def peak(work: Callable[[], object]) -> int:
-    """Bytes that torch's CPU allocator held at most, beyond what it held before, from every allocation and release."""
+    """The most bytes that torch's CPU allocator held beyond those before, from every allocation and release."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
-    found = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
     held = most = 0
-    for event in sorted((e for e in found if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
         most = max(most, held)
     return most

@@ -1,4 +1,4 @@
-"""Rollouts, training steps and memory of a language model, beside TRL's GRPO trainer, in one run.
+"""Rollouts, training steps and memory of a language model, compared with TRL's GRPO trainer, in one run.
 
 The last line is JSON: each ratio is the peer's time or memory over ours, above 1 means ours is better.
 
@@ -10,9 +10,9 @@ The last line is JSON: each ratio is the peer's time or memory over ours, above 
 
 Both sides have the same random model in float32, and no gradient checkpointing. They take turns, and each one's
 median counts. On one thread (the default; `--threads 2` for more) the seconds are those of the processor, which
-neighbours on a shared machine hardly change; on more threads they are the clock's. Memory is what torch's allocator
-held at most beyond what it held before, by its own record of every allocation. With `--compile` ours is compiled; the
-peer stays as TRL ships it by default, which is not.
+neighbours on a shared machine hardly change; on more threads they are the clock's. Memory is the most that torch's
+allocator held beyond what it held before, by its own record of every allocation. With `--compile` ours is compiled; the
+peer is as TRL ships it by default, not compiled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from peer import Pair, Shape, peak
+from peer import PeerAndOurs, Shape, peak
 
 
 def compared(peer: Callable[[], list[float]], ours: Callable[[], list[float]], repeats: int) -> tuple[float, float]:
@@ -32,9 +32,9 @@ def compared(peer: Callable[[], list[float]], ours: Callable[[], list[float]], r
     taken: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats + 1):
         for seconds, work in zip(taken, (peer, ours), strict=True):
-            found = work()
+            measured = work()
             if turn:
-                seconds += found
+                seconds += measured
     return statistics.median(taken[0]), statistics.median(taken[1])
 
 
@@ -60,25 +60,25 @@ def main() -> None:
     size = {"hidden": given.hidden, "layers": given.layers}
     ratios: dict[str, float] = {}
 
-    def told(name: str, peer: float, ours: float, unit: str) -> None:
+    def record(name: str, peer: float, ours: float, unit: str) -> None:
         ratios[name] = round(peer / ours, 2)
         print(f"{name:<20} peer {peer:10.2f} {unit}   ours {ours:10.2f} {unit}   ratio {peer / ours:6.2f}", flush=True)
 
     for shape in (Shape(256, 64, 8, 4, **size), Shape(1024, 64, 16, 2, **size)):
-        pair = Pair(shape, clock, given.compile)
+        pair = PeerAndOurs(shape, clock, given.compile)
         seconds = compared(timed(pair.peer_rollout), timed(pair.our_rollout), given.repeats)
-        told(f"rollout_{shape.length}_{shape.new}_{shape.group}", *seconds, "s")
-    pair = Pair(Shape(256, 64, 8, 4, **size), clock, given.compile)
-    told("step", *compared(pair.peer_steps, pair.our_steps, given.repeats), "s")
+        record(f"rollout_{shape.length}_{shape.new}_{shape.group}", *seconds, "s")
+    pair = PeerAndOurs(Shape(256, 64, 8, 4, **size), clock, given.compile)
+    record("step", *compared(pair.peer_steps, pair.our_steps, given.repeats), "s")
     for vocabulary in (32_000, 150_000):
-        pair = Pair(Shape(64, 128, 8, 2, vocabulary=vocabulary, hidden=256, layers=2), clock, given.compile)
+        pair = PeerAndOurs(Shape(64, 128, 8, 2, vocabulary=vocabulary, hidden=256, layers=2), clock, given.compile)
         peer, ours, plain = pair.scored()
         if given.compile:  # the first call tries and compiles
             ours()
             pair.process.module.zero_grad()
         held = peak(ours)
-        told(f"memory_{vocabulary // 1000}k", peak(peer) / 2**20, held / 2**20, "MiB")
-        told(f"memory_plain_{vocabulary // 1000}k", peak(plain) / 2**20, held / 2**20, "MiB")
+        record(f"memory_{vocabulary // 1000}k", peak(peer) / 2**20, held / 2**20, "MiB")
+        record(f"memory_plain_{vocabulary // 1000}k", peak(plain) / 2**20, held / 2**20, "MiB")
     print(json.dumps(ratios))
 
 

@@ -2,72 +2,35 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
-from typing import TYPE_CHECKING, Any
+import importlib.util
+from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
-# Public names by the module they come from; each is imported when it is first asked for, so that `import stepwell`
-# costs nothing.
-_HOMES = {
-    "Rng": "stepwell.rng",
-    "Replay": "stepwell.rng",
-    "Meter": "stepwell.meter",
-    "Budget": "stepwell.meter",
-    "StepwellError": "stepwell.errors",
-    "Request": "stepwell.sampling.request",
-    "Prompt": "stepwell.sampling.request",
-    "rollout": "stepwell.sampling.rollout",
-    "Recipe": "stepwell.recipe.recipe",
-    "Rewards": "stepwell.reward.mixing",
-    "load_prompts": "stepwell.data.prompts",
-    "language": "stepwell.process.language.process",
-    "flow": "stepwell.process.flow.process",
-    "pipeline": "stepwell.process.pipeline.build",
-    "environment_return": "stepwell.process.conversation",
-    "sample": "stepwell.api",
-    "solvers": "stepwell.api",
-    "method": "stepwell.recipe.registry",
-    "task": "stepwell.tasks.registry",
-    "train": "stepwell.api",
-    "compare": "stepwell.api",
-}
-_ROOMS = {"exact": "stepwell.process.exact", "check": "stepwell.check", "methods": "stepwell.methods"}
 
-if TYPE_CHECKING:
-    from stepwell import check as check
-    from stepwell import methods as methods
-    from stepwell.api import compare as compare
-    from stepwell.api import sample as sample
-    from stepwell.api import solvers as solvers
-    from stepwell.api import train as train
-    from stepwell.data.prompts import load_prompts as load_prompts
-    from stepwell.errors import StepwellError as StepwellError
-    from stepwell.meter import Budget as Budget
-    from stepwell.meter import Meter as Meter
-    from stepwell.process import exact as exact
-    from stepwell.process.conversation import environment_return as environment_return
-    from stepwell.process.flow.process import flow as flow
-    from stepwell.process.language.process import language as language
-    from stepwell.process.pipeline.build import pipeline as pipeline
-    from stepwell.recipe.recipe import Recipe as Recipe
-    from stepwell.recipe.registry import method as method
-    from stepwell.reward.mixing import Rewards as Rewards
-    from stepwell.rng import Replay as Replay
-    from stepwell.rng import Rng as Rng
-    from stepwell.sampling.request import Prompt as Prompt
-    from stepwell.sampling.request import Request as Request
-    from stepwell.sampling.rollout import rollout as rollout
+def _homes() -> dict[str, str]:
+    """The module that each public name comes from, as `__init__.pyi` imports them for type checkers."""
+    stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: f"{node.module}" for node in imports for alias in node.names}
 
-__all__ = sorted([*_HOMES, *_ROOMS])
+
+_HOMES = _homes()
+
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return importlib.import_module(_ROOMS[name])
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"stepwell has no '{name}'; it offers {', '.join(__all__)}")
+    """Import a public name when it is first asked for, so that `import stepwell` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"stepwell has no '{name}'; it offers {', '.join(__all__)}")
+    home = importlib.import_module(_HOMES[name])
+    if hasattr(home, "__path__") and importlib.util.find_spec(f"{home.__name__}.{name}"):
+        return importlib.import_module(f"{home.__name__}.{name}")
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

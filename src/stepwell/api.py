@@ -1,4 +1,4 @@
-"""The few functions most users call, which take names and files where the rooms take objects."""
+"""The few functions that most users call, which take names and files in place of objects."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from stepwell.meter import Budget, Cost
 from stepwell.methods import catalogue
 from stepwell.process.abilities import Redrawn, ability
 from stepwell.process.base import Process, Samples, check_process
+from stepwell.recipe.foreign_names import setting_hint
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
 
 
 def settings_from(**given: Any) -> Settings:
-    """Settings by name; an unknown name is an error that names the nearest, and a budget may be text like `60s`."""
+    """Settings by name; a budget may be text like `60s`. Raises `UnknownName`, with the nearest name, for others."""
     for name in given:
         if name not in Settings.__dataclass_fields__:
-            raise UnknownName("setting", name, Settings.__dataclass_fields__)
+            raise UnknownName("setting", name, Settings.__dataclass_fields__, hint=setting_hint(name))
     if isinstance(given.get("budget"), str):
         given["budget"] = Budget.parse(given["budget"])
         given.setdefault("steps", None)
@@ -58,10 +59,11 @@ def train(
 ) -> loop.Run:
     """Train a process from rewards with a method, by id or as a recipe.
 
-    `prompts` and `evaluation` are whatever `load_prompts` takes; for flows they may be any values that the flow is told
-    (class numbers, None), and rows of data without prompts. `options` are the method's; `teacher` is the process that
-    distillation learns from; every other keyword is a field
-    of `Settings` (steps, budget, learning_rate, group_size, ...).
+    `prompts` and `evaluation` are anything that `load_prompts` takes; for flows they may be any values that the flow is
+    conditioned on (class numbers, None), and rows of data without prompts. `options` are the method's; `teacher` is the
+    process that distillation learns from; every other keyword is a field of `Settings` (steps, budget, learning_rate,
+    group_size, ...). The process itself learns; `run.process` is the same object, or with a critic a twin on the same
+    parameters.
 
     Example:
         >>> import stepwell as sw
@@ -73,18 +75,18 @@ def train(
         2
     """
     given = settings_from(**settings)
-    check_process(process, "What is trained")
+    check_process(process, "The model to train")
     if bool(given.evaluate_every) != (evaluation is not None):
-        raise InputError("Evaluation needs both `evaluation` (what on) and `evaluate_every` (how often).")
+        raise InputError("evaluation and evaluate_every must be given together: prompts, and the steps between.")
     if not isinstance(method, str | Recipe):
-        raise InputError(f"A method is the id of one or a Recipe, not a {type(method).__name__}.")
+        raise InputError(f"method must be an id or a Recipe, got a {type(method).__name__}.")
     if options and isinstance(method, Recipe):
-        raise InputError("Options belong to a method that is given by id; a recipe has them already.")
+        raise InputError("options must be left out for a Recipe; they are for a method that is given by id.")
     recipe, config = method, {"method": "a recipe", "options": dict(options or {})}
     if isinstance(method, str):
         card = catalogue.get(method)
         catalogue.check_kind(card, process.kind)
-        recipe, config = card.recipe(**(options or {})), config | {"method": method, "card": card.as_dict()}
+        recipe, config = card.recipe(**(options or {})), config | {"method": card.id, "card": card.as_dict()}
     assert isinstance(recipe, Recipe)
     rewards = reward if isinstance(reward, Rewards) else Rewards(reward)
     return loop.train(
@@ -104,14 +106,14 @@ def train(
 
 @dataclass(frozen=True)
 class CostedSamples(Samples):
-    """Samples with the prompt of each, and what they cost together."""
+    """Samples with the prompt of each, and their cost together."""
 
     prompts: list[Any] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
 
     def save(self, folder: str | os.PathLike[str], format: str | None = None, **about: Any) -> list[Path]:
-        """Write them into a new or empty folder, as `stepwell.sampling.export.write_samples` says; the files."""
-        cost = {unit: amount for unit, amount in vars(self.cost).items() if unit != "wall_time"}  # the seed decides it
+        """Write them into a new or empty folder (`stepwell.sampling.export.write_samples`); returns the files."""
+        cost = {unit: amount for unit, amount in vars(self.cost).items() if unit != "wall_time"}  # the rest is decided by the seed
         return write_samples(folder, self.values, self.prompts, format, {**about, "cost": cost})
 
 
@@ -122,13 +124,13 @@ def sample(
     *,
     seed: int = 0,
     rows_at_once: int | None = None,
-    **law: Any,
+    **sampler: Any,
 ) -> CostedSamples:
     """Draw `n` samples for each prompt, those of a prompt side by side.
 
-    `prompts` are as for `train`; None is for processes that take none. `law` are settings of how a flow is drawn
-    (solver, steps, guidance, ...: `process.flow.sampler.SETTINGS`). At most `rows_at_once` samples are drawn side
-    by side, which decides the random numbers that a sample gets, and not its law.
+    `prompts` are as for `train`; None is for processes without prompts. `sampler` are settings of a flow's sampler
+    (solver, steps, guidance, ...: `process.flow.sampler.SETTINGS`). At most `rows_at_once` samples are drawn side by
+    side, which changes the random numbers that a sample gets, and not its distribution.
 
     Raises `InputError` for settings and prompts that do not fit, and for samples that are not finite.
 
@@ -139,43 +141,49 @@ def sample(
         >>> len(drawn), drawn.cost.model_evaluations, float(drawn.values[0].abs().max()) < 1e-6
         (3, 15, True)
     """
-    check_amounts(n, seed, rows_at_once)
-    check_process(process, "What is sampled")
-    if law:
-        process = ability(process, Redrawn, "Drawing otherwise").with_sampler(**law)
-    asked = prompts_for(process, [None] if prompts is None else prompts)
+    check_count("n", n)
+    check_count("rows_at_once", rows_at_once)
+    check_seed("seed", seed)
+    check_process(process, "The model to sample")
+    if sampler:
+        process = ability(process, Redrawn, f"The sampler's setting '{next(iter(sampler))}'").with_sampler(**sampler)
+    whole = prompts_for(process, [None] if prompts is None else prompts)
     most = rows_at_once or n
-    pieces = [(prompt, min(most, n - begin)) for prompt in asked for begin in range(0, n, most)]
+    pieces = [(prompt, min(most, n - begin)) for prompt in whole for begin in range(0, n, most)]
     before = process.meter.read()
     drawn = rollout(process, [Request(*piece) for piece in pieces], Rng(seed), rows_at_once=rows_at_once)
     cost = process.meter.read() - before
     for prompt, value in zip(drawn.prompts, drawn.samples.values, strict=True):
         if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
             raise InputError(
-                f"A sample of prompt {prompt.id} ({prompt.value!r:.60}) is not finite; the states diverged."
+                f"Samples must be finite, got NaN or infinity for prompt {prompt.id} ({prompt.value!r:.60}); the states "
+                "diverged."
             )
     prompts = [prompt.value for prompt in drawn.prompts]
     return CostedSamples(drawn.samples.values, drawn.samples.columns, prompts=prompts, cost=cost)
 
 
-def check_amounts(n: int, seed: int, rows_at_once: int | None = None) -> None:
-    """Raise `InputError` for numbers that `sample` cannot take."""
-    for name, value in (("number of samples for each prompt", n), ("number of rows at once", rows_at_once)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InputError(f"The {name} is {value!r}; a whole number from 1 is right.")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-        raise InputError(f"The seed is {seed!r}; a whole number of 64 bits is right.")
+def check_count(name: str, value: int | None) -> None:
+    """Raise `InputError` for a number of samples that is not at least 1; None is no number."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise InputError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+def check_seed(name: str, value: int) -> None:
+    """Raise `InputError` for a seed that does not fit 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**64:
+        raise InputError(f"{name} must be a whole number of 64 bits, got {value!r}.")
 
 
 def prompts_for(process: Process, source: Any, column: str = "prompt") -> list[Prompt]:
-    """The prompts that `source` holds (`load_prompts`), each of which this process can read (`check_prompts`)."""
+    """The prompts in `source` (`load_prompts`); raises `InputError` for one that this process cannot read."""
     prompts = load_prompts(source, column, anything=process.any_prompt)
     check_prompts(process, prompts, f"{source}" if isinstance(source, str | os.PathLike) else "The list of prompts")
     return prompts
 
 
 def check_prompts(process: Process, prompts: Sequence[Prompt], place: str) -> None:
-    """Raise `InputError`, naming the row, for a prompt that the process cannot read: it would end a run hours later."""
+    """Raise `InputError`, naming the row, for a prompt that the process cannot read and that would end a run later."""
     for row, prompt in enumerate(prompts):
         try:
             process.check_prompt(prompt.value)

@@ -1,4 +1,4 @@
-"""The law of the next action, one a row: what a process proposes and a sampler draws from.
+"""The distribution of the next action, one a row: proposed by a process, and drawn from by a rollout.
 
 A log-density is the **sum** over an action's dimensions, in float64 for vectors: of an image's many thousand terms
 single precision would lose the ratio. A deterministic step is a `Point`: it has no density, `random` is False there,
@@ -19,10 +19,10 @@ from stepwell.rng import Rng
 
 @runtime_checkable
 class Distribution(Protocol):
-    """N independent laws, one a row."""
+    """N independent distributions, one a row."""
 
     @property
-    def random(self) -> Tensor: ...  # (N,) bool: the row's law has a density, and parameters that may move it
+    def random(self) -> Tensor: ...  # (N,) bool: the row has a density, and parameters that may move it
     def sample(self, rng: Rng) -> Tensor: ...  # (N, *action)
     def log_prob(self, action: Tensor) -> Tensor: ...  # (N,)
     def entropy(self) -> Tensor: ...  # (N,)
@@ -32,7 +32,7 @@ class Distribution(Protocol):
 
 @dataclass(frozen=True)
 class Categorical:
-    """Laws over K symbols from logits (N, K), normalised here; minus infinity forbids a symbol."""
+    """Distributions over K symbols from logits (N, K), normalised here; minus infinity forbids a symbol."""
 
     logits: Tensor
 
@@ -67,7 +67,7 @@ class Categorical:
 
 
 def _expectation(probabilities: Tensor, values: Tensor) -> Tensor:
-    """Row sums of p * x in which impossible symbols count nothing, whatever x is there."""
+    """Row sums of p * x in which impossible symbols count nothing, whatever their x."""
     return (probabilities * values.masked_fill(probabilities == 0, 0.0)).sum(-1)
 
 
@@ -80,7 +80,7 @@ def _row_sums(values: Tensor) -> Tensor:
 class Gaussian:
     """Diagonal Gaussians: mean (N, *D), standard deviation broadcastable to it, above zero.
 
-    `trained=False`: a draw whose law no parameter moves, such as the noise that a flow starts from.
+    `trained=False`: a draw that no parameter moves, such as the noise that a flow starts from.
     """
 
     mean: Tensor

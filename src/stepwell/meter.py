@@ -1,4 +1,4 @@
-"""What was spent, in every unit separately: the first thing a comparison has to hold equal."""
+"""The cost of a run in every unit separately: the first thing that a comparison has to hold equal."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class Meter:
         self.spent = self.spent + Cost(**amounts)
 
     def read(self) -> Cost:
-        """All that was spent so far, with the seconds since the meter was made or resumed."""
+        """The cost so far, with the seconds since the meter was made or resumed."""
         return self.spent + Cost(wall_time=time.monotonic() - self._since)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing spent inside counts, time included: evaluation is not part of what is compared."""
+        """Count nothing that is spent inside, time included: evaluation is not part of a comparison."""
         spent, begin = self.spent, time.monotonic()
         try:
             yield
@@ -76,7 +76,7 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may be spent, in one unit: seconds, tokens (forward and backward), evaluations, reward-calls, steps.
+    """The most that may be spent, in one unit: seconds, tokens (forward and backward), evaluations, ..., steps.
 
     Example:
         >>> Budget.parse("2M-tokens")
@@ -96,14 +96,14 @@ class Budget:
 
         Raises InputError for anything else.
         """
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
-        if found and float(found[1]) > 0:
-            return cls(float(found[1]) * _SECONDS[found[2]], "seconds")
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)-([a-z-]+)", text.strip())
-        if found and float(found[1]) > 0 and found[3] in (*UNITS, "steps"):
-            return cls(float(found[1]) * _SCALES[found[2]], found[3])
+        time = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
+        if time and float(time[1]) > 0:
+            return cls(float(time[1]) * _SECONDS[time[2]], "seconds")
+        amount = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)-([a-z-]+)", text.strip())
+        if amount and float(amount[1]) > 0 and amount[3] in (*UNITS, "steps"):
+            return cls(float(amount[1]) * _SCALES[amount[2]], amount[3])
         raise InputError(
-            f"'{text}' is no budget; write 60s, 5m, 200-steps, 2M-tokens, 10k-evaluations or 50k-reward-calls."
+            f"A budget must be like 60s, 5m, 200-steps, 2M-tokens, 10k-evaluations or 50k-reward-calls, got '{text}'."
         )
 
     def spent(self, cost: Cost, steps: int) -> float:

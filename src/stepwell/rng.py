@@ -25,7 +25,7 @@ BLOCK = 256
 class Rng:
     """A stream of random numbers, owned by the caller.
 
-    Draws are made on the stream's device; where a law is given, the answer is on the device of the law.
+    Draws are made on the stream's device; where probabilities are given, the draw is on their device.
 
     Example:
         >>> rng = Rng(0)
@@ -41,7 +41,7 @@ class Rng:
     def categorical(self, probabilities: Tensor) -> Tensor:
         """One index a row, (N,), from unnormalised probabilities (N, K): one uniform a row, through its inverse CDF.
 
-        Blocks of symbols are summed in the kind of the probabilities, at least float32, and all else in double
+        Blocks of symbols are summed in the dtype of the probabilities, at least float32, and all else in double
         precision, so that no symbol is lost beside many; one of probability 0 is never drawn.
 
         Raises `InputError` for a row whose probabilities are not numbers from 0 with a sum above it.
@@ -54,9 +54,7 @@ class Rng:
         sums = blocks.sum(-1).double().cumsum(-1)  # (N, B) first which block, then where in it
         total = sums[:, -1:]
         if not bool(((total > 0) & total.isfinite()).all() & (values.amin(-1) >= 0).all()):
-            raise InputError(
-                "A row's probabilities are no law: each has to be a number from 0, and their sum above it."
-            )
+            raise InputError("The probabilities of each row must be numbers of at least 0 with a sum above 0.")
         point = self.uniform(rows, 1, dtype=torch.float64).to(total.device) * total
         block = _first_above(sums, point)
         rest = point - nn.functional.pad(sums, (1, 0)).gather(1, block)
@@ -87,7 +85,7 @@ class Rng:
     def without_replacement(self, log_weights: Tensor, count: int) -> Tensor:
         """`count` different indices a row, (N, count), in the order drawn (Gumbel top-k; Kool et al. 2019).
 
-        `log_weights` is (N, K), unnormalised, minus infinity for what may not be drawn. The law is that of
+        `log_weights` is (N, K), unnormalised, minus infinity for what may not be drawn. They are distributed as
         sequential draws without replacement. Raises `InputError` where fewer than `count` can be drawn.
         """
         _enough(log_weights, count)
@@ -115,11 +113,11 @@ def _enough(log_weights: Tensor, count: int) -> None:
     """Refuse draws without replacement that would have to repeat an index or take an impossible one."""
     possible = int((log_weights > -math.inf).sum(-1).min()) if len(log_weights) else count
     if count > possible:
-        raise InputError(f"{count} different indices were asked for; a row has only {possible} of positive weight.")
+        raise InputError(f"count must be at most {possible}, the indices of positive weight in a row, got {count}.")
 
 
 LONGEST = 10_000
-"""Choices that one run of a `Replay` may make."""
+"""The most choices that one run of a `Replay` may make."""
 
 
 def _first_above(rising: Tensor, point: Tensor) -> Tensor:
@@ -133,7 +131,7 @@ class Replay(Rng):
     """The exhaustive twin of `Rng`: its draws follow a script of choices, and it knows their probability.
 
     `stepwell.check.law` runs a program with one `Replay` after another, depth first, until every outcome was
-    seen. What it can enumerate: `categorical`, `bernoulli`, `permutation`, `without_replacement`; `uniform`, when
+    seen. It can enumerate `categorical`, `bernoulli`, `permutation`, `without_replacement`; `uniform`, when
     the program only compares it with thresholds (after multiplying by or adding constants); `normal`, replaced
     by the nodes of Gauss-Hermite quadrature, exact for polynomials of degree below 2 `normal_nodes`. Raw
     `gumbel` noise and any other use of a uniform raise `Unenumerable`; so does splitting off two streams of one name,
@@ -156,10 +154,13 @@ class Replay(Rng):
         return math.prod(self.factors)
 
     def choose(self, probabilities: Sequence[float]) -> int:
-        """One of the outcomes of positive probability: what the script says, else the first."""
+        """One of the outcomes of positive probability: the script's, else the first."""
         live = [index for index, value in enumerate(probabilities) if value > 0.0]
         if not live or not all(math.isfinite(value) and value >= 0.0 for value in probabilities):
-            raise Unenumerable(f"A choice needs finite, non-negative probabilities, not {list(probabilities)}.")
+            raise Unenumerable(
+                f"The probabilities of a choice must be finite and at least 0, one of them above, got "
+                f"{list(probabilities)}."
+            )
         position = len(self.choices)
         if position >= LONGEST:
             raise Unenumerable(f"The program made {LONGEST} choices in one run; it may go on for ever.")
@@ -204,7 +205,7 @@ class Replay(Rng):
         rows = []
         for row in log_weights.detach().double().clone():
             drawn: list[int] = []
-            for _ in range(count):  # normalised anew: what is left may be beyond the range of numbers by the old sum
+            for _ in range(count):  # normalised anew: the rest may underflow by the old sum
                 drawn.append(self.choose(row.softmax(-1).tolist()))
                 row[drawn[-1]] = -math.inf
             rows.append(drawn)
@@ -233,7 +234,7 @@ class Replay(Rng):
 
 
 class ThresholdUniform:
-    """Uniforms of which only comparisons are known: each comparison splits their interval at its threshold.
+    """Uniforms that are known by comparisons only: each one splits their interval at its threshold.
 
     Elements of one draw may be viewed several times (indexed, scaled, shifted); all views share the knowledge
     gathered so far, so that later comparisons agree with earlier ones.
@@ -291,13 +292,13 @@ class ThresholdUniform:
         shape = torch.broadcast_shapes(self.shape, threshold.shape)
         columns = (self._index, self._scale, self._shift, threshold)
         flat = [column.expand(shape).reshape(-1).tolist() for column in columns]
-        answers = [self._decide(i, a, b, t, sign, inclusive) for i, a, b, t in zip(*flat, strict=True)]
-        return torch.tensor(answers, dtype=torch.bool).reshape(shape)
+        decided = [self._decide(i, a, b, t, sign, inclusive) for i, a, b, t in zip(*flat, strict=True)]
+        return torch.tensor(decided, dtype=torch.bool).reshape(shape)
 
     def _decide(self, index: int, scale: float, shift: float, threshold: float, sign: int, inclusive: bool) -> bool:
         if scale == 0.0:
             return sign * (shift - threshold) < 0 or (inclusive and shift == threshold)
-        point, low_side = (threshold - shift) / scale, sign * scale > 0  # below the point <=> the answer is yes
+        point, low_side = (threshold - shift) / scale, sign * scale > 0  # below the point <=> the comparison holds
         low, high = self._intervals[index]
         if point <= low or point >= high:
             below = point >= high
@@ -326,7 +327,7 @@ class ThresholdUniform:
     __hash__ = None  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # protocols that ask what an object can do have to be told no in their own way
+        if name.startswith("_"):  # an absent protocol must be an AttributeError
             raise AttributeError(name)
         raise Unenumerable(f"A uniform can be enumerated only if it is compared with thresholds; .{name} is not.")
 

@@ -1,4 +1,4 @@
-"""What everything passes around: N rows of T random steps, in one typed batch."""
+"""Trajectories: N rows of T random steps in one typed batch, which all parts of a run pass on."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ class Trajectories:
     `rows.replace(reward=...)` give new rows, and `concatenate` puts several batches together. The fields, with their
     shapes:
 
-    action (N, T, ...)       what was drawn
-    log_prob (N, T)          log-probability of each action under the law it was really drawn from
+    action (N, T, ...)       the actions drawn
+    log_prob (N, T)          log-probability of each action under the distribution it was really drawn from
     mask (N, T) bool         the step happened and was the policy's own random choice: only such steps are trained
     length (N,)              steps that happened, random or not
-    prompt (N,)              which prompt, and so which group; groups may be ragged
+    prompt (N,)              id of the prompt, and so of the group; groups may be ragged
     node (N, T)              rows that share a step share its node; -1 where no step happened
     truncated (N,) bool      the row was cut at the horizon
     outcome (N,) bool        the row has an end that a reward may judge
-    weight (N,)              log importance weight of the law asked for against the law drawn from
-    source, version (N,)     which behaviour drew the row, and how many updates old its parameters were at birth
-    condition                what the process needs to score the rows (prompt tokens, classes, ...), left-padded
+    weight (N,)              log importance weight of the distribution asked for against that drawn from
+    source, version (N,)     number of the behaviour that drew the row, and of updates its parameters had then
+    condition                conditioning of each row, for scoring it (prompt tokens, classes, ...), left-padded
     segment (N, T)           token -> sentence, step, turn
     reward (N,), rewards (N, K), step_reward (N, T)
     final_value (N,)         value of each row's last state, where it was cut although more would have come; else 0
-    observed (N, T, *O)      what the policy saw before each step, where actions do not determine it
+    observed (N, T, *O)      the policy's observation before each step, where actions do not determine it
     old_log_prob, reference_log_prob, value, entropy (N, T)   scored before the update, where a method needs it
-    points                   what a term drew at random for each row, and what was scored there before the update
+    points                   points that a term drew at random for each row, and their scores before the update
     info                     (N,) or (N, T, ...) entries that a method declared
     """
 
@@ -127,7 +127,7 @@ def pad_steps(rows: Trajectories, steps: int) -> Trajectories:
     if extra == 0:
         return rows
     if extra < 0:
-        raise InputError(f"Trajectories of {rows.mask.shape[1]} steps cannot be padded to {steps}.")
+        raise InputError(f"steps must be at least the {rows.mask.shape[1]} of the rows to be padded, got {steps}.")
     present = ((name, getattr(rows, name)) for name in STEP_FIELDS)
     changed: dict[str, Any] = {name: _pad_right(value, extra, name) for name, value in present if value is not None}
     if rows.info is not None:
@@ -153,7 +153,7 @@ def concatenate(parts: Sequence[Trajectories], *, renumber: bool = False) -> Tra
     """Rows one after another, steps padded on the right and conditions on the left to a common width.
 
     Parts of one step's rollout number their nodes jointly, so that branches go on sharing steps with their
-    origin. Parts that know nothing of each other are `renumber`ed: rows of different parts then share no node.
+    origin. Parts of separate rollouts are `renumber`ed: rows of different parts then share no node.
     Raises `InputError` where one part has a field that another lacks.
     """
     _same_fields(parts)
@@ -187,7 +187,7 @@ def together(parts: Sequence[Trajectories]) -> Trajectories:
 
 
 def _same_fields(parts: Sequence[Trajectories]) -> None:
-    """Refuse parts of which only some were scored, rewarded or given information."""
+    """Raise `InputError` where only some of the parts have a field or an entry."""
     present = []
     for part in parts:
         names = {name for name, _ in part.present()}
@@ -197,8 +197,8 @@ def _same_fields(parts: Sequence[Trajectories]) -> None:
     for names in present[1:]:
         if names != present[0]:
             raise InputError(
-                f"Trajectories that are to be joined differ in {', '.join(sorted(names ^ present[0]))}; all parts "
-                "must have it, or none."
+                f"Trajectories to be joined must have the same fields, got some with and some without "
+                f"{', '.join(sorted(names ^ present[0]))}."
             )
 
 
@@ -206,7 +206,7 @@ def _same_fields(parts: Sequence[Trajectories]) -> None:
 class Edges:
     """Each step that happened, once, although several rows may share it.
 
-    `row`, `step` (E,): where to find it first. `count` (E,): how many rows share it. `index` (N, T): the edge of
+    `row`, `step` (E,): its first place. `count` (E,): how many rows share it. `index` (N, T): the edge of
     each step, -1 where none happened.
     """
 
@@ -230,7 +230,7 @@ def edges(rows: Trajectories) -> Edges:
 
 @dataclass(frozen=True)
 class Counts:
-    """The global numbers that a reduction divides by, whatever part of the batch it sees.
+    """The global numbers that a reduction divides by, whichever part of the batch it sees.
 
     `steps`: trained steps; `rows`: trajectories; `groups`: prompts; `pairs`: preference pairs; `length`: a fixed
     number of steps a row.
@@ -256,13 +256,13 @@ def count(rows: Trajectories, length: float | None = None, pairs: float = 0.0) -
 
 def to_tensors(rows: Trajectories) -> dict[str, Tensor]:
     """The rows as a flat dictionary of tensors, for a file; `from_tensors` brings them back."""
-    answer: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in rows.present():
         if isinstance(value, Columns):
-            answer |= {f"{name}.{key}": entry for key, entry in value.items()}
+            tensors |= {f"{name}.{key}": entry for key, entry in value.items()}
         else:
-            answer[name] = value
-    return {name: value.contiguous().clone() for name, value in answer.items()}
+            tensors[name] = value
+    return {name: value.contiguous().clone() for name, value in tensors.items()}
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Trajectories:

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from stepwell.errors import InputError
 
@@ -86,7 +86,7 @@ def writable_folder(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Whatever goes wrong with the file system inside is an `InputError` that names `path` and the mend."""
+    """Turn any failure of the file system inside into an `InputError` that names `path` and the mend."""
     try:
         yield
     except OSError as error:
@@ -94,6 +94,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def _refusal(path: Path, error: OSError) -> InputError:
+    """The words for an error of the file system."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return InputError(f"There is no space left to write '{path}'; free some or choose another folder.")
     if error.errno in (errno.EACCES, errno.EPERM):
@@ -110,7 +111,7 @@ def _refusal(path: Path, error: OSError) -> InputError:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """`value` as JSON that every reader accepts: floats exactly, what is not finite as null, the unknown as text.
+    """`value` as JSON that every reader accepts: floats exactly, infinite ones and NaN as null, other objects as text.
 
     Example:
         >>> json_text({"loss": 0.1, "kl": float("nan"), "path": Path("a")})
@@ -120,6 +121,7 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 
 def _plain(value: Any) -> Any:
+    """The value in dictionaries, lists, texts, numbers and None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -133,8 +135,17 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+@runtime_checkable
+class InWords(Protocol):
+    """Knows how it is written on a card: sums and products, which are written with their signs."""
+
+    def in_words(self) -> str: ...
+
+
 def describe(thing: Any) -> str:
-    """A dataclass as the reader of a card would write it: its name and the settings that differ from the defaults."""
+    """A dataclass as one writes it: its name and the settings that differ from the defaults."""
+    if isinstance(thing, InWords) and not isinstance(thing, type):
+        return thing.in_words()
     if isinstance(thing, tuple | list):
         return "(" + ", ".join(describe(item) for item in thing) + ("," if len(thing) == 1 else "") + ")"
     if not dataclasses.is_dataclass(thing) or isinstance(thing, type):

@@ -117,35 +117,50 @@ def test_several_rewards_with_what_the_environment_pays_among_them(bench):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ("--environment desk.py", "'desk.py' has to name a file and a class or function in it, such as 'my.py:Env"),
-        ("--environment =", "The environment '' has to name a file and a class or function in it"),
+        ("--environment desk.py", "must name a file and a class or function in it, such as 'my.py:Env"),
+        ("--environment =", "The environment must name a file and a class or function in it"),
         ("--environment dsk.py:Desk", "There is no file 'dsk.py'; did you mean 'desk.py'?"),
         ("--environment no.such:Desk", "There is no module 'no.such'; a file is named with its ending"),
-        ("--environment data.jsonl:Desk", "The environment's file 'data.jsonl' is no Python file"),
+        ("--environment data.jsonl:Desk", "file must be a Python file, whose name ends in .py, got 'data.jsonl'"),
         ("--environment desk.py:Deks", "no class or function of desk.py named 'Deks'; did you mean 'Desk'?"),
-        ("--environment desk.py:GOOD", "'GOOD' in desk.py is of type tuple; a class or function is right."),
+        ("--environment desk.py:GOOD", "'GOOD' in desk.py must be a class or function, got a value of type tuple."),
         ("--envronment desk.py:Desk", "There is no argument '--envronment'; did you mean '--environment'?"),
-        ("--max-turns 0", "max_turns=0 is not a whole number from 1 upwards"),
-        ("--max-turns 2.5", "--max-turns has a value that does not fit"),
-        ("--turn-stop =", "stop=('',) is not a text, nor texts, that end a turn"),
-        ("--turn-role tool", "--turn-role is the role of a chat's messages, and no prompt is a chat; leave it out."),
-        ("--turn-role = --model chatty --data chat.jsonl", "role='' is not the name of a chat's role"),
-        ("--environment - --reward exact_match", "--turn-stop is about conversations; name what is talked to"),
-        ("--environment - --turn-stop - --max-turns 8", "--max-turns is about conversations; name what is talked to"),
-        ("--environment - --turn-stop - --turn-role tool", "--turn-role is about conversations; name what is talked"),
-        ("--environment - --turn-stop -", "There is nothing to learn from; give --reward my.py:function"),
+        ("--max-turns 0", "max_turns must be a whole number of at least 1, got 0"),
+        ("--max-turns 2.5", "--max-turns must be a whole number, got '2.5'."),
+        ("--turn-stop =", "stop must be a text, or texts, none of them empty, got ('',)"),
+        ("--turn-role tool", "--turn-role must be left out: no prompt is a chat."),
+        (
+            "--turn-role = --model chatty --data chat.jsonl",
+            "role must be the name of a chat's role, such as 'user' or 'tool', got ''",
+        ),
+        (
+            "--environment - --reward exact_match",
+            "--turn-stop needs --environment: it is about a conversation with one.",
+        ),
+        (
+            "--environment - --turn-stop - --max-turns 8",
+            "--max-turns needs --environment: it is about a conversation with one.",
+        ),
+        (
+            "--environment - --turn-stop - --turn-role tool",
+            "--turn-role needs --environment: it is about a conversation with one.",
+        ),
+        (
+            "--environment - --turn-stop -",
+            "--reward must be given, such as my.py:function; see `stepwell train --help` for others.",
+        ),
         (
             "--environment - --turn-stop - --reward environment_return",
-            "The reward 'environment_return' is what an environment pays; name one with --environment.",
+            "--reward environment_return needs --environment: it is the reward that an environment",
         ),
         ("--reward environment_retur", "no reward 'environment_retur'; did you mean 'environment_return'?"),
-        ("--reward-weights 1 2", "2 reward weights for 1 functions (environment_return)"),
+        ("--reward-weights 1 2", "Reward weights must be as many as the functions (environment_return), got 2 for 1"),
         ("--method flow-grpo", "The method 'flow-grpo' trains flows, and not language models"),
-        ("--method grpo:clip=0.1", "options have their own argument, --method grpo --set clip=0.1."),
+        ("--method grpo:clip=0.1", "--method must be an id, got 'grpo:clip=0.1'; set options by --method grpo --set"),
         ("--data chat.jsonl --method turn-ppo", "is a chat, but the tokenizer has no chat template; give a text."),
         ("--data half.jsonl", "half.jsonl, row 0: The prompt 'a \\ud800' holds half a character"),
-        ("--data turns.jsonl", "The data has a column 'turns', which is what reward functions are given"),
-        ("--data environment_return.jsonl", "The data has a column 'environment_return', which is what reward"),
+        ("--data turns.jsonl", "A prompt has a column 'turns', and reward functions are given something else"),
+        ("--data environment_return.jsonl", "A prompt has a column 'environment_return', and reward functions"),
         ("--data truncated.jsonl", "truncated.jsonl has a column 'truncated', and reward functions are given"),
     ],
 )
@@ -160,9 +175,9 @@ def test_environments_are_for_language_models(bench):
     bare = "--max-new-tokens - --device - --turn-stop - --method flow-grpo"
     for model, called in (("pipe", "a pipeline"), ("flow.py:make", "a model of your own")):
         line = bench.refused(*bench.words(f"{bare} --model {model}"))
-        assert f"--environment has no meaning for {called}; leave it out." in line
+        assert f"--environment must be left out for {called}." in line
         line = bench.refused(*bench.words(f"{bare} --model {model} --environment - --max-turns 2"))
-        assert f"--max-turns has no meaning for {called}; leave it out." in line
+        assert f"--max-turns must be left out for {called}." in line
 
 
 # the user's file
@@ -172,14 +187,17 @@ BROKEN = {
     "syntax": ("def f(:", "desk.py failed at line 13 while it was imported: SyntaxError"),
     "raises": ("1 / 0", "desk.py failed at line 13 while it was imported: ZeroDivisionError"),
     "exits": ("raise SystemExit(3)", "desk.py failed at line 13 while it was imported: SystemExit: 3"),
-    "an object": ("Mine = Desk()", "'Mine' in desk.py is of type Desk; a class or function is right."),
+    "an object": ("Mine = Desk()", "'Mine' in desk.py must be a class or function, got a value of type Desk."),
     "needs arguments": (
         "class Mine(Desk):\n    def __init__(self, size): ...",
-        "'desk.py:Mine' takes the arguments (size); environments are made by a class or a function that needs none.",
+        "a class or a function without arguments, got 'desk.py:Mine' with (size).",
     ),
-    "function needs arguments": ("def Mine(size): ...", "'desk.py:Mine' takes the arguments (size)"),
-    "function returns nothing": ("def Mine(): ...", "The environment's factory returned None, which has no method"),
-    "one for all": ("one = Desk()\ndef Mine(): return one", "factory returned the same Desk twice; a new one each"),
+    "function needs arguments": (
+        "def Mine(size): ...",
+        "a class or a function without arguments, got 'desk.py:Mine' with (size).",
+    ),
+    "function returns nothing": ("def Mine(): ...", "and step(message), got None, which has no method"),
+    "one for all": ("one = Desk()\ndef Mine(): return one", "must return a new object each time, got the same Desk"),
     "maker raises": (
         "class Mine(Desk):\n    def __init__(self): self.x = 1 / 0",
         "Mine raised ZeroDivisionError (division by zero) in the environment's factory at desk.py, line 14, for",
@@ -188,7 +206,7 @@ BROKEN = {
     "no step": ("class Mine:\n    def reset(self, prompt): ...", "a value of type Mine, which has no method 'step'"),
     "step takes nothing": (
         "class Mine(Desk):\n    def step(self): ...",
-        "is called as step(message), which () does not",
+        "must be callable as step(message), got the signature ()",
     ),
     "reset wants a column": (
         RESET.format("(self, prompt, target): ..."),
@@ -200,30 +218,33 @@ BROKEN = {
     ),
     "reset takes a column first": (
         RESET.format("(self, answer): ..."),
-        "The reset of the environment Mine takes the column 'answer' first, where it is given the prompt;",
+        "Mine must take the prompt first, as reset(prompt, **columns), got the column 'answer' there",
     ),
     "reset takes keywords only": (
         RESET.format("(self, *, seed=None): ..."),
-        "is called as reset(prompt, **columns), which (*, seed=None) does not take",
+        "must be callable as reset(prompt, **columns), got the signature (*, seed=None)",
     ),
     "reset is async": (
         "class Mine(Desk):\n    async def reset(self, prompt): ...",
-        "The reset of the environment Mine is",
+        "The reset of the environment Mine must be a plain function, got an async one",
     ),
-    "reset returns a number": (RESET.format("(self, prompt): return 3"), "returned 3 as the observation of reset"),
+    "reset returns a number": (
+        RESET.format("(self, prompt): return 3"),
+        "returns from reset must be a text, or for a chat",
+    ),
     "reset says too much": (
         RESET.format("(self, prompt): return 'a ' * 40"),
         "take 40 tokens, and the row has 30 in all",
     ),
     "step is async": (
         "class Mine(Desk):\n    async def step(self, message): ...",
-        "Mine is async, and environments are not",
+        "Mine must be a plain function, got an async one",
     ),
     "step of the old gym": (
         STEP.format('return "d", 0.0, False, {}'),
-        "Mine returned 4 values from step; (observation,",
+        "must return (observation, reward, terminated, truncated, info), got a tuple of 4",
     ),
-    "step returns nothing": (STEP.format("..."), "Mine returned None from step; (observation, reward, terminated"),
+    "step returns nothing": (STEP.format("..."), "reward, terminated, truncated, info), got None"),
     "step raises": (
         STEP.format("raise KeyError('x')"),
         "Mine raised KeyError ('x') in step at desk.py, line 14, for the",
@@ -234,25 +255,25 @@ BROKEN = {
     ),
     "a text for a reward": (
         STEP.format('return "d", "good", False, False, {}'),
-        "the reward 'good'; a finite number is",
+        "must be a finite number, got 'good'",
     ),
     "NaN for a reward": (
         STEP.format('return "d", float("nan"), False, False, {}'),
-        "the reward nan; a finite number is",
+        "must be a finite number, got nan",
     ),
-    "a reward too large": (STEP.format('return "d", 10**400, False, False, {}'), "a finite number is right."),
-    "bytes": (STEP.format('return b"d", 0.0, False, False, {}'), "type bytes as the observation of step"),
+    "a reward too large": (STEP.format('return "d", 10**400, False, False, {}'), "must be a finite number, got 1000"),
+    "bytes": (STEP.format('return b"d", 0.0, False, False, {}'), "'content', got a value of type bytes"),
     "half a character": (
         STEP.format('return "\\ud800", 0.0, False, False, {}'),
         "'\\ud800' of a conversation holds half",
     ),
     "no end that is told": (
         STEP.format('return "d", 0.0, 1, False, {}'),
-        "returned terminated=1; True or False is right.",
+        "'terminated' of the environment Mine must be True or False, got 1.",
     ),
     "a message to a text": (
         STEP.format('return {"role": "tool", "content": "d"}, 0.0, False, False, {}'),
-        "answers a plain text with the message",
+        "that is a plain text must be a text, got {'role'",
     ),
 }
 
@@ -270,7 +291,7 @@ def test_an_environment_that_does_not_do_as_it_should(bench, kind):
 def test_a_message_that_a_chat_cannot_hold(bench, message):
     bench.write("desk.py", DESK, STEP.format(f"return {message}, 0.0, False, False, {{}}"))
     line = bench.refused(*bench.words("--environment desk.py:Mine --model chatty --data chat.jsonl"))
-    assert "returned a value of type dict as the observation of step; a text, or for a chat messages" in line
+    assert "must be a text, or for a chat messages with a 'role' and a 'content', got a value of type dict" in line
 
 
 # plugins
@@ -302,15 +323,15 @@ PLUGINS = {
     ),
     "id of no text": (
         MINE.replace("'mine'", "3").format("", "", GOOD),
-        "The id of a method is 3; a text without spaces,",
+        "The id of a method must be a text without spaces,",
     ),
     "id of two words": (
         MINE.replace("'mine'", "'my own'").format("", "", GOOD),
-        "The id of a method is 'my own'; a text",
+        "The id of a method must be a text without spaces",
     ),
     "id with a comma": (
         MINE.replace("'mine'", "'a,b'").format("", "", GOOD),
-        "The id of a method is 'a,b'; a text without",
+        "The id of a method must be a text without spaces",
     ),
     "no default": (
         MINE.format("", "clip", GOOD),
@@ -318,9 +339,9 @@ PLUGINS = {
     ),
     "any options": (MINE.format("", "**options", GOOD), "Option 'options' of method 'mine' has no default"),
     "a class": (HEAD + "@method('mine', title='M')\nclass Mine: ...", "A method is built by a function, not by <class"),
-    "unknown room": (
-        MINE.format(", room='langauge'", "", GOOD),
-        "no room for method 'mine' 'langauge'; did you mean 'lan",
+    "unknown kind of process": (
+        MINE.format(", processes=('langauge',)", "", GOOD),
+        "no kind of process for method 'mine' 'langauge'; did you mean 'lan",
     ),
     "unknown entry": (
         MINE.format(", papr='x'", "", GOOD),
@@ -328,11 +349,14 @@ PLUGINS = {
     ),
     "proof as a text": (
         MINE.format(", proof='tree'", "", GOOD),
-        "The proof of method 'mine' is 'tree'; a tuple of oracles",
+        "The proof of method 'mine' must be a tuple of oracles",
     ),
-    "no recipe": (MINE.format("", "", "return 3"), "The method 'mine' is no Recipe but int; return a Recipe."),
-    "nothing": (MINE.format("", "", "..."), "The method 'mine' is no Recipe but NoneType; return a Recipe."),
-    "async": (MINE.replace("def", "async def").format("", "", GOOD), "The method 'mine' is no Recipe but coroutine"),
+    "no recipe": (MINE.format("", "", "return 3"), "The method 'mine' must return a Recipe, got int."),
+    "nothing": (MINE.format("", "", "..."), "The method 'mine' must return a Recipe, got NoneType."),
+    "async": (
+        MINE.replace("def", "async def").format("", "", GOOD),
+        "The method 'mine' must return a Recipe, got coroutine",
+    ),
     "fails": (MINE.format("", "", "1 / 0"), "'mine' cannot be built; its function failed at line 6: ZeroDivisionError"),
     "fails with an option": (
         MINE.format("", "size=1", "1 / (size - 2)"),
@@ -340,11 +364,11 @@ PLUGINS = {
     ),
     "recipe of a number": (
         MINE.format("", "", "return Recipe(3)"),
-        "The objective of a recipe is 3; a Term, such as Pol",
+        "Recipe.objective must be a Term",
     ),
     "number for a part": (
         MINE.format("", "", "return Recipe(Policy(ratio=3))"),
-        "'ratio' of Policy is 3; a Ratio is right.",
+        "Policy.ratio must be a Ratio, got 3.",
     ),
     "unknown part": (
         MINE.format("", "", "return get('rloo').recipe().replace(rati=3)"),
@@ -352,7 +376,7 @@ PLUGINS = {
     ),
     "unknown name in a recipe": (
         MINE.format("", "", "return Recipe(Policy(), reference='synked')"),
-        "There is no 'reference' of Recipe 'synked'; did you mean 'synced'?",
+        "Recipe.reference must be one of start, synced; got 'synked', did you mean 'synced'?",
     ),
 }
 
@@ -384,41 +408,53 @@ def test_a_plugin_may_be_run_again(plugged):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ("grpo --set clip=wide", "Option 'clip' of grpo is a number, not 'wide'."),
-        ("grpo --set clip=nan", "Option 'clip' of grpo is a number, not 'nan'."),
-        ("grpo --set clip=none", "Option 'clip' of grpo is a number, not 'None'."),
+        ("grpo --set clip=wide", "Option 'clip' of grpo must be a number, got 'wide'."),
+        ("grpo --set clip=nan", "Option 'clip' of grpo must be a number, got 'nan'."),
+        ("grpo --set clip=none", "Option 'clip' of grpo must be a number, got None."),
         ("grpo --set clp=0.1", "There is no option of grpo 'clp'; did you mean 'clip'?"),
-        ("grpo --set kl=-1", "'kl' of grpo is -1; a finite number from 0 on is right."),
-        ("grpo --set kl=1e999", "'kl' of grpo is inf; a finite number from 0 on is right."),
-        ("grpo --set epsilon=-1", "'epsilon' of grpo is -1; a finite number from 0 on is right."),
-        ("turn-ppo --set gamma=2", "'gamma' of GeneralisedAdvantage is 2; a number from 0 to 1 is right."),
-        ("turn-ppo --set lam=-0.1", "'lam' of GeneralisedAdvantage is -0.1; a number from 0 to 1 is right."),
-        ("turn-ppo --set epochs=0", "There are 0 epochs of 2 minibatches; 1 or more is right."),
-        ("turn-ppo --set epochs=1.5", "Option 'epochs' of turn-ppo is a whole number, not '1.5'."),
-        ("turn-ppo --minibatches 3", "There are 3 minibatches for 2 prompts a step; at most one each."),
-        ("ppo --set value_coefficient=-1", "'coefficient' of ValueLoss is -1; a finite number from 0 on is right."),
-        ("opo --set variant=publishd", "There is no 'variant' of opo 'publishd'; did you mean 'published'?"),
-        ("otb --set variant=3", "Option 'variant' of otb is a text, not '3'."),
+        ("grpo --set kl=-1", "Option 'kl' of grpo must be a finite number, 0 or more, got -1."),
+        ("grpo --set kl=1e999", "Option 'kl' of grpo must be a finite number, 0 or more, got inf."),
+        ("grpo --set epsilon=-1", "Option 'epsilon' of grpo must be a finite number, 0 or more, got -1."),
+        ("turn-ppo --set gamma=2", "GeneralisedAdvantage.gamma must be a number from 0 to 1, got 2."),
+        ("turn-ppo --set lam=-0.1", "GeneralisedAdvantage.lam must be a number from 0 to 1, got -0.1."),
+        ("turn-ppo --set epochs=0", "Recipe.epochs must be a whole number, at least 1, got 0."),
+        ("turn-ppo --set epochs=1.5", "Option 'epochs' of turn-ppo must be a whole number, got 1.5."),
+        ("turn-ppo --minibatches 3", "Settings.minibatches must be at most the 2 prompts of a step, got 3."),
+        (
+            "ppo --set value_coefficient=-1",
+            "ValueLoss.coefficient must be a finite number, 0 or more, or a Coefficient, got -1.",
+        ),
+        (
+            "opo --set variant=publishd",
+            "Option 'variant' of opo must be one of corrected, published; got 'publishd', did you mean 'published'?",
+        ),
+        ("otb --set variant=3", "Option 'variant' of otb must be a text, got 3."),
         (
             "iterative-dpo --set reference=strat",
-            "There is no 'reference' of iterative-dpo 'strat'; did you mean 'start'?",
+            "Option 'reference' of iterative-dpo must be one of start, synced; got 'strat', did you mean 'start'?",
         ),
         ("dpo --set loss=sigmoi", "There is no preference loss 'sigmoi'; did you mean 'sigmoid'?"),
-        ("dpo --set beta=0", "'beta' of Logistic is 0; a finite number above 0 is right."),
-        ("dpo --set smoothing=0.7", "'smoothing' of Logistic is 0.7; a number from 0 to 1/2 is right."),
-        ("slic --set margin=0", "'margin' of slic is 0; a finite number above 0 is right."),
-        ("vargrad --set beta=-1", "'beta' of vargrad is -1; a finite number above 0 is right."),
-        ("treepo --set segment=0", "'segment' of SegmentTree is 0; a whole number from 1 on is right."),
-        ("treepo --set depth=0", "'depth' of treepo is 0; a whole number from 1 on is right."),
-        ("vineppo --set vines=-1", "'vines' of Vines is -1; a whole number from 1 on is right."),
-        ("high-entropy --set top=0", "'top' of HighEntropy is 0; a number above 0 and at most 1 is right."),
-        ("thr --set p=2", "'p' of HiddenReward is 2; a number from -1 to 1 is right."),
-        ("rl-plus --set share=2", "The weights of a mixture are [-1, 2]; 0 or more each, and 1 together, is right."),
-        ("d3s --set rows=-1", "'share' of MostSpread is -1; a number above 0 and at most 1 is right."),
-        ("dual-clip --set c=0.5", "The bound of a dual clip is 0.5 ('dual'); above 1 is right"),
-        ("two-sided-clip --set delta=1", "The ratio is capped at 1 ('delta'), where it is clipped at 1 + 0.2 already"),
-        ("dapo --set refill=0", "'limit' of DynamicSampling is 0; a number from 1 on is right."),
-        ("dapo --set buffer=-1", "'buffer' of Overlong is -1; a number above 0 and at most 1 is right."),
+        ("dpo --set beta=0", "Logistic.beta must be a finite number above 0, got 0."),
+        ("dpo --set smoothing=0.7", "Logistic.smoothing must be a number from 0 to 1/2, got 0.7."),
+        ("slic --set margin=0", "Option 'margin' of slic must be a finite number above 0, got 0."),
+        ("vargrad --set beta=-1", "Option 'beta' of vargrad must be a finite number above 0, got -1."),
+        ("treepo --set segment=0", "SegmentTree.segment must be a whole number, at least 1, got 0."),
+        ("treepo --set depth=0", "Option 'depth' of treepo must be a whole number, at least 1, got 0."),
+        ("vineppo --set vines=-1", "Vines.vines must be a whole number, at least 1, got -1."),
+        ("high-entropy --set top=0", "HighEntropy.top must be a number above 0 and at most 1, got 0."),
+        ("thr --set p=2", "HiddenReward.p must be a number from -1 to 1, got 2."),
+        (
+            "rl-plus --set share=2",
+            "MixtureDenominator.components must have weights of 0 or more that sum to 1, got [-1, 2].",
+        ),
+        ("d3s --set rows=-1", "MostSpread.share must be a number above 0 and at most 1, or a Coefficient, got a Ramp"),
+        ("dual-clip --set c=0.5", "Clip.dual must be a finite number above 1, or None, got 0.5."),
+        (
+            "two-sided-clip --set delta=1",
+            "Clip.delta must be above 1 + high = 1.2, where the ratio is clipped already, or None,",
+        ),
+        ("dapo --set refill=0", "DynamicSampling.limit must be a number from 1 on, got 0."),
+        ("dapo --set buffer=-1", "Overlong.buffer must be a number above 0 and at most 1, got -1."),
     ],
 )
 def test_an_option_that_makes_no_sense(bench, changes, said):
@@ -429,15 +465,15 @@ def test_an_option_that_makes_no_sense(bench, changes, said):
 @pytest.mark.parametrize(
     ("method", "options", "said"),
     [
-        ("grpo", {"clip": float("nan")}, "Option 'clip' of grpo is a number, not 'nan'"),
-        ("flow-grpo", {"steps": 0}, "'steps' of flow-grpo is 0; a whole number from 1 on is right"),
-        ("flow-grpo", {"level": -1}, "'level' of flow-grpo is -1; a finite number from 0 on is right"),
-        ("flow-grpo", {"clip": float("nan")}, "'low' of Clip is nan; a finite number is right"),
-        ("mix-grpo", {"flash": 2}, "'flash' of mix-grpo is 2; a number from 0 to 1 is right"),
-        ("alignprop", {"least": 20}, "A depth from 20 to 10 steps is none"),
-        ("vespo", {"positive_rate": -1.0}, r"The shape and the rate of GammaScore are \(2.0, -1.0\) \('positive'\)"),
-        ("bnpo", {"kl": -1}, "The coefficient of a divergence is -1, which would drive the policy away; 0 or more is"),
-        ("constrained-rlhf", {"price": -1}, "'initial' of Multiplier is -1; a finite number from 0 on is right"),
+        ("grpo", {"clip": float("nan")}, "Option 'clip' of grpo must be a number, got nan"),
+        ("flow-grpo", {"steps": 0}, "Option 'steps' of flow-grpo must be a whole number, at least 1, got 0"),
+        ("flow-grpo", {"level": -1}, "Option 'level' of flow-grpo must be a finite number, 0 or more, got -1"),
+        ("flow-grpo", {"clip": float("nan")}, "Option 'clip' of flow-grpo must be a number, got nan"),
+        ("mix-grpo", {"flash": 2}, "Option 'flash' of mix-grpo must be a number from 0 to 1, got 2"),
+        ("alignprop", {"least": 20}, r"DirectReward\.up_to must be at least depth = 20, got 10"),
+        ("vespo", {"positive_rate": -1.0}, r"GammaScore\.positive must be \(shape, rate\), both finite and 0 or more, got \(2.0, -1.0\)"),
+        ("bnpo", {"kl": -1}, r"Regulariser\.coefficient of a divergence must be 0 or more, got -1, which would drive the policy"),
+        ("constrained-rlhf", {"price": -1}, r"Multiplier\.initial must be a finite number, 0 or more, got -1"),
     ],
 )
 def test_an_option_that_makes_no_sense_from_python(method: str, options: dict[str, Any], said: str) -> None:

@@ -119,7 +119,7 @@ def test_the_run_that_the_others_spoil_is_right(bench):
     ("lines", "said"),
     [
         ([], ("data.jsonl holds no rows", "at least one prompt is needed")),
-        (['{"question": "a"}'], ("data.jsonl has no column 'prompt'", "'question'", "say with column=")),
+        (['{"question": "a"}'], ("data.jsonl has no column 'prompt'", "'question'", "name the one that holds")),
         (
             ['{"prompt": "a"}', '{"prompt": ""}'],
             ("row 1 (line 2)", "column 'prompt' holds no prompt", "remove the row"),
@@ -170,8 +170,8 @@ def test_a_prompt_longer_than_the_model(bench):
         ("rewards.py", "There is no reward 'rewards.py'; write your own as file.py:function."),
         ("exact_mach", "There is no reward 'exact_mach'; did you mean 'exact_match'?"),
         ("regular_expression", "needs a pattern"),
-        ("regular_expression:(", "'(' is no regular expression"),
-        ("rewards.py:calls", "of type int; a function is right"),
+        ("regular_expression:(", "RegularExpression.pattern must be a regular expression, got '('"),
+        ("rewards.py:calls", "must be a function, got a value of type int"),
     ],
 )
 def test_a_reward_that_is_not_there(bench, reward, said):
@@ -212,9 +212,9 @@ def test_a_reward_file_that_fails_while_it_is_imported(bench):
 
 def test_no_reward_and_too_many_weights(bench):
     words = [word for word in bench.words() if word not in ("--reward", "rewards.py:reward")]
-    assert "give --reward my.py:function" in bench.refused(*words)
+    assert "--reward must be given, such as my.py:function; see" in bench.refused(*words)
     line = bench.refused(*bench.words("--reward-weights", "1", "0.5"))
-    assert "2 reward weights for 1 functions (reward); one each is right" in line
+    assert "Reward weights must be as many as the functions (reward), got 2 for 1" in line
 
 
 # methods, options, settings
@@ -225,31 +225,40 @@ def test_no_reward_and_too_many_weights(bench):
     [
         (("--method", "gsop"), "There is no method 'gsop'; did you mean 'gspo'?"),
         (("--method", "grpo", "--set", "clp=0.1"), "There is no option of grpo 'clp'; did you mean 'clip'?"),
-        (("--method", "grpo", "--set", "clip=wide"), "Option 'clip' of grpo is a number, not 'wide'."),
+        (("--method", "grpo", "--set", "clip=wide"), "Option 'clip' of grpo must be a number, got 'wide'."),
         (("--set", "clip"), "'clip' has no value; write it as name=value"),
         (("--lerning-rate", "1"), "There is no argument '--lerning-rate'; did you mean '--learning-rate'?"),
-        (("--learning-rate", "-1"), "The learning rate is -1.0; a number above 0 is right."),
-        (("--steps", "many"), "--steps has a value that does not fit (invalid literal"),
-        (("--schedule", "cosin"), "--schedule is 'cosin'; constant, linear, cosine are right."),
+        (("--learning-rate", "-1"), "Settings.learning_rate must be a finite number above 0, got -1.0."),
+        (("--steps", "many"), "--steps must be a whole number, got 'many'."),
+        (("--schedule", "cosin"), "--schedule must be one of constant, cosine, linear, got 'cosin'."),
         (("--budget", "60"), "'60' is no budget; write 60s"),
-        (("--group-size", "0"), "'group_size' is 0; at least 1 is right"),
-        (("--top-p", "1.5"), "top_p=1.5 is not above 0 and at most 1"),
-        (("--max-new-tokens", "0"), "max_new_tokens=0"),
-        (("--minibatches", "5"), "5 minibatches for 2 prompts a step"),
-        (("--lora-alpha", "8"), "needs its rank; add --lora-rank"),
-        (("--evaluate-every", "2"), "Evaluation needs both --evaluation (what on) and --evaluate-every"),
+        (("--group-size", "0"), "Settings.group_size must be a whole number, at least 1, or None, got 0."),
+        (("--top-p", "1.5"), "top_p must be above 0 and at most 1 (off), got 1.5"),
+        (("--max-new-tokens", "0"), "max_new_tokens must be a whole number of at least 1, got 0"),
+        (("--minibatches", "5"), "Settings.minibatches must be at most the 2 prompts of a step, got 5."),
+        (("--lora-alpha", "8"), "--lora-alpha needs --lora-rank, or --lora for a rank of 8."),
+        (
+            ("--evaluate-every", "2"),
+            "--evaluation and --evaluate-every must be given together: prompts, and steps between.",
+        ),
         (("--trackers", "tensorbord"), "tensorbord"),
-        (("--seed", str(2**70)), "'seed' is 1180591620717411303424; a number of 64 bits is right"),
-        (("--weight-decay", "nan"), "'weight_decay' is nan; 0 or more is right"),
-        (("--max-gradient-norm", "nan"), "'max_gradient_norm' is nan; above 0 is right"),
-        (("--rows-at-once", "0"), "'rows_at_once' is 0; at least 1 is right"),
-        (("--evaluation-samples", "0"), "'evaluation_samples' is 0; at least 1 is right"),
-        (("--completions-logged", "-1"), "'completions_logged' is -1; 0 or more is right"),
-        (("--group-size", "1"), "The group size is 1, but GroupCredit compares the samples of a prompt"),
-        (("--group-size", "1", "--method", "dpo"), "The group size is 1, but Pairing compares"),
-        (("--set", "clip=-0.2"), "clipped at a distance of -0.2 ('low'); 0 or more is right"),
+        (("--seed", str(2**70)), "Settings.seed must be a whole number of 64 bits, got 1180591620717411303424."),
+        (("--weight-decay", "nan"), "Settings.weight_decay must be a finite number, 0 or more, got nan."),
+        (("--max-gradient-norm", "nan"), "Settings.max_gradient_norm must be a number above 0, got nan."),
+        (("--rows-at-once", "0"), "Settings.rows_at_once must be a whole number, at least 1, or None, got 0."),
+        (("--evaluation-samples", "0"), "Settings.evaluation_samples must be a whole number, at least 1, got 0."),
+        (("--completions-logged", "-1"), "Settings.completions_logged must be a whole number, 0 or more, got -1."),
+        (
+            ("--group-size", "1"),
+            "group_size must be at least 2 for GroupCredit, which compares the samples of a prompt, got 1.",
+        ),
+        (
+            ("--group-size", "1", "--method", "dpo"),
+            "group_size must be at least 2 for Pairing, which compares the samples of a prompt, got 1.",
+        ),
+        (("--set", "clip=-0.2"), "Clip.low must be a finite number, 0 or more, got -0.2."),
         (("--device", "tpu"), "There is no device 'tpu' here; there is cpu"),
-        (("--out", ""), "--out is empty; name a folder"),
+        (("--out", ""), "--out must name a folder or a file, got an empty name."),
     ],
 )
 def test_an_unknown_or_impossible_argument(bench, changes, said):
@@ -297,7 +306,7 @@ def test_a_run_that_is_stopped_before_it_began_leaves_nothing_and_promises_nothi
 
 def test_the_model_s_own_folder_is_not_written_over(bench):
     before = sorted(path.name for path in bench.model.iterdir())
-    assert "would be lost; choose another" in bench.refused(*bench.words("--out", str(bench.model)))
+    assert "which would be overwritten." in bench.refused(*bench.words("--out", str(bench.model)))
     assert sorted(path.name for path in bench.model.iterdir()) == before
 
 
@@ -348,7 +357,7 @@ def test_an_earlier_run_is_not_overwritten(bench):
 def test_nothing_to_resume(bench):
     assert "no checkpoint to resume in 'run'; start the run without --resume" in bench.refused(*bench.words("--resume"))
     words = [word for word in bench.words("--resume") if word not in ("--out", "run")]
-    assert "give the run's --out" in bench.refused(*words)
+    assert "resume needs the folder of the run to go on with; name it with out." in bench.refused(*words)
     assert not bench.out.exists()
 
 
@@ -361,7 +370,7 @@ def test_a_checkpoint_of_another_model_or_method(bench, model_folder):
     line = bench.refused(*bench.words("--resume", "--steps", "3", "--method", "gspo"))
     assert "is of another method; resume with the method and options it was started with" in line
     line = bench.refused(*bench.words("--resume", "--steps", "3", "--compile"))
-    assert "is of another sampling law; resume with the temperature, truncation, length and choice of compile" in line
+    assert "update-00000002' is of another process (compiled was false, now true); resume with the process" in line
     assert {path: path.read_bytes() for path in bench.out.rglob("*") if path.is_file()} == before
 
 
@@ -391,7 +400,7 @@ def test_a_truncated_checkpoint(bench, name):
                 "def mine():",
                 "    return get('rloo').recipe()",
             ],
-            "There is a method 'grpo' already, from stepwell; give yours another id.",
+            "There is a method 'grpo' already, from stepwell; give yours another name.",
         ),
         (
             [
@@ -425,7 +434,7 @@ def test_two_plugins_with_a_method_of_one_name(bench):
         line = bench.refused("methods", "--plugin", "one.py", "--plugin", "two.py")
     finally:
         methods.forget("mine")
-    assert f"There is a method 'mine' already, from {bench.folder}/one.py; give yours another id." in line
+    assert f"There is a method 'mine' already, from {bench.folder}/one.py; give yours another name." in line
     assert f"There is no plugin file '{bench.folder}/three.py'" in bench.refused("methods", "--plugin", "three.py")
 
 
@@ -509,68 +518,89 @@ def test_the_drawing_and_the_run_that_the_others_spoil_are_right(flows):
     ("changes", "said"),
     [
         # the model
-        ("--predicts velocty", "A flow predicts velocity, noise, data, score, not 'velocty'."),
+        ("--predicts velocty", "predicts must be one of velocity, noise, data, score, got 'velocty'."),
         ("--path liner", "There is no path 'liner'; did you mean 'linear'?"),
         ("--model my.py:not_a_number", "prediction at t = 1 has values that are NaN or infinite"),
-        ("--model my.py:narrow", "(2, 1) for states of (2, 2); the same shape is right"),
-        ("--model my.py:a_list", "The network returned list for states of (2, 2)"),
+        ("--model my.py:narrow", "a tensor of its states' shape, (2, 2), got a tensor of shape (2, 1)."),
+        ("--model my.py:a_list", "The network must return a tensor of its states' shape, (2, 2), got a list."),
         ("--model my.py:fails", "my.py failed at line 55: KeyError: 'velocity'."),
-        ("--model my.py:three", "'my.py:three' is called as f(x, t); it takes (x, t, y)."),
-        ("--encode label", "'my.py:velocity' is called as f(x, t, label); it takes (x, t)."),
-        ("--model my.py:network --encode label --prompt 1", "is called as f(x, t, label); it takes (x, t)."),
+        ("--model my.py:three", "'my.py:three' must be called as f(x, t), got a function of (x, t, y)."),
+        ("--encode label", "'my.py:velocity' must be called as f(x, t, label), got a function of (x, t)."),
+        (
+            "--model my.py:network --encode label --prompt 1",
+            "'my.py:network' must be called as f(x, t, label), got a function of (x, t).",
+        ),
         ("--model my.py:network --shape 3", "my.py failed at line 22: RuntimeError: The size of tensor a (3)"),
         ("--model my.py:velocit", "There is no function of my.py named 'velocit'; did you mean 'velocity'?"),
         ("--model mine.py:velocity", "There is no file 'mine.py'; did you mean 'my.py'?"),
-        ("--model my.py", "--model is the file 'my.py'; say which function in it, as my.py:NAME."),
+        ("--model my.py", "--model must name a function in its file, as my.py:NAME, got the file 'my.py'."),
         ("--model ours.py", "There is no file 'ours.py'; a model of your own is written as my.py:NAME."),
-        ("--model elsewhere", "--model is 'elsewhere', which is no flow"),
-        ("--shape -", "'my.py:velocity' takes arguments; give the --shape of a sample if it is f(x, t)"),
-        ("--shape 0", "The shape of a sample is (0,)"),
-        ("--model my.py:make --shape - --path ve", "--path describes a function f(x, t) of your own; give its --shape"),
-        ("--model my.py:make_nothing --shape -", "'my.py:make_nothing' returned NoneType; a process"),
-        ("--model my.py:make_broken --shape -", "A flow takes 1 step or more, not 0."),
+        ("--model elsewhere", "--model must be a flow, as my.py:NAME or the folder of a pipeline, got 'elsewhere'."),
+        ("--shape -", "must take no arguments and return a process; for a function f(x, t) give the --shape"),
+        ("--shape 0", "--shape must be sizes of at least 1, got 0."),
+        (
+            "--model my.py:make --shape - --path ve",
+            "--path needs --shape: it describes a function f(x, t) of your own.",
+        ),
+        (
+            "--model my.py:make_nothing --shape -",
+            "must return a process, such as flow(f, shape=(2,)), got a value of type NoneType.",
+        ),
+        ("--model my.py:make_broken --shape -", "steps must be a whole number of at least 1, got 0."),
         ("--model my.py:make --shape - --weights none", "There are no weights in 'none'"),
-        ("--model -", "Name what to draw from with one of --pipeline, --model and --task."),
-        ("--task mixture", "Name what to draw from with one of --pipeline, --model and --task."),
+        ("--model -", "Exactly one of --pipeline, --model and --task must be given, got none of them."),
+        ("--task mixture", "Exactly one of --pipeline, --model and --task must be given, got --model and --task."),
         ("--model - --shape - --task mixtre", "There is no task 'mixtre'; did you mean 'mixture'?"),
         ("--model - --shape - --task mixture --set mode=2", "no option of task mixture 'mode'; did you mean 'modes'?"),
-        ("--model - --task mixture", "--shape has no meaning for a task; leave it out."),
-        ("--set modes=2", "--set is an option of a task; name one with --task, or leave it out."),
-        ("--height 64", "--height has no meaning for a model of your own; leave it out."),
-        ("--device cpu", "--device has no meaning for a model of your own; leave it out."),
+        ("--model - --task mixture", "--shape must be left out for a task."),
+        ("--set modes=2", "--set needs --task: it sets an option of a task."),
+        ("--height 64", "--height must be left out for a model of your own."),
+        ("--device cpu", "--device must be left out for a model of your own."),
         # the law
         ("--solver dpmp-2m", "There is no solver 'dpmp-2m'; did you mean 'dpmpp-2m'?"),
         ("--solver mine.json", "The solver 'mine.json' cannot be read: No such file or directory."),
-        ("--steps 0", "A flow takes 1 step or more, not 0."),
-        ("--steps few", "--steps has a value that does not fit"),
-        ("--steps - --times 1 0.5 0.1", "A grid has to end at t = 0, without noise; this one ends at 0.1"),
-        ("--steps - --times 0.5 0", "A grid has to start at noise; this one starts at t = 0.5"),
-        ("--steps - --times 1 0.5 0.7 0", "Times have to fall from 1 (noise) to 0 (data); step 1 goes from 0.5 to 0.7"),
-        ("--steps - --times 1", "A grid needs at least two times"),
-        ("--times 1 0", "The grid is given by --times already; leave the number of steps and --shift out."),
-        ("--shift 0", "A time shift has a positive factor, not 0.0."),
-        ("--level 0.5", "noise 'none' with level 0.5: a level above 0 goes with noise"),
+        ("--steps 0", "steps must be a whole number of at least 1, got 0."),
+        ("--steps few", "--steps must be a whole number, got 'few'."),
+        ("--steps - --times 1 0.5 0.1", "times must end at 0, without noise, got 0.1 as the last, where sigma is 0.1."),
+        (
+            "--steps - --times 0.5 0",
+            "times must start at noise, got 0.5 as the first, where alpha / sigma of the linear path is 1",
+        ),
+        (
+            "--steps - --times 1 0.5 0.7 0",
+            "times must fall from 1 (noise) to 0 (data), got 0.5 and then 0.7 in step 1.",
+        ),
+        ("--steps - --times 1", "times must be at least two, a start and an end, got 1."),
+        ("--times 1 0", "--times must be given without a number of steps and without --shift: it is the grid."),
+        ("--shift 0", "The factor of a time shift must be positive and finite, got 0.0."),
+        ("--level 0.5", "level must be above 0 with noise and 0 without, got 0.5 with noise 'none'."),
         ("--guidance 2", "give `unconditional` to the flow"),
-        ("--guidance -1", "The guidance scale is -1.0; 0 or more is right."),
+        ("--guidance -1", "guidance must be 0 or more, got -1.0."),
         ("--noise 1", "There is no argument '--noise'"),
         # the prompts
-        ("--prompt 3", "This flow is told no prompt; leave --prompt and --data out."),
+        ("--prompt 3", "--prompt and --data must be left out: this flow is unconditional."),
         (
-            "--model my.py:told --encode label",
-            "There is nothing to draw; give --prompt, once for each, or --data FILE.",
+            "--model my.py:labelled --encode label",
+            "--prompt or --data must be given: this flow is conditioned on prompts.",
         ),
-        ("--model my.py:told --encode label --prompt cat", "The prompt 'cat' is no whole number"),
         (
-            "--model my.py:told --encode label --prompt 1 --data data.jsonl",
-            "from --prompt or from --data, not from both",
+            "--model my.py:labelled --encode label --prompt cat",
+            "A prompt of this flow must be a whole number, its 'label', got 'cat'.",
         ),
-        ("--model my.py:told --encode label --data data.jsonl", "row 0: The prompt 'a b c' is no whole number"),
+        (
+            "--model my.py:labelled --encode label --prompt 1 --data data.jsonl",
+            "--prompt and --data must not be given together: both are the prompts.",
+        ),
+        (
+            "--model my.py:labelled --encode label --data data.jsonl",
+            "row 0: A prompt of this flow must be a whole number, its 'label', got 'a b c'.",
+        ),
         # what is written
-        ("--samples 0", "The number of samples for each prompt is 0; a whole number from 1 is right."),
-        ("--rows-at-once 0", "The number of rows at once is 0; a whole number from 1 is right."),
-        (f"--seed {2**70}", "a whole number of 64 bits is right"),
-        ("--format png", "These samples, of shape (2,), are not images with values from 0 to 1"),
-        ("--format jpg", "--format is 'jpg'; "),
+        ("--samples 0", "--samples must be a whole number of at least 1, got 0."),
+        ("--rows-at-once 0", "--rows-at-once must be a whole number of at least 1, got 0."),
+        (f"--seed {2**70}", "--seed must be a whole number of 64 bits, got 1180591620717411303424."),
+        ("--format png", "Samples must be images with values from 0 to 1 to be written as png, got shape (2,)"),
+        ("--format jpg", "--format must be one of json, npy, png, safetensors, got 'jpg'."),
         ("--out data.jsonl", "'data.jsonl' is a file where a folder is needed"),
         ("--out taken", "'taken' holds files already, which are not overwritten; choose a new or an empty folder."),
     ],
@@ -587,18 +617,33 @@ def test_a_drawing_that_cannot_be_made(flows, changes, said):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{'name': 'mine'}", "The solver 'mine.json' is no JSON"),
-        ('["euler"]', "The solver 'mine.json' is no object with a name"),
-        ('{"order": 2}', "The solver 'mine.json' is no object with a name"),
+        (
+            "{'name': 'mine'}",
+            "The solver 'mine.json' must be JSON, as `stepwell solvers NAME --save FILE` writes it, got",
+        ),
+        (
+            '["euler"]',
+            "must be a JSON object with a name, as `stepwell solvers NAME --save FILE` writes it, got ['euler']",
+        ),
+        ('{"order": 2}', "must be a JSON object with a name, as `stepwell solvers NAME --save FILE` writes it, got {"),
         ('{"name": "mine", "weight": "half"}', "no setting of a solver 'weight'; did you mean 'weights'?"),
-        ('{"name": "mine", "order": 2.5}', "'order' is 2.5, where int is right"),
-        ('{"name": "mine", "corrector": "yes"}', "'corrector' is 'yes', where bool is right"),
-        ('{"name": "mine", "inner": "half", "order": 2}', "'inner' is 'half', where float | None is right"),
-        ('{"name": "mine", "window": 1}', "'window' is 1, where tuple[float, float] is right"),
-        ('{"name": "mine", "window": [1]}', "'window' is [1], where tuple[float, float] is right"),
+        ('{"name": "mine", "order": 2.5}', "The solver 'mine.json': order must be of type int, got 2.5."),
+        ('{"name": "mine", "corrector": "yes"}', "The solver 'mine.json': corrector must be of type bool, got 'yes'."),
+        (
+            '{"name": "mine", "inner": "half", "order": 2}',
+            "The solver 'mine.json': inner must be of type float | None, got 'half'.",
+        ),
+        ('{"name": "mine", "window": 1}', "The solver 'mine.json': window must be of type tuple[float, float], got 1."),
+        (
+            '{"name": "mine", "window": [1]}',
+            "The solver 'mine.json': window must be of type tuple[float, float], got [1].",
+        ),
         ('{"name": "mine", "weights": "haf"}', "no 'weights' of a solver 'haf'; did you mean 'half'?"),
-        ('{"name": "mine", "order": 7}', "order is between 1 and 4, not 7"),
-        ('{"name": "mine", "noise": "tau"}', "a level above 0 goes with noise"),
+        ('{"name": "mine", "order": 7}', "The solver 'mine.json': Solver 'mine': order must be 1 to 4, got 7."),
+        (
+            '{"name": "mine", "noise": "tau"}',
+            "Solver 'mine': level must be above 0 with noise and 0 without, got 0.0 with noise 'tau'.",
+        ),
     ],
 )
 def test_a_solver_s_file_that_is_none(flows, content, said):
@@ -632,21 +677,21 @@ def test_a_solver_that_cannot_be_printed_or_saved(flows, words, said):
         ("--method grpo", "The method 'grpo' trains language models, and not flows; choose a method for them, such as"),
         ("--method flow-grop", "There is no method 'flow-grop'; did you mean 'flow-grpo'?"),
         ("--model my.py:velocity --shape 2", "Flow has no parameter that can learn; train a network, not a function."),
-        ("--model my.py:make_half", "The parameters that learn are float16, first 'correction'"),
-        ("--temperature 0.5", "--temperature has no meaning for a model of your own; leave it out."),
-        ("--lora-rank 2", "--lora-rank has no meaning for a model of your own; leave it out."),
-        ("--lora", "--lora has no meaning for a model of your own; leave it out."),
-        ("--compile", "--compile has no meaning for a model of your own; leave it out."),
+        ("--model my.py:make_half", "must not be float16, which is too coarse for their updates, got"),
+        ("--temperature 0.5", "--temperature must be left out for a model of your own."),
+        ("--lora-rank 2", "--lora-rank must be left out for a model of your own."),
+        ("--lora", "--lora must be left out for a model of your own."),
+        ("--compile", "--compile must be left out for a model of your own."),
         ("--model ./elsewhere", "There is no pipeline folder './elsewhere'."),
         ("--guidance 3", "give `unconditional` to the flow"),
-        ("--solver-steps 0", "A flow takes 1 step or more, not 0."),
+        ("--solver-steps 0", "steps must be a whole number of at least 1, got 0."),
         ("--data taken.jsonl", "taken.jsonl has a column 'truncated', and reward functions are given something else"),
         ("--prompt-column word", "data.jsonl has no column 'word'"),
-        ("--method draft-k --reward my.py:right", "The reward 'right' is not differentiable"),
-        ("--method draft-k --reward my.py:without_gradient", "The reward 'without_gradient' is not differentiable"),
+        ("--method draft-k --reward my.py:right", "Reward 'right' is not differentiable"),
+        ("--method draft-k --reward my.py:without_gradient", "Reward 'without_gradient' is not differentiable"),
         ("--method draft-k --reward my.py:in_numpy", "'in_numpy' raised RuntimeError (Can't call numpy() on Tensor"),
-        ("--reward my.py:one_number", "Reward 'one_number' returned a value of type Tensor"),
-        ("--method draft-k --reward my.py:one_number", "Reward 'one_number' returned a value of type Tensor"),
+        ("--reward my.py:one_number", "Reward 'one_number' must return a list with one number"),
+        ("--method draft-k --reward my.py:one_number", "Reward 'one_number' must return a list with one number"),
     ],
 )
 def test_a_flow_that_cannot_be_trained(flows, changes, said):
@@ -672,10 +717,10 @@ def test_weights_of_another_network(flows):
         ("--pipeline missing/there/is/none", "There is no pipeline folder 'missing/there/is/none'."),
         ("--pipeline empty", "The folder 'empty' holds no model_index.json, so it is not a pipeline of diffusers."),
         ("--pipeline data.jsonl", "The pipeline 'data.jsonl' is a file; name the folder"),
-        ("--pipeline  ", "--pipeline has too few values"),
-        ("--pipeline other", "The pipeline 'other' is a OtherPipeline; those that are known are"),
+        ("--pipeline  ", "--pipeline must be followed by a value; see `stepwell sample --help`."),
+        ("--pipeline other", "StableDiffusion3Pipeline, FluxPipeline, got a OtherPipeline."),
         ("--pipeline code", "comes from 'mine'; code that is not of diffusers or transformers is never run"),
-        ("--pipeline other --shape 2", "--shape has no meaning for a pipeline; leave it out."),
+        ("--pipeline other --shape 2", "--shape must be left out for a pipeline."),
     ],
 )
 def test_a_pipeline_that_is_not_there(flows, changes, said):
@@ -694,7 +739,7 @@ def test_a_pipeline_that_is_not_there(flows, changes, said):
 def test_a_language_model_is_not_trained_or_drawn_from_as_a_flow(bench):
     line = bench.refused(*bench.words("--method", "flow-grpo"))
     assert "The method 'flow-grpo' trains flows, and not language models; choose a method for them, such as" in line
-    assert "--height has no meaning for a language model" in bench.refused(*bench.words("--height", "64"))
+    assert "--height must be left out for a language model." in bench.refused(*bench.words("--height", "64"))
     assert "which is no flow" in bench.refused("sample", "--model", str(bench.model), "--prompt", "a")
     assert not bench.out.exists()
     assert not (bench.folder / "runs").exists()
@@ -705,7 +750,7 @@ def test_a_language_model_is_not_trained_or_drawn_from_as_a_flow(bench):
 
 def test_parameters_that_learn_in_float16(bench):
     line = bench.refused(*bench.words("--dtype", "float16"))
-    assert "The parameters that learn are float16" in line
+    assert "Parameters that learn must not be float16" in line
     assert "load the model as float32, or train a LoRA adapter" in line
     assert not bench.out.exists()
     assert main(bench.words("--dtype", "float16", "--lora")) == 0
@@ -724,7 +769,7 @@ def test_a_column_whose_name_is_taken(bench, name):
     [
         ("    return {}['recipe']", "its function failed at line 4: KeyError: 'recipe'"),
         ("    return Recipe(clip=2)", "its function failed at line 4: TypeError"),
-        ("    return None", "The method 'mine' is no Recipe but NoneType; return a Recipe."),
+        ("    return None", "The method 'mine' must return a Recipe, got NoneType."),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "check", "methods", "compare"])

@@ -18,8 +18,9 @@ import stepwell
 from stepwell import methods
 from stepwell.cli import COMMANDS, Train, main, reward_named
 from stepwell.cli.arguments import argument_names
-from stepwell.cli.command import Command
-from stepwell.cli.processes import FlowOptions, refuse_unused
+from stepwell.cli.processes.base import kind_called, refuse_unused
+from stepwell.cli.processes.language import LanguageOptions
+from stepwell.cli.train import TrainingOptions
 from stepwell.errors import InputError
 from stepwell.process.language import compiled
 from stepwell.recipe.options import options_from
@@ -109,11 +110,12 @@ def test_the_version_is_the_package_s(shown):
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))
-def test_every_argument_of_a_command_is_explained(shown, name):
+def test_every_argument_of_a_command_is_explained(shown, name, monkeypatch):
     """tyro prints a bare default, or nothing, after an argument whose comment it cannot find."""
+    monkeypatch.setenv("COLUMNS", "110")  # so that its boxes are below each other
     printed = " ".join(shown(name, "--help").replace("│", " ").split())
     for argument in argument_names(COMMANDS[name]):
-        lines = [line.strip() for line in _source(name) if line.strip().startswith(f"{argument}: ")]
+        lines = [line.strip() for line in _source(name) if line.strip().startswith(f"{argument}: ") and "#" in line]
         words = [line.split("#", 1)[1].strip() for line in lines]
         assert words, argument
         assert " ".join(words[0].split()) in printed, argument
@@ -122,8 +124,13 @@ def test_every_argument_of_a_command_is_explained(shown, name):
 def _source(name: str) -> list[str]:
     import inspect
 
-    kinds = [COMMANDS[name], Command, *([FlowOptions] if name in ("sample", "train") else [])]
-    return [line for kind in kinds for line in inspect.getsource(kind).splitlines()]
+    def lines(kind: type) -> list[str]:
+        groups = [entry.default_factory for entry in dataclasses.fields(kind)]
+        groups = [group for group in groups if isinstance(group, type) and dataclasses.is_dataclass(group)]
+        sources = [inspect.getsource(each) for each in kind.__mro__ if dataclasses.is_dataclass(each)]
+        return [*"\n".join(sources).splitlines(), *(line for group in groups for line in lines(group))]
+
+    return lines(COMMANDS[name])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +140,7 @@ def _source(name: str) -> list[str]:
         (["--colour"], "There is no argument '--colour'; known: --help, --version."),
         (["methods", "grpo", "ppo"], "`stepwell methods` does not know what to do with 'ppo'"),
         (["train"], "`stepwell train` needs --model and --data; see `stepwell train --help`."),
-        (["train", "--model"], "--model has too few values"),
+        (["train", "--model"], "--model must be followed by a value"),
         (["compare"], "`stepwell compare` needs"),
     ],
 )
@@ -249,7 +256,7 @@ def test_every_task_is_listed(shown):
 
 
 def test_every_setting_is_an_argument_with_the_same_default():
-    arguments = {entry.name: entry for entry in dataclasses.fields(Train)}
+    arguments = {entry.name: entry for entry in dataclasses.fields(TrainingOptions)}
     for entry in dataclasses.fields(Settings):
         assert entry.name in arguments
         if entry.name not in ("steps", "progress"):  # 100 unless there is a budget; shown unless asked not to
@@ -353,10 +360,18 @@ def test_a_run_is_compiled_where_it_is_asked_for_and_says_so(words, tmp_path, mo
 
 @pytest.mark.parametrize("kind", ["pipeline", "own", "task"])
 def test_only_a_language_model_is_compiled(kind):
-    refuse_unused(Train(model="m", data="d"), kind)
-    refuse_unused(Train(model="m", data="d", compile=True), "language")
-    with pytest.raises(InputError, match="--compile has no meaning for a"):
-        refuse_unused(Train(model="m", data="d", compile=True), kind)
+    compiling = Train(model="m", data="d", language=LanguageOptions(compile=True))
+    refuse_unused(Train(model="m", data="d"), kind_called(kind))
+    refuse_unused(compiling, kind_called("language"))
+    with pytest.raises(InputError, match="--compile must be left out for a"):
+        refuse_unused(compiling, kind_called(kind))
+
+
+def test_every_argument_of_a_kind_is_one_of_a_command():
+    """A kind that names an argument which no command has would refuse nothing."""
+    known = {name for command in COMMANDS.values() for name in argument_names(command)}
+    for kind in ("language", "pipeline", "own", "task"):
+        assert kind_called(kind).arguments <= known
 
 
 def test_a_budget_takes_the_place_of_the_steps(words, tmp_path):
@@ -375,7 +390,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(words, start, tmp_path):
         time.sleep(0.05)
     os.kill(program.process.pid, signal.SIGINT)
     assert program.wait().returncode == 130
-    assert program.stderr == "stepwell: interrupted; the same command with --resume goes on from there.\n"
+    assert program.stderr == "stepwell: interrupted; the same command with --resume continues from there.\n"
     assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) < 5
     assert start("stepwell", *words(*given, "--resume")).wait().returncode == 0
     assert start("stepwell", *words(*given, out="whole")).wait().returncode == 0
@@ -458,7 +473,7 @@ def test_a_comparison_without_a_folder_overwrites_no_other(shown, tiny, tmp_path
         ),
         (["--methods", "grpo", "--setting", "learning_rat=1"], "There is no setting 'learning_rat'; did you mean"),
         (["--methods", "grpo", "--budget", "soon"], "'soon' is no budget"),
-        (["--methods", "grpo", "--seeds", "0"], "at least one seed"),
+        (["--methods", "grpo", "--seeds", "0"], "seeds must be at least one"),
         (["--methods", "grpo,rloo", "--set", "broken=true"], "no judge"),
     ],
 )

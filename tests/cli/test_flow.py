@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import stepwell as sw
 from stepwell.cli import main
-from stepwell.cli.processes import solver_from
+from stepwell.cli.processes.solver import solver_from
 from stepwell.errors import InputError, StepwellError
 from stepwell.solver.table import TABLES
 
@@ -137,7 +137,7 @@ def test_the_seed_decides_every_byte(shown, folder):
 
 def test_prompts_are_told_under_the_name_that_is_given(shown, folder):
     """The mean of 400 samples of N(label, 1) is within four standard errors of 0.05; the labels are 6 apart."""
-    shown(*POINTS[:2], "my.py:told", "--shape", "1", "--encode", "label", "--prompt", "-3", "--prompt", "3",
+    shown(*POINTS[:2], "my.py:labelled", "--shape", "1", "--encode", "label", "--prompt", "-3", "--prompt", "3",
           "--samples", "400", "--steps", "40", "--solver", "dpmpp-2m", "--out", "a")  # fmt: skip
     drawn = np.load("a/samples.npy")
     assert drawn.shape == (800, 1)
@@ -299,14 +299,14 @@ def test_samples_are_those_of_a_rollout_with_the_same_seed():
     ("call", "said"),
     [
         (lambda flow: sw.sample(flow, solver="eulr"), "no solver 'eulr'; did you mean 'euler'"),
-        (lambda flow: sw.sample(flow, sover="euler"), "no setting of a flow's law 'sover'; did you mean 'solver'"),
-        (lambda flow: sw.sample(flow, n=0), "samples for each prompt is 0; a whole number from 1"),
-        (lambda flow: sw.sample(flow, seed="x"), "The seed is 'x'"),
-        (lambda flow: sw.sample(velocity), "What is sampled is a process"),
-        (lambda flow: sw.sample(flow, times=[1.0, 0.2]), "has to end at t = 0"),
+        (lambda flow: sw.sample(flow, sover="euler"), "'sover'; did you mean 'solver'"),
+        (lambda flow: sw.sample(flow, n=0), "n must be a whole number of at least 1, got 0"),
+        (lambda flow: sw.sample(flow, seed="x"), "seed must be a whole number of 64 bits, got 'x'"),
+        (lambda flow: sw.sample(velocity), "The model to sample must be a process"),
+        (lambda flow: sw.sample(flow, times=[1.0, 0.2]), "times must end at 0"),
         (lambda flow: sw.sample(flow, []), "holds no rows"),
-        (lambda flow: sw.sample(flow, 3), "not from an object of type int"),
-        (lambda flow: sw.sample(sw.exact.markov(), [0], steps=3), "'with_sampler'"),
+        (lambda flow: sw.sample(flow, 3), "a list of rows, got an object of type int"),
+        (lambda flow: sw.sample(sw.exact.markov(), [0], steps=3), "'steps' needs a process with with_sampler"),
         (lambda flow: sw.train(flow, [None], len, "flow-grpo"), "no parameter that can learn"),
         (lambda flow: sw.train(flow, [None], len, "grpo"), "'grpo' trains language models, and not flows"),
         (lambda flow: sw.train(sw.exact.markov(), [{"prompt": 0}], len, "flow-grpo"), "trains flows, and not language"),

@@ -116,8 +116,8 @@ def test_charts_take_their_colours_from_the_style_sheet():
     [
         ({"grpo": 0.6, "rloo": 0.4, "dr-grpo": 0.4}, "grpo has the highest mean.* is better than all 2 others"),
         ({"grpo": 0.6, "rloo": 0.4}, "is better than rloo"),
-        ({"grpo": 0.6, "rloo": 0.6}, "no method is better than another"),
-        ({"grpo": 0.6, "rloo": 0.6, "dr-grpo": 0.4}, "is better than dr-grpo, but cannot be told from"),
+        ({"grpo": 0.6, "rloo": 0.6}, "no method is shown to be better than another"),
+        ({"grpo": 0.6, "rloo": 0.6, "dr-grpo": 0.4}, "is better than dr-grpo, but not shown to be better than"),
         ({"grpo": 0.6}, "the gain is real"),
         ({"grpo": 0.3}, "the gain may be chance"),
     ],
@@ -134,7 +134,7 @@ def test_nothing_is_called_better_whose_interval_contains_zero(spread):
     shown = {(pair.first, pair.second) for pair in findings.pairs if pair.difference.above_zero}
     assert claims(findings) == shown
     if not shown:
-        assert "no method is better than another" in findings.sentences[0]
+        assert "no method is shown to be better than another" in findings.sentences[0]
 
 
 def claims(findings):
@@ -142,7 +142,7 @@ def claims(findings):
     found, labels = set(), [row.label for row in findings.rows]
     for sentence in findings.sentences:
         said = re.fullmatch(r"(?:After .*? each, )?(\S+) .*?is better than (.*?)(?:, but .*)?\.", sentence)
-        if said and "no method is better" not in sentence:
+        if said and "no method is shown to be better" not in sentence:
             everyone = [label for label in labels if label != said[1]]
             others = everyone if said[2].startswith("all ") else re.split(", | and ", said[2])
             found |= {(said[1], other) for other in others}
@@ -214,9 +214,9 @@ def test_runs_become_a_page_with_their_curves_and_answers(tiny, tmp_path):
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(InputError, match="holds no finished step"):
+    with pytest.raises(InputError, match="got no finished step"):
         report_runs([tmp_path], tmp_path / "report.html")
-    with pytest.raises(InputError, match="is not there"):
+    with pytest.raises(InputError, match="got no such folder"):
         report_runs([tmp_path / "nowhere"], tmp_path / "report.html")
 
 

@@ -163,7 +163,7 @@ def test_a_users_task_is_found_by_name_and_an_unknown_one_names_the_nearest(tiny
         assert ("mine", "A task of my own.") in [(entry.name, entry.summary) for entry in tasks()]
         with pytest.raises(UnknownName, match="did you mean 'size'"):
             get_task("mine", sizes=5)
-        with pytest.raises(InputError, match="Option 'size' of task mine is a number, not 'big'"):
+        with pytest.raises(InputError, match="Option 'size' of task mine must be a number, got 'big'"):
             get_task("mine", size="big")
     finally:
         forget_task("mine")

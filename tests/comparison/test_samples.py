@@ -28,7 +28,7 @@ from stepwell.figures.pictures import png
 from stepwell.objective.policy import Policy
 from stepwell.planning.groups import Groups
 from stepwell.process.base import Samples
-from stepwell.process.flow.process import flow
+from stepwell.process.flow.build import flow
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.mixing import Rewards
 from stepwell.sampling.record import Drawn
@@ -85,7 +85,7 @@ def points():
 def toy_method():
     for name in ("toy-flow", "toy-other"):
 
-        @methods.method(name, title="A policy gradient for flows", room="flow")
+        @methods.method(name, title="A policy gradient for flows", processes=("flow",))
         def toy_flow() -> Recipe:
             return Recipe(Policy(), Groups(3, 4), sampler={"solver": "sde-flow", "steps": 3})
 
@@ -158,7 +158,7 @@ def test_a_measure_that_is_not_finite_is_shown_as_missing(images, tmp_path):
 
 
 def test_a_measure_that_is_no_number_is_named_before_anything_is_trained(images):
-    with pytest.raises(InputError, match="Measure 'odd' of task 'toy' gave a str; one number is right"):
+    with pytest.raises(InputError, match="Measure 'odd' of task 'toy' must return a number, got a str"):
         run(dataclasses.replace(images, measures={"odd": lambda p, v: "high"}))
 
 
@@ -214,7 +214,7 @@ def test_the_page_holds_its_images_and_they_are_magnified_by_whole_numbers(image
         assert (image["width"], image["height"]) == ("40", "40")
     assert "image-rendering: pixelated" in text
     assert "held-out prompts" not in text
-    assert "drawn anew from random numbers that training does not see" in text
+    assert "sampled anew from random numbers that training does not use" in text
     assert "latents forward" in text
     assert "Tokens" not in text
     assert write_report(Comparison.load(tmp_path), tmp_path / "again.html").read_text() == text
@@ -293,7 +293,7 @@ def test_the_figures_of_the_package_are_safe():
 
 def test_an_image_that_is_no_png_is_refused():
     for wrong in ("x", "AAAA", base64.b64encode(b"<script>").decode(), b"\x89PNG\r\n\x1a\n"):
-        with pytest.raises(InputError, match="no PNG"):
+        with pytest.raises(InputError, match="must be a PNG"):
             embedded(wrong)
 
 

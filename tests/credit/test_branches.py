@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
+from stepwell.batch import Batch
 from stepwell.check import expectation
 from stepwell.credit.branches import BranchExtremes, Pooled, TreeCredit
 from stepwell.credit.group import GroupCredit
 from stepwell.errors import InputError
 from stepwell.objective.reduction import Reduction
-from stepwell.parts import Batch
 from stepwell.process.exact.table import markov
 from stepwell.rng import Rng
 from stepwell.sampling.request import Prompt, Request
@@ -107,8 +107,8 @@ def gradient_of_tree(model, reward, credit, mode="edge"):
     return expectation(program)
 
 
-def test_on_average_a_trees_credit_is_the_policy_gradient_of_each_step_halved():
-    """Of two siblings each step earns half its leaves' difference: 1 - 1/K = 1/2 of the policy gradient, at each step.
+def test_a_trees_credit_is_half_the_policy_gradient_of_each_step():
+    """Of two siblings each step earns half its leaves' difference: 1 - 1/K = 1/2 of the policy gradient in expectation.
 
     Two first and four second steps, of which `edge` takes the mean: the first symbol's gradient counts 2/6, the
     second's 4/6.
@@ -174,7 +174,8 @@ def test_a_shared_step_is_trained_once_by_the_sum_of_its_judgements():
 # the best and the worst of a branch
 
 
-def test_only_the_best_and_the_worst_branch_of_a_state_count_and_only_beyond_the_thresholds():
+def test_only_the_best_and_the_worst_branch_of_a_state_count():
+    """And only beyond the thresholds."""
     node = [[0, 1 + i] for i in range(3)] + [[10, 11 + i] for i in range(3)]
     mask = [[False, True]] * 6
     reward = [4.0, 0.0, -4.0, 0.5, 0.0, 0.1]

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from stepwell.batch import Batch
 from stepwell.columns import Columns
 from stepwell.credit.baseline import GreedyBaseline, Informative, LengthBaseline
 from stepwell.credit.columns import AcrossPrompts, LengthClass, RewardColumn
@@ -16,7 +17,6 @@ from stepwell.credit.traces import Coverage, RewardToGo
 from stepwell.errors import InputError
 from stepwell.objective.constraint import Priced
 from stepwell.objective.state import Multiplier, Ramp
-from stepwell.parts import Batch
 from stepwell.trajectories import count, make
 
 
@@ -36,7 +36,9 @@ def test_a_column_is_one_functions_word_and_0_where_it_has_none():
 
 
 def test_a_column_that_is_not_there_is_named():
-    with pytest.raises(InputError, match="reward function number 2"):
+    with pytest.raises(
+        InputError, match=r"RewardColumn\.column must be below the number of reward functions, 2, got 2"
+    ):
         RewardColumn(2)(batch([0], [0], rewards=torch.ones(1, 2)))
 
 
@@ -86,8 +88,11 @@ def test_credits_of_risk_are_never_positive():
     found = MixedRisk(epsilon=None)(batch([0.0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 1, 1]))
     assert bool((found <= 0).all())
     assert found.argsort().tolist()[0] == 0
-    with pytest.raises(InputError, match="0 < low < high <= 1"):
+    with pytest.raises(InputError, match=r"MixedRisk\.low must be below high = 0\.1, got 0\.9"):
         MixedRisk(low=0.9, high=0.1)
+    for wrong in ({"low": 0}, {"high": 1.5}, {"weight": -1}, {"bundle": 0}):
+        with pytest.raises(InputError, match=f"MixedRisk.{next(iter(wrong))} must be"):
+            MixedRisk(**wrong)
 
 
 def test_a_price_is_read_when_credit_is_given():

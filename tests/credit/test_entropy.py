@@ -8,13 +8,15 @@ import math
 import pytest
 import torch
 
+from stepwell.batch import Batch
 from stepwell.credit.entropy import EntropyModulated
 from stepwell.credit.group import GroupCredit
 from stepwell.errors import InputError
-from stepwell.parts import Batch, Constant
+from stepwell.parts import Constant
 from stepwell.process.exact.table import markov
+from stepwell.process.models import Models
 from stepwell.rng import Rng
-from stepwell.training.collect import fill
+from stepwell.training.scoring import fill
 from stepwell.trajectories import count, make, pad_steps
 
 ROUNDING = 1e-14  # sums of some tens of terms of order one
@@ -55,7 +57,8 @@ def test_two_turns_of_one_row_by_hand():
     assert found == pytest.approx([values[0] - centre] * 2 + [values[1] - centre], abs=ROUNDING)
 
 
-def test_the_last_turn_has_no_bonus_and_where_all_are_as_sure_the_others_have_zeta():
+def test_the_last_turn_has_no_bonus():
+    """Where all turns are equally sure, the others have zeta."""
     batch = batch_of([[0.5] * 4, [0.5] * 4], [[0, 1, 1, 7], [2, 2, 2, 2]])
     found = EntropyModulated(Constant(), zeta=0.3)(batch)
     mean = 2 * 0.3 / 4  # two of four turns are followed by another
@@ -116,7 +119,8 @@ def test_a_turn_is_judged_by_the_mean_of_a_credit_of_steps():
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-def test_rows_without_a_trained_step_have_credit_zero_even_where_no_row_has_one(steps):
+def test_rows_without_a_trained_step_have_credit_zero(steps):
+    """Even where no row has one."""
     nothing = [[0.5] * steps] * 2
     batch = batch_of(nothing, [[0] * steps] * 2, [[False] * steps] * 2, reward=torch.tensor([0.0, 4.0]).double())
     assert torch.equal(CREDIT(batch), torch.zeros(2, steps).double())
@@ -127,6 +131,6 @@ def test_turns_are_sentences_of_the_process_where_the_rows_have_none():
     rows = process.trajectories().replace(reward=torch.arange(81.0).double(), prompt=torch.zeros(81).long())
     with pytest.raises(InputError, match="segment"):
         CREDIT(Batch(rows, count(rows)))
-    filled = fill(process, rows, CREDIT.reads, tokens=None)
+    filled = fill(Models(process), rows, CREDIT.reads, tokens=None)
     assert torch.equal(filled.segment, process.segments(rows))
     assert bool(CREDIT(Batch(filled, count(filled))).isfinite().all())

@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepwell.batch import Batch, Read
 from stepwell.columns import Columns
 from stepwell.credit.group import Best, GroupCredit
 from stepwell.errors import InputError, UnknownName
 from stepwell.objective.regularise import Divergence
-from stepwell.parts import Batch, Part
+from stepwell.parts import Part
 from stepwell.trajectories import count, make
 
 
@@ -143,7 +144,7 @@ def test_the_reward_may_be_any_part():
             return 2 * batch.reward
 
     assert GroupCredit("mean", reward=Twice())(batch([1.0, 2.0])).tolist() == [-1.0, 1.0]
-    assert GroupCredit(reward=Divergence("k2")).reward.reads == {"reference_log_prob"}
+    assert GroupCredit(reward=Divergence("k2")).reward.reads == {Read("reference", "log_prob")}
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_a_planted_statistic_differs_from_brute_force():
 
 def test_names_that_are_none_are_refused_where_they_are_written():
     for wrong, said in (
-        (lambda: GroupCredit("median"), "'center' of GroupCredit 'median'"),
+        (lambda: GroupCredit("median"), r"GroupCredit\.center must be one of batch, .*, none; got 'median'"),
         (lambda: GroupCredit(scale="stdd"), "did you mean 'std'"),
         (lambda: GroupCredit(singleton="zeros"), "did you mean 'zero'"),
         (lambda: Best("tops"), "did you mean 'top'"),

@@ -25,5 +25,5 @@ def test_the_penalty_is_equation_13(maximum, buffer):
 
 @pytest.mark.parametrize("buffer", [0, -1, 21])
 def test_a_buffer_that_does_not_fit_is_refused(buffer):
-    with pytest.raises(InputError, match=f"at most the maximum 20, not {buffer}"):
+    with pytest.raises(InputError, match=f"at most maximum = 20, got {buffer}"):
         overlong_penalty(torch.tensor([3]), 20, buffer)

@@ -1,12 +1,12 @@
-"""What is measured of prefixes: the worth of a step is that of the row with it, and the outcome where it ends."""
+"""Measured values of prefixes: the value after a step is that of the row with it, and the outcome where it ends."""
 
 from __future__ import annotations
 
 import torch
 
+from stepwell.batch import Batch
 from stepwell.columns import Columns
 from stepwell.credit.prefixes import PrefixValues, StepValues
-from stepwell.parts import Batch
 from stepwell.rng import Rng
 from stepwell.trajectories import count, make
 

@@ -1,4 +1,4 @@
-"""What is added to the outcome: the penalty for divergence and the one for length, against their plain formulas."""
+"""Additions to the outcome: the penalties for divergence and for length, against their plain formulas."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepwell.batch import Batch, Read
 from stepwell.credit.group import GroupCredit
 from stepwell.credit.shaping import DivergencePenalty, Outcome, Overlong
 from stepwell.errors import InputError
-from stepwell.parts import Batch
 from stepwell.rng import Rng
 from stepwell.trajectories import count, make
 
@@ -34,7 +34,8 @@ def test_the_outcome_is_the_reward_in_the_type_of_the_log_probabilities():
 
 @given(st.integers(0, 99), st.floats(0.01, 2))
 @settings(deadline=None, max_examples=20)
-def test_the_divergence_penalty_is_the_log_ratio_of_the_old_policy_to_the_reference(seed, beta):
+def test_the_divergence_penalty_is_the_log_ratio_to_the_reference(seed, beta):
+    """That of the old policy."""
     batch = drawn(seed)
     found = DivergencePenalty(beta)(batch)
     for row in range(5):
@@ -43,7 +44,8 @@ def test_the_divergence_penalty_is_the_log_ratio_of_the_old_policy_to_the_refere
         assert float(found[row]) == pytest.approx(-beta * gap, abs=1e-12)
 
 
-def test_the_penalty_takes_the_sampler_for_the_old_policy_where_it_was_not_scored_anew():
+def test_the_penalty_takes_the_sampler_for_the_old_policy():
+    """Where that was not scored anew."""
     batch = drawn(old_log_prob=None)
     gap = ((batch.rows.log_prob - batch.rows.reference_log_prob) * batch.mask).sum(1)
     assert torch.allclose(DivergencePenalty(0.5)(batch), -0.5 * gap, rtol=0, atol=1e-14)
@@ -52,7 +54,7 @@ def test_the_penalty_takes_the_sampler_for_the_old_policy_where_it_was_not_score
 def test_a_penalty_of_zero_reads_nothing():
     assert DivergencePenalty(0.0).reads == frozenset()
     assert not bool(DivergencePenalty(0.0)(drawn(reference_log_prob=None)).any())
-    assert DivergencePenalty(0.1).reads == {"reference_log_prob"}
+    assert DivergencePenalty(0.1).reads == {Read("reference", "log_prob")}
     with pytest.raises(InputError, match="reads 'reference_log_prob'"):
         DivergencePenalty(0.1)(drawn(reference_log_prob=None))
 
@@ -78,7 +80,8 @@ def test_the_overlong_penalty_is_equation_13_at_the_lengths_of_the_rows(maximum,
     assert Overlong(maximum, share)(drawn(length=length)).tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_maximum_defaults_to_the_horizon_of_the_run_and_lengths_count_untrained_steps():
+def test_the_maximum_defaults_to_the_horizon_of_the_run():
+    """Lengths count untrained steps too."""
     batch = drawn(length=torch.tensor([12, 14, 16, 18, 20]), horizon=20)
     assert Overlong()(batch).tolist() == pytest.approx([0.0, 0.0, 0.0, -0.5, -1.0])
     assert int(batch.mask.sum(1).max()) <= 4

@@ -1,4 +1,4 @@
-"""What others wrote is judged by the policy's own rows, and takes no part in their statistics."""
+"""Rows that others wrote are compared with the policy's own, and take no part in their statistics."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepwell.batch import Batch
 from stepwell.credit.sources import AgainstOwn
-from stepwell.parts import Batch
 from stepwell.trajectories import count, make
 
 
@@ -35,7 +35,8 @@ def test_all_rows_are_centred_and_scaled_by_their_prompts_own(reward):
         assert value == pytest.approx((reward[i] - statistics.fmean(own)) / scale, rel=1e-9, abs=1e-12)
 
 
-def test_where_all_own_rows_fail_the_demonstrations_distance_is_left_as_it_is():
+def test_a_demonstrations_distance_is_not_scaled_where_all_fail():
+    """All of the policy's own rows, that is."""
     assert AgainstOwn()(batch([0.1, 0.1, 0.1, 1.1], [0] * 4, [0, 0, 0, 1])).tolist() == pytest.approx([0, 0, 0, 1])
     assert AgainstOwn()(batch([0.1, 0.1, 0.1, 1.1], [0] * 4, [0, 0, 0, 1])).tolist()[:3] == [0, 0, 0]
 

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepwell.check.oracles.registry import deviation, expected_gradient, policy_gradient
+from stepwell.batch import Batch
+from stepwell.check.oracles.expected import expected_gradient, policy_gradient
+from stepwell.check.oracles.provable import deviation
 from stepwell.credit import traces
 from stepwell.credit.group import GroupCredit
 from stepwell.credit.traces import (
@@ -25,7 +27,6 @@ from stepwell.credit.traces import (
 from stepwell.objective.policy import Policy
 from stepwell.objective.reduction import Reduction
 from stepwell.objective.surrogate import Score
-from stepwell.parts import Batch
 from stepwell.process.exact.table import markov
 from stepwell.rng import Rng
 from stepwell.trajectories import count, make, pad_steps
@@ -71,7 +72,8 @@ def row_by_row(mask, found, expected_of):
 
 @given(seeds, gammas, lambdas)
 @settings(deadline=None, max_examples=40)
-def test_generalised_advantages_are_their_definition_on_rows_whose_holes_are_taken_out(seed, gamma, lam):
+def test_generalised_advantages_are_their_definition(seed, gamma, lam):
+    """On rows whose holes are taken out."""
     batch = drawn(seed)
     rewards, values, mask = batch.rows.step_reward, batch.rows.value, batch.rows.mask
     found = generalised_advantages(rewards, values, batch.mask, gamma, lam)
@@ -153,7 +155,8 @@ def test_whitened_credit_has_mean_zero_and_variance_one_over_trained_steps(seed)
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-def test_rows_without_a_trained_step_have_credit_zero_even_where_no_row_has_one(steps):
+def test_rows_without_a_trained_step_have_credit_zero(steps):
+    """Even where no row has one."""
     mask = torch.zeros(2, steps, dtype=torch.bool)
     rows = make(torch.zeros(2, steps).long(), torch.zeros(2, steps).double(), mask, reward=torch.tensor([0.0, 4.0]))
     batch = Batch(rows.replace(value=torch.ones(2, steps).double()), count(rows))
@@ -202,7 +205,7 @@ def test_a_wrong_value_biases_every_lambda_but_one():
     assert off(0.0, value_error=0.5) > 0.05
 
 
-def leaking(rewards, value, mask, gamma, lam):
+def leaking(rewards, value, mask, gamma, lam, final=None):
     """The mistake of stepping through holes: the value of a tool's token enters the policy's advantage."""
     advantage, carried, following = torch.zeros_like(rewards), torch.zeros(len(rewards)), torch.zeros(len(rewards))
     for step in reversed(range(rewards.shape[1])):

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from stepwell.data.prompts import RESERVED, load_prompts
+from stepwell.data.columns import RESERVED
+from stepwell.data.prompts import load_prompts
 from stepwell.errors import InputError
 from stepwell.sampling.request import Prompt
 
@@ -95,7 +96,7 @@ BAD_FILES = {
         r"row 1 \(line 2\) is of type int; a row is an object with the column 'prompt'",
     ),
     "lines.json": ('{"prompt": "a"}\n{"prompt": "b"}', "lines.json, line 2, is no JSON .*name the file .jsonl"),
-    "object.json": ('{"prompt": "a"}', "holds one value of type dict; a list of rows is right"),
+    "object.json": ('{"prompt": "a"}', "object.json must hold a list of rows, got one value of type dict"),
     "without.jsonl": (
         '{"prompt": "a"}\n\n{"answer": 1}',
         r"without.jsonl, row 1 \(line 3\), column 'prompt' holds no prompt",
@@ -105,7 +106,7 @@ BAD_FILES = {
     "quotes.csv": ('prompt\n"a\n', "quotes.csv, line 2 is no CSV"),
     "twice.csv": ("prompt,a,a\n", "two columns named 'a'"),
     "near.csv": ("prmpt,answer\na,b\n", r"no column 'prompt' \(its columns are 'prmpt', 'answer'\); .*column='prmpt'"),
-    "far.csv": ("x,y\na,b\n", "no column 'prompt' .*'x', 'y'.*say with column="),
+    "far.csv": ("x,y\na,b\n", "no column 'prompt' .*'x', 'y'.*name the one that holds the prompts with column="),
     "no.parquet": ("prompt", "no.parquet is no parquet file"),
 }
 
@@ -129,7 +130,7 @@ BAD_ROWS = [
     (["a", " "], "row 1 holds no prompt"),
     ([{"prompt": "a", 3: "b"}], "column named 3"),
     ([{}], r"no column 'prompt' \(it has none\)"),
-    (3, "not from an object of type int"),
+    (3, "a list of rows, got an object of type int"),
 ]
 
 
@@ -177,7 +178,7 @@ def test_a_folder_that_is_no_data_set_is_named(tmp_path):
         load_prompts(tmp_path)
 
 
-# prompts of any kind, for processes that are not told words
+# prompts of any kind, for processes that are not conditioned on texts
 
 
 @pytest.mark.parametrize(

@@ -141,10 +141,16 @@ def test_the_length_is_that_of_an_epoch():
     assert len(PromptStream(prompts(5), Rng(0))) == 5
 
 
+def test_prompts_are_found_by_their_ids_in_whatever_order_they_come():
+    given = [Prompt(7, "a"), Prompt(2, "b"), Prompt(0, "c")]
+    stream = PromptStream(given, Rng(0))
+    assert {number: prompt.value for number, prompt in stream.by_id.items()} == {7: "a", 2: "b", 0: "c"}
+
+
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ([1.0], r"shape \(1,\) were given for 2 prompts"),
+        ([1.0], r"must be one for each of the 2 prompts, got a tensor of shape \(1,\)"),
         ([0.0, 0.0], "not all zero"),
         ([1.0, -1.0], "non-negative"),
         ([1.0, float("nan")], "finite"),
@@ -158,7 +164,7 @@ def test_weights_that_are_none_are_refused(weights, said):
 def test_empty_streams_and_takes_are_refused():
     with pytest.raises(InputError, match="at least one prompt"):
         PromptStream([], Rng(0))
-    with pytest.raises(InputError, match="take of 0 prompts"):
+    with pytest.raises(InputError, match="to take must be at least 1, got 0"):
         PromptStream(prompts(2), Rng(0)).take(0)
 
 

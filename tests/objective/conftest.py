@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.columns import Columns
-from stepwell.parts import Batch
 from stepwell.process.base import Scores
 from stepwell.trajectories import count, make
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stepwell.batch import Batch
 from stepwell.check.methods import bench
 from stepwell.credit.group import Best, GroupCredit
 from stepwell.credit.shaping import DivergencePenalty, Outcome, Overlong
@@ -18,13 +19,13 @@ from stepwell.objective.gates.step import CompleteRows, HighEntropy, OffPolicyRo
 from stepwell.objective.groups import GroupLoss, PosteriorMatching
 from stepwell.objective.policy import Policy
 from stepwell.objective.preference.pairs import Pairing, Pairs
-from stepwell.objective.ratio import Mixture, Ratio
+from stepwell.objective.ratio import MixtureDenominator, Ratio
 from stepwell.objective.reduction import Reduction
 from stepwell.objective.regularise import Divergence, Regulariser, entropy_bonus
 from stepwell.objective.surrogate import BySource, Clip, Drift, Score, Taper
 from stepwell.objective.term import Objective
 from stepwell.objective.value import ValueLoss
-from stepwell.parts import Batch, Part
+from stepwell.parts import Part
 from stepwell.planning.groups import DynamicSampling
 from stepwell.recipe.recipe import Recipe
 from stepwell.trajectories import count
@@ -48,7 +49,7 @@ SURROGATES = [Clip(dual=3.0, delta=4.0), Taper(), Drift(), BySource(Clip(), Scor
 GATES = [SamplerCorrection("sequence", kind="mask"), CompleteRows(), HighEntropy(), OneSide(), OffPolicyRows()]
 TERMS = [
     *(Policy(credit) for credit in CREDITS),
-    *(Policy(ratio=ratio) for ratio in (*RATIOS, Ratio(denominator=Mixture()))),
+    *(Policy(ratio=ratio) for ratio in (*RATIOS, Ratio(denominator=MixtureDenominator()))),
     *(Policy(surrogate=surrogate) for surrogate in SURROGATES),
     *(Policy(gates=(gate,)) for gate in GATES),
     *(Policy(reduction=Reduction(mode)) for mode in ("row", "row-sum", "group", "fixed", "sum")),
@@ -66,11 +67,11 @@ TERMS = [
 
 
 def run(term):
-    """Plan and loss of a term where tensors are made on another device unless told otherwise."""
+    """Plan and loss of a term where tensors are made on another device unless a device is named."""
     recipe = Recipe(Objective((term,)))
-    process, rows = bench(recipe)
-    objective, counts = recipe.whole, count(rows, process.horizon)
-    scores = process.score(rows, objective.needs | (objective.present - {"log_prob"}))
+    models, rows = bench(recipe)
+    objective, counts = recipe.whole, count(rows, models.policy.horizon)
+    scores = models.score(rows, objective.needs | (objective.present - {"log_prob"}))
     batch = Batch(rows, counts, scores, {name: state.initial for name, state in objective.states.items()})
     with torch.device("meta"):
         loss = objective.loss(batch, objective.plan(batch))

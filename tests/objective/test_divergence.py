@@ -1,4 +1,4 @@
-"""Estimates of a divergence: what each is on average, and whose gradient it follows (cards_objectives.md section 4)."""
+"""Estimates of a divergence: the mean of each, and the divergence whose gradient it follows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from stepwell.check.oracles.registry import deviation, expected_gradient, policy_gradient
+from stepwell.batch import Batch, Read
+from stepwell.check.oracles.expected import expected_gradient, policy_gradient
+from stepwell.check.oracles.provable import deviation
 from stepwell.credit.group import GroupCredit
 from stepwell.credit.shaping import DivergencePenalty, Outcome
 from stepwell.credit.traces import GeneralisedAdvantage
@@ -18,7 +20,7 @@ from stepwell.objective.reduction import Reduction
 from stepwell.objective.regularise import Divergence, Entropy, Regulariser, entropy_bonus
 from stepwell.objective.surrogate import Score
 from stepwell.objective.term import Objective
-from stepwell.parts import Batch, Part
+from stepwell.parts import Part
 from stepwell.process.base import Scores
 from stepwell.process.exact.table import markov
 from stepwell.rng import Rng
@@ -30,14 +32,14 @@ REVERSE = ("k2", "k3-weighted", "k1+", "k3+", "exact")
 SAMPLED = ("k1", "k2", "k3", "abs", "k3-weighted", "k1+", "k3+")
 
 
-def laws(seed, number=5):
+def distributions(seed, number=5):
     """Log-probabilities of the policy, the old policy and the reference over `number` actions, (number, 1) each."""
     return [Rng(seed).split(i).normal(number, 1, dtype=torch.float64).log_softmax(0) for i in range(3)]
 
 
 def mean_value(batch_of, estimate, seed, drawn_from_old=False, **options):
-    """The expectation of an estimate over one step's law, and the divergence of that law from the reference."""
-    present, old, reference = laws(seed)
+    """The expectation of an estimate over one step, and the divergence of its distribution from the reference's."""
+    present, old, reference = distributions(seed)
     old = old if drawn_from_old else present
     batch = batch_of(present, behaviour=old, reference_log_prob=reference)
     divergence = (present.exp() * (present - reference)).sum()
@@ -65,8 +67,9 @@ def test_only_the_weighted_estimate_is_unbiased_for_rows_of_the_old_policy(batch
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_logged_divergence_from_the_old_policy_is_unbiased_for_its_rows(batch_of, seed):
-    present, old, _ = laws(seed)
+def test_the_logged_divergence_from_the_old_policy_is_unbiased(batch_of, seed):
+    """For rows that the old policy drew."""
+    present, old, _ = distributions(seed)
     batch = batch_of(present, behaviour=old, reward=torch.zeros(len(present)))
     weight = (old.exp() * len(old))[:, 0]  # the token mean of the log, with every action as often as it is drawn
     policy = Policy(GroupCredit("none"))
@@ -80,21 +83,20 @@ def test_the_logged_divergence_from_the_old_policy_is_unbiased_for_its_rows(batc
 
 
 def test_a_divergence_from_the_old_policy_reads_no_reference(batch_of):
-    present, old, _ = laws(1)
+    present, old, _ = distributions(1)
     found = Divergence("k3", other="old")(batch_of(present, behaviour=old))
     assert torch.allclose(found, torch.exp(old - present) - 1 + present - old, rtol=0, atol=1e-14)
     assert Divergence("k3", other="old").reads == frozenset()
     assert Divergence("exact").reads == frozenset()
-    assert Divergence("k3").reads == {"reference_log_prob"}
+    assert Divergence("k3").reads == {Read("reference", "log_prob")}
 
 
 @functools.cache
 def models():
     """A policy, its reference, and for every string the log-probabilities of its steps under the reference."""
     process, reference = (markov(symbols=3, length=3, order=None, seed=seed) for seed in (5, 6))
-    process.reference = reference.frozen()
     rows = process.trajectories()
-    return process, rows, reference.score(rows).log_prob.detach()
+    return process, rows, reference.score(rows).log_prob.detach(), reference.frozen()
 
 
 def slope(value, process):
@@ -104,12 +106,12 @@ def slope(value, process):
 @functools.cache
 def targets():
     """Gradients of the KL of whole sequences, and of the reverse and forward KL of each state with visits frozen."""
-    process, rows, reference = models()
+    process, rows, reference, frozen = models()
     log_prob = process.score(rows).log_prob
     probability = log_prob.sum(1).exp()
     sequence = slope((probability * (log_prob - reference).sum(1)).sum(), process)
     visits = process.string_probabilities().detach()[:, None] * rows.mask
-    other = process.reference.score(rows, {"logits"})["logits"].detach()
+    other = frozen.score(rows, {"logits"})["logits"].detach()
     gradients = [sequence]
     for forward in (False, True):
         own = process.score(rows, {"logits"})["logits"]
@@ -120,9 +122,9 @@ def targets():
 
 def expected(quantity, reduction="row-sum"):
     """The expected gradient of a quantity as a loss per step, on policy."""
-    process, rows, reference = models()
+    process, rows, reference, frozen = models()
     if quantity == Divergence("exact"):
-        batch = Batch(rows, count(rows), process.score(rows, quantity.needs))
+        batch = Batch(rows, count(rows), process.score(rows, quantity.needs, reference=frozen))
         weight = process.string_probabilities().detach()[:, None] * rows.mask
         return slope((weight * quantity(batch)).sum(), process)
     term = Regulariser(quantity, 1.0, Reduction(reduction))
@@ -135,11 +137,13 @@ def test_the_difference_of_log_probabilities_has_no_expected_gradient():
 
 
 @pytest.mark.parametrize("estimate", REVERSE)
-def test_the_expected_gradient_is_that_of_the_reverse_divergence_of_each_state(estimate):
+def test_these_estimates_have_the_gradient_of_the_reverse_divergence(estimate):
+    """That of each state, with visits frozen."""
     assert deviation(expected(Divergence(estimate)), targets()["reverse"]) < EXACT
 
 
-def test_the_expected_gradient_of_k3_is_that_of_the_forward_divergence_of_each_state():
+def test_k3_has_the_gradient_of_the_forward_divergence():
+    """That of each state, with visits frozen."""
     found = expected(Divergence("k3"))
     assert deviation(found, targets()["forward"]) < EXACT
     assert deviation(found, targets()["reverse"]) > 0.1
@@ -150,18 +154,20 @@ def test_the_expected_gradient_of_the_absolute_difference_is_neither():
 
 
 @pytest.mark.parametrize("estimate", [*SAMPLED, "exact"])
-def test_no_estimate_per_step_has_the_gradient_of_the_divergence_of_sequences(estimate):
+def test_no_estimate_per_step_has_the_gradient_for_whole_sequences(estimate):
+    """The divergence of sequences also moves which states are visited."""
     assert deviation(expected(Divergence(estimate)), targets()["sequence"]) > 0.1
 
 
-def test_half_the_square_of_the_sequence_has_the_gradient_of_the_divergence_of_sequences():
+def test_k2_of_the_sequence_has_the_gradient_for_whole_sequences():
+    """That of the divergence of sequences."""
     assert deviation(expected(Divergence("k2", level="sequence")), targets()["sequence"]) < EXACT
     assert deviation(expected(Divergence("k2", level="sequence"), "row"), targets()["sequence"]) > 0.1
 
 
 def penalised(credit, beta=0.3):
     """The expected gradient with a penalty in the reward, and the gradient of E R - beta KL."""
-    process, rows, reference = models()
+    process, rows, reference, _ = models()
     reward = Rng(2).normal(len(rows), dtype=torch.float64)
     fields = {"reference_log_prob": reference, "value": torch.zeros_like(reference)}
     policy = Policy(credit, surrogate=Score(), reduction=Reduction("row-sum"))
@@ -177,7 +183,8 @@ def penalised(credit, beta=0.3):
     ],
     ids=["whole", "reward-to-go"],
 )
-def test_a_penalty_in_the_reward_has_the_gradient_of_the_divergence_of_sequences(credit):
+def test_a_penalty_in_the_reward_has_the_gradient_for_sequences(credit):
+    """That of the divergence of whole sequences."""
     assert deviation(*penalised(credit)) < EXACT
 
 
@@ -189,8 +196,9 @@ class OwnStep(Part):
         return -(batch.old - batch.reference) * batch.mask
 
 
-def test_a_penalty_of_each_step_by_itself_is_the_reverse_divergence_of_each_state():
-    process, rows, reference = models()
+def test_a_penalty_of_single_steps_has_the_reverse_gradient():
+    """That of each state's divergence, with visits frozen."""
+    process, rows, reference, _ = models()
     policy = Policy(OwnStep(), surrogate=Score(), reduction=Reduction("row-sum"))
     nothing = torch.zeros(len(rows), dtype=torch.float64)
     found = expected_gradient(process, policy, 1, nothing, fields={"reference_log_prob": reference})
@@ -208,7 +216,7 @@ class SwappedSign(Divergence):
 
 
 def test_a_swapped_sign_is_caught_by_value_and_by_gradient(batch_of):
-    present, _, reference = laws(0)
+    present, _, reference = distributions(0)
     batch = batch_of(present, reference_log_prob=reference)
     exact = float((present.exp() * (present - reference)).sum())
     assert abs(float((present.exp() * SwappedSign()(batch)).sum()) - exact) > 0.05
@@ -216,7 +224,7 @@ def test_a_swapped_sign_is_caught_by_value_and_by_gradient(batch_of):
 
 
 def test_a_regulariser_is_its_coefficient_times_the_weighted_sum(batch_of):
-    present, _, reference = (law.T.contiguous() for law in laws(3, 6))
+    present, _, reference = (each.T.contiguous() for each in distributions(3, 6))
     mask = torch.tensor([[True, True, False, True, False, True]])
     batch = batch_of(present, reference_log_prob=reference, mask=mask)
     objective = Objective((Regulariser(Divergence("k2"), 0.25),))
@@ -227,21 +235,21 @@ def test_a_regulariser_is_its_coefficient_times_the_weighted_sum(batch_of):
 
 
 def test_the_entropy_bonus_rewards_entropy():
-    process, rows, _ = models()
+    process, rows, _, _ = models()
     objective = Objective((entropy_bonus(0.2),))
     assert objective.needs == Entropy().needs == {"entropy"}
     scores = process.score(rows, objective.needs)
     batch = Batch(rows, count(rows), scores)
     loss = objective.loss(batch, objective.plan(batch)).value.detach()
-    law = process.score(rows, {"logits"})["logits"].detach()
-    entropy = -(law.exp() * law).sum(-1)[rows.mask].mean()
+    logits = process.score(rows, {"logits"})["logits"].detach()
+    entropy = -(logits.exp() * logits).sum(-1)[rows.mask].mean()
     assert float(loss) == pytest.approx(-0.2 * float(entropy), rel=1e-12)
 
 
 def test_estimates_that_are_none_and_settings_without_effect_are_refused():
     with pytest.raises(UnknownName, match="did you mean 'k3'"):
         Divergence("k33")
-    with pytest.raises(InputError, match="other='old'"):
+    with pytest.raises(InputError, match="other must be reference and level must be token, got old and token"):
         Divergence("exact", other="old")
-    with pytest.raises(InputError, match="level='sequence'"):
+    with pytest.raises(InputError, match="got reference and sequence"):
         Divergence("exact", level="sequence")

@@ -1,4 +1,4 @@
-"""The expected gradients of compositions, by enumeration: exact where they are said to be, biased as the cards say."""
+"""The expected gradients of compositions, by enumeration: exact, or biased by a known amount."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from stepwell.check.oracles.registry import deviation, expected_gradient, policy_gradient, standard_deviation_factor
+from stepwell.check.oracles.expected import expected_gradient, policy_gradient
+from stepwell.check.oracles.policy_gradient import standard_deviation_factor
+from stepwell.check.oracles.provable import deviation
 from stepwell.credit.group import GroupCredit
 from stepwell.objective.gates.step import SamplerCorrection
 from stepwell.objective.policy import Policy
@@ -77,7 +79,8 @@ def test_a_sequence_ratio_is_exact_with_the_reduction_that_fits_it(ratio, reduct
     assert distance(policy(ratio=ratio, surrogate=Clip(), reduction=reduction), 2) < EXACT
 
 
-def test_a_product_ratio_copied_to_every_step_and_summed_multiplies_rows_by_their_length():
+def test_a_summed_product_ratio_multiplies_rows_by_their_length():
+    """It is copied to every step of the row."""
     process, reward = uneven()
     trap = policy(ratio=Ratio("sequence", "product"), surrogate=Clip())
     found = expected_gradient(process, trap, 2, reward)
@@ -87,7 +90,7 @@ def test_a_product_ratio_copied_to_every_step_and_summed_multiplies_rows_by_thei
     centred = reward - (probability * reward).sum()
     weighted = torch.autograd.grad((probability * centred * lengths * log_probability).sum(), process.logits)[0]
     assert deviation(found, weighted) < EXACT
-    assert deviation(found, policy_gradient(process, reward)) > 1  # the card: 1.8 on its model
+    assert deviation(found, policy_gradient(process, reward)) > 1
 
 
 @pytest.mark.parametrize(("credit", "size"), [("none", 1), ("leave-one-out", 2), ("leave-one-out", 3)])
@@ -105,7 +108,9 @@ def test_a_plain_sequence_ratio_against_the_behaviour_is_exact(credit, size):
     assert distance(forgets, size, off_policy=True) > 0.1  # the ratio to `old` says nothing of the sampler
 
 
-def test_bounded_and_token_corrections_of_a_stale_sampler_are_biased_in_the_order_of_the_card():
+def test_bounded_corrections_of_a_stale_sampler_are_biased():
+    """So are those of single tokens; the order of their biases is known."""
+
     def off(*gates):
         return distance(policy(gates=gates), 2, off_policy=True)
 
@@ -129,7 +134,8 @@ def test_truncating_a_sequence_ratio_loses_less_than_masking_it(seed):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_mean_that_includes_the_row_shrinks_the_gradient_by_one_over_the_group(size):
+def test_a_mean_that_includes_the_row_shrinks_the_gradient(size):
+    """By one over the size of the group."""
     assert distance(policy("mean", surrogate=Clip()), size, factor=1 - 1 / size) < EXACT
     assert distance(policy("mean", surrogate=Clip()), size) == pytest.approx(1 / size)
 
@@ -143,7 +149,7 @@ def test_the_mean_of_row_means_weighs_each_row_by_one_over_its_length(ratio):
     centred = (reward - (probability * reward).sum()) / length
     short = torch.autograd.grad((probability * centred * log_probability).sum(), process.logits)[0]
     assert deviation(found, short) < EXACT
-    assert deviation(found, policy_gradient(process, reward)) > 0.5  # the card: 0.62 on its model
+    assert deviation(found, policy_gradient(process, reward)) > 0.5
 
 
 def by_tuples(rate, size, advantage):
@@ -172,7 +178,8 @@ def test_the_factor_of_the_group_deviation_is_that_of_all_tuples(size, rate):
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_standardising_binary_rewards_multiplies_the_gradient_by_the_factor(size):
+def test_standardising_binary_rewards_multiplies_the_gradient(size):
+    """By the factor in closed form."""
     process = markov(symbols=3, length=2, order=None, end=False, seed=3)
     reward = (Rng(4).uniform(9) < 0.4).double()
     rate = float((process.string_probabilities().detach() * reward).sum())
@@ -199,7 +206,9 @@ def test_the_factors_of_larger_groups_are_those_of_the_card(size, printed):
 
 
 @pytest.mark.parametrize(("rate", "printed"), [(0.02, "6.7"), (0.1, "1.76"), (0.5, "1.01")])
-def test_refilling_groups_of_eight_multiplies_the_gradient_as_the_card_says(rate, printed):
+def test_refilling_groups_of_eight_multiplies_the_gradient(rate, printed):
+    """By 1 / (1 - p^G - (1 - p)^G), p the success rate."""
+
     def leave_one_out(rewards):
         if len(set(rewards)) == 1:
             return None  # replaced by another group

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepwell.batch import Read
 from stepwell.errors import InputError, UnknownName
-from stepwell.objective.ratio import LogClip, Mixture, PerSource, Ratio, runs
+from stepwell.objective.ratio import LogClip, MixtureDenominator, PerSource, Ratio, runs
 from stepwell.rng import Rng
 
 LEVELS = ("token", "segment", "turn", "sequence", "sequence_token")
@@ -65,7 +66,8 @@ def by_hand(batch, level, mean):
 @pytest.mark.parametrize("level", LEVELS)
 @given(seed=st.integers(0, 999))
 @settings(deadline=None, max_examples=15)
-def test_every_level_equals_its_plain_definition_and_is_zero_where_nothing_is_trained(batch_of, level, mean, seed):
+def test_every_level_equals_its_plain_definition(batch_of, level, mean, seed):
+    """It is zero where nothing is trained."""
     batch = example(batch_of, seed)
     assert torch.allclose(Ratio(level, mean)(batch), by_hand(batch, level, mean), rtol=0, atol=ROUNDING)
 
@@ -109,7 +111,8 @@ def test_a_turn_is_a_segment_where_no_turns_are_told(batch_of):
     assert not torch.equal(Ratio("turn")(example(batch_of)), Ratio("segment")(batch))
 
 
-def test_gspo_token_has_the_value_of_the_sequence_and_the_gradient_of_the_token(batch_of):
+def test_gspo_token_has_the_value_of_the_sequence(batch_of):
+    """Its gradient is that of the token."""
     batch, weight = example(batch_of), numbers(5, *SHAPE)
     token, sequence, both = (Ratio(level)(batch) for level in ("token", "sequence", "sequence_token"))
     assert torch.allclose(both, sequence, rtol=0, atol=ROUNDING)
@@ -143,23 +146,23 @@ def test_the_old_policy_is_the_sampler_where_it_was_not_scored_anew(batch_of):
     assert torch.equal(Ratio()(batch), Ratio(denominator="behaviour")(batch))
 
 
-def test_a_mixture_is_the_weighted_sum_of_the_laws(batch_of):
+def test_a_mixture_is_the_weighted_sum_of_probabilities(batch_of):
     batch = example(batch_of, info={"teacher": numbers(9, *SHAPE)})
-    mixture = Mixture((("old", 0.2), ("behaviour", 0.3), ("reference", 0.4), ("teacher", 0.1)))
+    mixture = MixtureDenominator((("old", 0.2), ("behaviour", 0.3), ("reference", 0.4), ("teacher", 0.1)))
     rows = batch.rows
     parts = (rows.old_log_prob, rows.log_prob, rows.reference_log_prob, rows.info["teacher"])
-    law = sum(weight * part.exp() for weight, part in zip((0.2, 0.3, 0.4, 0.1), parts, strict=True))
-    expected = (batch.log_prob - law.log()) * batch.mask
+    mixed = sum(weight * part.exp() for weight, part in zip((0.2, 0.3, 0.4, 0.1), parts, strict=True))
+    expected = (batch.log_prob - mixed.log()) * batch.mask
     assert torch.allclose(Ratio(denominator=mixture)(batch), expected, rtol=0, atol=ROUNDING)
 
 
 def test_a_mixture_denominator_is_unbiased_for_rows_of_the_mixture(batch_of):
-    laws = [numbers(i, 5, 1).log_softmax(0) for i in range(3)]
-    batch = batch_of(laws[0], behaviour=laws[1], old_log_prob=laws[2])
-    drawn = 0.5 * laws[1].exp() + 0.5 * laws[2].exp()
-    ratio = Ratio(denominator=Mixture())(batch).exp()
+    present, behaviour, old = [numbers(i, 5, 1).log_softmax(0) for i in range(3)]
+    batch = batch_of(present, behaviour=behaviour, old_log_prob=old)
+    drawn = 0.5 * behaviour.exp() + 0.5 * old.exp()
+    ratio = Ratio(denominator=MixtureDenominator())(batch).exp()
     values = numbers(4, 5, 1)
-    exact = float((laws[0].exp() * values).sum())
+    exact = float((present.exp() * values).sum())
     assert float((drawn * ratio * values).sum()) == pytest.approx(exact, abs=1e-14)
     wrong = Ratio(denominator="old")(batch).exp()
     assert abs(float((drawn * wrong * values).sum()) - exact) > 0.01
@@ -184,7 +187,8 @@ def test_the_hook_sees_every_token_and_its_advantage_before_aggregation(batch_of
     assert not torch.allclose(found, gmpo(after, advantage) * batch.mask, atol=0.05)  # the planted order
 
 
-def test_a_hook_that_invents_values_at_steps_that_are_not_trained_changes_nothing(batch_of):
+def test_a_hook_has_no_effect_on_steps_that_are_not_trained(batch_of):
+    """Although it makes values up for them."""
     batch = example(batch_of)
     shifted = Ratio("sequence", "product", hook=lambda d, a: d + 1.0)(batch)
     expected = (Ratio("sequence", "product")(batch) + batch.steps) * batch.mask
@@ -198,9 +202,11 @@ def test_names_that_are_none_are_refused_where_they_are_written():
         Ratio("sequence", "produkt")
 
 
-def test_a_denominator_that_is_none_is_refused(batch_of):
-    with pytest.raises(InputError, match="no denominator 'odl'"):
-        Ratio(denominator="odl")(example(batch_of))
+def test_a_denominator_that_is_none_is_refused():
+    with pytest.raises(UnknownName, match="got 'odl', did you mean 'old'"):
+        Ratio(denominator="odl")
+    with pytest.raises(InputError, match=r"Ratio.denominator must be one of behaviour, none, old, or a Part, got 3\."):
+        Ratio(denominator=3)
 
 
 def test_segments_that_were_not_told_are_missed(batch_of):
@@ -213,9 +219,9 @@ def test_without_turns_or_segments_a_turn_is_a_run_of_trained_steps(batch_of):
     assert runs(mask).tolist() == [[0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 0, 1]]
     mask = torch.cat([mask, mask.flip(1)])
     batch = example(batch_of, mask=mask, segment=None, info=None)
-    told = example(batch_of, mask=mask, segment=runs(mask), info=None)
+    segmented = example(batch_of, mask=mask, segment=runs(mask), info=None)
     for mean in MEANS:
-        assert torch.equal(Ratio("turn", mean)(batch), Ratio("segment", mean)(told))
+        assert torch.equal(Ratio("turn", mean)(batch), Ratio("segment", mean)(segmented))
     whole = batch_of(batch.log_prob, behaviour=batch.behaviour, old_log_prob=batch.old)
     turn, sequence = Ratio("turn")(whole), Ratio("sequence")(whole)  # one turn without a break
     assert torch.allclose(turn, sequence, rtol=0, atol=ROUNDING)
@@ -235,14 +241,14 @@ def test_a_log_clip_bounds_what_went_on_and_leaves_what_came_back(values, sign, 
 def test_rows_of_another_source_have_another_denominator(batch_of):
     source = torch.tensor([0, 1, 0, 2])
     batch = example(batch_of, source=source, mask=torch.ones(SHAPE, dtype=torch.bool))
-    mixture = Mixture((("old", 0.75), ("behaviour", 0.25)))
+    mixture = MixtureDenominator((("old", 0.75), ("behaviour", 0.25)))
     found = Ratio(denominator=PerSource(mixture))(batch).exp()
     pi, old, behaviour = (x.exp() for x in (batch.log_prob, batch.old, batch.behaviour))
     expected = torch.where((source > 0)[:, None], pi / (0.75 * old + 0.25 * behaviour), pi / old)
     assert torch.allclose(found, expected, rtol=1e-12, atol=0)
-    assert PerSource().reads == {"old_log_prob"}
+    assert PerSource().reads == {Read("policy", "log_prob")}
 
 
 def test_only_the_level_of_segments_reads_segments():
-    assert Ratio("segment").reads == {"segment"}
+    assert Ratio("segment").reads == {Read("rows", "segment")}
     assert not any(Ratio(level).reads for level in LEVELS if level != "segment")

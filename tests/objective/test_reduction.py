@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepwell.batch import Batch
 from stepwell.errors import UnknownName
 from stepwell.objective.policy import Policy
 from stepwell.objective.reduction import PerPrompt, Reduction, total
 from stepwell.objective.surrogate import Score
 from stepwell.objective.term import Objective
-from stepwell.parts import Batch
 from stepwell.rng import Rng
 from stepwell.trajectories import Counts, count
 

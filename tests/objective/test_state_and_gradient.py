@@ -1,4 +1,4 @@
-"""What is remembered between updates, what acts on gradients, and how terms, needs and metrics add up."""
+"""Coefficients that change between updates, transforms of gradients, and sums of terms, needs and metrics."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepwell.batch import Batch, Read
 from stepwell.credit.shaping import Outcome
 from stepwell.credit.traces import GeneralisedAdvantage
 from stepwell.errors import InputError, MissingAbility, UnknownName
@@ -18,11 +19,11 @@ from stepwell.objective.gradient import ClipByNorm, SkipAbove, global_norm
 from stepwell.objective.policy import Policy
 from stepwell.objective.reduction import Reduction
 from stepwell.objective.regularise import Divergence, Entropy, Regulariser, entropy_bonus
-from stepwell.objective.state import AdaptiveCoefficient, LogPartition, Multiplier, RunningMean, State, value_of
+from stepwell.objective.state import AdaptiveCoefficient, Coefficient, LogPartition, Multiplier, RunningMean, value_of
 from stepwell.objective.surrogate import Score
 from stepwell.objective.term import Objective, Term
 from stepwell.objective.value import ValueLoss
-from stepwell.parts import Batch, Part
+from stepwell.parts import Part
 from stepwell.process.base import Scores
 from stepwell.process.exact.table import markov
 from stepwell.recipe.recipe import Recipe
@@ -50,7 +51,8 @@ def test_an_adaptive_coefficient_settles_where_its_metric_is_on_target():
 
 
 @given(st.floats(0, 10), st.floats(-5, 5), st.floats(-5, 5))
-def test_a_multiplier_rises_while_its_constraint_is_broken_and_is_never_negative(value, threshold, metric):
+def test_a_multiplier_rises_while_its_constraint_is_broken(value, threshold, metric):
+    """It is never negative."""
     state = Multiplier("mu", metric="length", threshold=threshold, rate=0.1)
     found = state.update(value, {"length": metric})
     assert found == max(0.0, value + 0.1 * (threshold - metric))
@@ -63,7 +65,8 @@ def test_a_running_mean_forgets_geometrically():
     assert value == pytest.approx(0.1 * (0.81 * 1 + 0.9 * 2 + 3), rel=1e-12)
 
 
-def test_the_log_partition_takes_a_gradient_step_on_half_the_square_of_its_residual():
+def test_the_log_partition_takes_a_gradient_step():
+    """On half the square of its residual."""
     z, other, rate = 0.7, -1.9, 0.3
     slope = (0.5 * (z + 1e-6 + other) ** 2 - 0.5 * (z - 1e-6 + other) ** 2) / 2e-6
     assert LogPartition("z", rate=rate).update(z, {"residual": z + other}) == pytest.approx(z - rate * slope, abs=1e-8)
@@ -71,12 +74,12 @@ def test_the_log_partition_takes_a_gradient_step_on_half_the_square_of_its_resid
 
 @pytest.mark.parametrize("kind", [AdaptiveCoefficient, Multiplier, RunningMean, LogPartition])
 def test_a_state_that_follows_a_metric_nobody_reports_says_so(kind):
-    with pytest.raises(UnknownName, match="metric for a state to follow 'rewrd'; did you mean 'reward'"):
+    with pytest.raises(UnknownName, match="metric for a coefficient to follow 'rewrd'; did you mean 'reward'"):
         kind("state", metric="rewrd").update(1.0, {"reward": 1.0})
 
 
 def test_a_plain_state_stays(batch_of):
-    state = State("fixed", 3.0)
+    state = Coefficient("fixed", 3.0)
     assert state.update(3.0, {"anything": 1.0}) == 3.0
     assert value_of(0.5, batch_of(torch.zeros(1, 1))) == 0.5
 
@@ -98,7 +101,7 @@ def test_an_objective_lists_the_states_inside_its_terms():
     beta, mu = AdaptiveCoefficient("beta"), Multiplier("mu")
     objective = Policy(coefficient=mu) + Regulariser(Divergence("k2"), beta)
     assert objective.states == {"mu": mu, "beta": beta}
-    with pytest.raises(TypeError, match="is the state 'mu'"):
+    with pytest.raises(TypeError, match="got the coefficient 'mu'"):
         2 * objective
 
 
@@ -153,7 +156,7 @@ def test_a_part_that_reads_what_it_did_not_declare_is_told_what_to_declare():
 
 def test_reading_scores_or_fields_before_they_are_there_is_told(batch_of):
     batch = batch_of(torch.zeros(1, 1))
-    with pytest.raises(InputError, match="'log_prob' of the present parameters before they were scored"):
+    with pytest.raises(InputError, match=r"Batch\.scores must have 'log_prob' before a part reads it, got None"):
         _ = dataclasses.replace(batch, scores=None).log_prob
     with pytest.raises(InputError, match="'reference_log_prob' of the rows, which was not filled in; declare it"):
         _ = batch.reference
@@ -162,11 +165,11 @@ def test_reading_scores_or_fields_before_they_are_there_is_told(batch_of):
 def test_declarations_are_collected_from_every_depth():
     objective = Policy(gates=(HighEntropy(),)) + Regulariser(Divergence("k3")) + entropy_bonus() + ValueLoss()
     assert objective.needs == {"entropy", "value"}
-    assert objective.reads == {"reference_log_prob", "value"}
+    assert objective.reads == {Read("reference", "log_prob"), Read("policy", "value")}
     assert objective.present == {"entropy"}
     assert objective.plans_on_scores
     assert not Objective((Policy(),)).plans_on_scores
-    assert GeneralisedAdvantage(kl=0.1).reads == {"value", "reference_log_prob"}
+    assert GeneralisedAdvantage(kl=0.1).reads == {Read("policy", "value"), Read("reference", "log_prob")}
 
 
 # the algebra
@@ -189,12 +192,12 @@ def run(objective, batch):
 def test_objectives_add_and_scale(batch_of):
     batch = example(batch_of)
     a, b = Policy(surrogate=Score()), Regulariser(Divergence("k2"), 0.3)
-    (first, slope, told), (second, other, more) = run(a, batch), run(b, batch)
+    (first, slope, some), (second, other, more) = run(a, batch), run(b, batch)
     for built, factor in ((a + b, 1), (2 * (a + b), 2), ((a + b) * 2, 2), (2 * a + 2 * b, 2), (b + a, 1)):
         value, gradient, metrics = run(built, batch)
         assert value == pytest.approx(factor * (first + second), rel=1e-12)
         assert torch.allclose(gradient, factor * (slope + other), rtol=0, atol=1e-14)
-        assert set(metrics) == set(told) | set(more)
+        assert set(metrics) == set(some) | set(more)
         assert float(metrics["kl"]) == float(more["kl"])  # what is logged is the divergence, not its penalty
     assert (a + b) + a == a + (b + a) == Objective((a, b, a))
 
@@ -215,7 +218,7 @@ def test_parts_add_and_multiply_rows_with_steps(batch_of):
     assert torch.equal((3 * Outcome() - Outcome())(batch), 3 * reward - reward)
     assert torch.equal((Outcome() + Divergence("k2"))(batch), reward[:, None] + steps)
     assert torch.equal((Outcome() * Divergence("k2"))(batch), reward[:, None] * steps)
-    assert (Outcome() + Divergence("k2")).parts[1].reads == {"reference_log_prob"}
+    assert (Outcome() + Divergence("k2")).parts[1].reads == {Read("reference", "log_prob")}
 
 
 def test_a_factor_of_a_part_is_not_rounded(batch_of):
@@ -235,7 +238,7 @@ def test_a_recipe_is_replaced_in_part_and_counts_are_at_least_one():
     assert changed.objective == Policy(surrogate=Score()) + entropy_bonus()
     assert changed.epochs == 3
     assert "epochs=3" in changed.parts()
-    with pytest.raises(InputError, match="0 epochs"):
+    with pytest.raises(InputError, match=r"Recipe\.epochs must be a whole number, at least 1, got 0"):
         recipe.replace(epochs=0)
 
 

@@ -1,4 +1,4 @@
-"""How a ratio and an advantage become a gradient: the table of cards_objectives.md section 0.1, by autograd."""
+"""The gradient that surrogates make of a ratio and an advantage: a table of slopes, by autograd."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_ratio_beyond_what_float32_holds_has_a_gradient_that_is_a_number(batch
 
 
 @pytest.mark.parametrize(
-    ("surrogate", "sign", "told"),
+    ("surrogate", "sign", "expected"),
     [
         (Clip(), 1.0, "000111"),
         (Clip(), -1.0, "110000"),
@@ -151,10 +151,10 @@ def test_a_ratio_beyond_what_float32_holds_has_a_gradient_that_is_a_number(batch
         (Plain(), 1.0, "000000"),
     ],
 )
-def test_what_was_clipped_is_told(surrogate, sign, told):
+def test_clipped_steps_are_reported(surrogate, sign, expected):
     log_ratio = torch.tensor([RATIOS], dtype=torch.float64).log()
     found = surrogate.clipped(log_ratio, torch.full_like(log_ratio, sign))
-    assert "".join(str(int(flag)) for flag in found[0]) == told
+    assert "".join(str(int(flag)) for flag in found[0]) == expected
 
 
 def test_rows_of_another_source_take_the_other_surrogate(batch_of):
@@ -200,15 +200,15 @@ def test_a_gamma_score_is_highest_where_its_shape_over_its_rate_is(batch_of):
 
 @pytest.mark.parametrize("bounds", [(0.5, 0.9), (-0.1, 1.0), (1.5, 2.0)])
 def test_a_signed_scores_interval_holds_one(bounds):
-    with pytest.raises(InputError, match="0 <= low <= 1 <= high is right"):
+    with pytest.raises(InputError, match=r"SignedScore.negative must be \(low, high\) with 0 <= low <= 1 <= high"):
         SignedScore(negative=bounds)
 
 
-def test_what_a_signed_score_bounds_is_told():
+def test_steps_that_a_signed_score_bounds_are_reported():
     log_ratio = torch.tensor([RATIOS], dtype=torch.float64).log()
-    for sign, told in ((1.0, "000000"), (-1.0, "000111")):  # where A > 0 there is no ratio at all
+    for sign, expected in ((1.0, "000000"), (-1.0, "000111")):  # where A > 0 there is no ratio at all
         found = SignedScore().clipped(log_ratio, torch.full_like(log_ratio, sign))
-        assert "".join(str(int(flag)) for flag in found[0]) == told
+        assert "".join(str(int(flag)) for flag in found[0]) == expected
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])

@@ -21,6 +21,7 @@ from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 
+from stepwell.batch import Batch
 from stepwell.errors import InputError, UnknownName
 from stepwell.methods.catalogue import get
 from stepwell.objective.distillation import TeacherAdvantage, generalised_divergence
@@ -29,7 +30,6 @@ from stepwell.objective.preference.links import LINKS, OF_MARGINS, OddsRatio
 from stepwell.objective.preference.pairs import ChosenLikelihood, Pairs, Square
 from stepwell.objective.surrogate import Score
 from stepwell.objective.term import Objective
-from stepwell.parts import Batch
 from stepwell.process.base import Scores
 from stepwell.rng import Rng
 from stepwell.trajectories import count, make

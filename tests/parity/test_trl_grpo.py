@@ -19,13 +19,13 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 from trl.trainer.utils import nanstd
 
+from stepwell.batch import Batch
 from stepwell.credit.columns import RewardColumn
 from stepwell.credit.group import GroupCredit
 from stepwell.errors import InputError, UnknownName
 from stepwell.methods.catalogue import get
 from stepwell.methods.language.trl import MODES, REDUCTIONS
 from stepwell.objective.term import Objective
-from stepwell.parts import Batch
 from stepwell.process.base import Scores
 from stepwell.rng import Rng
 from stepwell.trajectories import count, make

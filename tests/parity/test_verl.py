@@ -11,10 +11,10 @@ import statistics
 import pytest
 import torch
 
+from stepwell.batch import Batch
 from stepwell.errors import InputError
 from stepwell.methods.catalogue import get
 from stepwell.objective.term import Objective
-from stepwell.parts import Batch
 from stepwell.process.base import Scores
 from stepwell.rng import Rng
 from stepwell.trajectories import count, make

@@ -14,7 +14,8 @@ from stepwell.errors import InputError, UnknownName
 from stepwell.planning.base import Planner
 from stepwell.planning.branches import Branches, Candidates, Tree
 from stepwell.process.exact.table import markov
-from stepwell.process.flow.process import Flow, flow
+from stepwell.process.flow.build import flow
+from stepwell.process.flow.process import Flow
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
 from stepwell.sampling.request import Prompt
@@ -190,7 +191,9 @@ def test_the_first_stride_may_be_other_than_one():
 
 @pytest.mark.parametrize("settings", [{"at": ()}, {"at": (-1,)}, {"strides": ()}, {"strides": (1, 0)}])
 def test_branches_that_are_none_are_refused(settings):
-    with pytest.raises(InputError, match="give at least one"):
+    (name,) = settings
+    said = rf"Branches.{name} must be one or more whole numbers, {int(name == 'strides')} or more, got \("
+    with pytest.raises(InputError, match=said):
         Branches(**settings)
 
 
@@ -284,11 +287,11 @@ def test_a_tree_moves_on_and_begins_again():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 6}, "power of 2"),
-        ({"size": 1}, "power of 2"),
-        ({"size": 8, "branching": 1}, "power of 1"),
-        ({"size": 8, "steps": 2}, "does not lie within"),
-        ({"size": 8, "begin": 8}, "does not lie within"),
+        ({"size": 6}, "Tree.size must be a power of branching=2, at least 2, got 6"),
+        ({"size": 1}, "Tree.size must be a power of branching=2, at least 2, got 1"),
+        ({"size": 8, "branching": 1}, "Tree.branching must be a whole number, at least 2, got 1"),
+        ({"size": 8, "steps": 2}, "Tree.steps must be at least the 3 in which rows part, got 2"),
+        ({"size": 8, "begin": 8}, "Tree.begin must be from 0 to 7 for a tree of 3 of 10 steps, got 8"),
     ],
 )
 def test_trees_that_do_not_fit_are_refused(settings, message):

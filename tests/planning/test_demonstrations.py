@@ -52,13 +52,13 @@ def test_a_completion_without_an_end_is_one_that_was_cut():
 
 
 def test_data_without_demonstrations_are_refused_by_name():
-    with pytest.raises(InputError, match="Prompt 3 has no 'demonstration'; the data need that column"):
+    with pytest.raises(InputError, match=r"Demonstrated\.column must be a column .*, which prompt 3 has not"):
         Demonstrated(1, 2).plan(0, None, PromptStream([Prompt(3, 0)], Rng(0)))
 
 
 @pytest.mark.parametrize("text", [(), (1, 1, 1, 1, 1), (7,)])
 def test_a_string_that_is_none_is_refused(text):
-    with pytest.raises(InputError, match="is no string of 1 to 4 symbols from 0 to 2"):
+    with pytest.raises(InputError, match="must be 1 to 4 symbols from 0 to 2, got"):
         rollout(markov(symbols=3, length=4), [Request(Prompt(0, 0), 1, start=Completion(text))], Rng(0))
 
 

@@ -123,11 +123,11 @@ def test_prompts_without_a_hint_are_left():
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: SegmentTree(size=6), "has a power of 2 leaves, not 6"),
-        (lambda: SegmentTree(size=1), "not 1"),
-        (lambda: SegmentTree(segment=0), "'segment' of SegmentTree is 0; a whole number from 1"),
-        (lambda: Vines(vines=0), "'vines' of Vines is 0; a whole number from 1"),
-        (lambda: Hinted(hints=-1), "'hints' of Hinted is -1; a whole number from 0"),
+        (lambda: SegmentTree(size=6), "SegmentTree.size must be a power of branching=2, at least 2, got 6"),
+        (lambda: SegmentTree(size=1), "SegmentTree.size must be a power of branching=2, at least 2, got 1"),
+        (lambda: SegmentTree(segment=0), "SegmentTree.segment must be a whole number, at least 1, got 0"),
+        (lambda: Vines(vines=0), "Vines.vines must be a whole number, at least 1, got 0"),
+        (lambda: Hinted(hints=-1), "Hinted.hints must be a whole number, 0 or more, got -1"),
     ],
 )
 def test_impossible_plans_are_refused(build, words):

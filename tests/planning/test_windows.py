@@ -13,7 +13,8 @@ from stepwell.data.stream import PromptStream
 from stepwell.errors import InputError, UnknownName
 from stepwell.planning.base import Planner
 from stepwell.planning.windows import Backward, Tail, Windows
-from stepwell.process.flow.process import Flow, flow
+from stepwell.process.flow.build import flow
+from stepwell.process.flow.process import Flow
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
 from stepwell.sampling.request import Prompt
@@ -234,20 +235,21 @@ def test_the_trunk_of_backward_rows_is_drawn_with_its_noise():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"width": 0}, InputError, "does not lie within"),
-        ({"width": 11}, InputError, "does not lie within"),
-        ({"begin": 7}, InputError, "does not lie within"),
-        ({"begin": -1}, InputError, "does not lie within"),
-        ({"stride": 0}, InputError, "'stride' of .* is 0; a whole number from 1"),
-        ({"hold": 0}, InputError, "'hold' of .* is 0; a whole number from 1"),
+        ({"width": 0}, InputError, ".width must be from 1 to 10, got 0"),
+        ({"width": 11}, InputError, ".width must be from 1 to 10, got 11"),
+        ({"begin": 7}, InputError, ".begin must be from 0 to 6 for 4 of 10 steps, got 7"),
+        ({"begin": -1}, InputError, ".begin must be from 0 to 6 for 4 of 10 steps, got -1"),
+        ({"stride": 0}, InputError, ".stride must be a whole number, at least 1, got 0"),
+        ({"hold": 0}, InputError, ".hold must be a whole number, at least 1, got 0"),
         ({"schedule": "progresive"}, UnknownName, "progressive"),
         ({"variant": "public"}, UnknownName, "published"),
     ],
 )
 def test_windows_that_contradict_themselves_are_refused(settings, error, message):
     for planner in (Windows, Tail):
-        with pytest.raises(error, match=message):
+        with pytest.raises(error, match=message) as caught:
             planner(**settings)
+        assert str(caught.value).startswith(planner.__name__)
 
 
 def test_a_planted_window_that_forgets_to_hold_stands_elsewhere():

@@ -65,7 +65,7 @@ def test_an_address_has_two_parts(address):
     [
         ("rewrd", "There is no function of .*my.py named 'rewrd'; did you mean 'reward'?"),
         ("xyz", "known: judge, loads, reward\\."),
-        ("table", "'table' in .*my.py is of type list"),
+        ("table", "'table' in .*my.py must be a function, got a value of type list"),
         ("Judge", "'Judge' in .*my.py is a class"),
     ],
 )

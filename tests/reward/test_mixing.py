@@ -136,7 +136,9 @@ def test_a_number_that_is_not_finite_names_function_row_and_prompt(number):
     def broken(completions):
         return [0.0, number]
 
-    with pytest.raises(RewardError, match=r"'broken' returned (nan|inf) for row 1, prompt 1 \('question 1'\); .*None"):
+    with pytest.raises(
+        RewardError, match=r"'broken' must .* None .*, got (nan|inf) for row 1, prompt 1 \('question 1'\)"
+    ):
         score(broken, draw(["a", "b"]))
 
 
@@ -148,7 +150,7 @@ def test_an_entry_that_is_no_number_names_function_row_and_prompt(value, kind):
         return [0.0, value]
 
     with pytest.raises(
-        RewardError, match=rf"'broken' returned a value of type {kind} for row 1, prompt 1 \('question 1'\)"
+        RewardError, match=rf"'broken' must .*, got a value of type {kind} for row 1, prompt 1 \('question 1'\)"
     ):
         score(broken, draw(["a", "b"]))
 
@@ -156,18 +158,19 @@ def test_an_entry_that_is_no_number_names_function_row_and_prompt(value, kind):
 @pytest.mark.parametrize("returned", [None, 1.0, "ab", {0: 1.0, 1: 2.0}, torch.tensor(1.0)])
 def test_a_return_that_is_no_list_names_function_and_batch(returned):
     with pytest.raises(
-        RewardError, match=r"returned a value of type \w+ for the batch of 2 rows that begins with prompt 0"
+        RewardError,
+        match=r"must return a list .*, got a value of type \w+ for the batch of 2 rows that begins with prompt 0",
     ):
         score(lambda completions: returned, draw(["a", "b"]))
 
 
 def test_a_column_vector_is_no_list_of_numbers():
-    with pytest.raises(RewardError, match="returned a value of type list for row 0"):
+    with pytest.raises(RewardError, match="got a value of type list for row 0"):
         score(lambda completions: torch.zeros(2, 1), draw(["a", "b"]))
 
 
 def test_a_wrong_number_of_values_is_an_error():
-    with pytest.raises(RewardError, match="returned 1 values for the batch of 2 rows"):
+    with pytest.raises(RewardError, match="must return one value a row, got 1 for the batch of 2 rows"):
         score(lambda completions: [1.0], draw(["a", "b"]))
 
 
@@ -274,9 +277,9 @@ def test_names_are_unique_and_come_from_functions_partials_and_objects():
     ("functions", "weights", "said"),
     [
         ([], None, "at least one"),
-        (["reward"], None, "not 'reward'"),
-        (ExactMatch, None, "callable object, not <class"),
-        ([constant(1)], [1.0, 2.0], "2 reward weights for 1 functions"),
+        (["reward"], None, "got 'reward'"),
+        (ExactMatch, None, "callable object, got <class"),
+        ([constant(1)], [1.0, 2.0], "as many as the functions .*, got 2 for 1"),
         ([constant(1)], [float("nan")], "finite"),
     ],
 )

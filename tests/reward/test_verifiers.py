@@ -52,7 +52,7 @@ def test_every_verifier_reads_chat_skips_rows_without_answer_and_takes_trls_keyw
 @pytest.mark.parametrize("kind", [ExactMatch, Numeric, MathEqual, lambda column: RegularExpression(".+", column)])
 def test_every_verifier_reads_the_column_it_is_told_and_names_a_missing_one(kind):
     assert kind(column="solution")(completions=["5"], solution=["5"]) == [1.0]
-    with pytest.raises(InputError, match="reads the column 'solution', which the data has not; there are: answer"):
+    with pytest.raises(InputError, match="reads the column 'solution', which the data do not have; there are: answer"):
         kind(column="solution")(completions=["5"], answer=["5"])
 
 
@@ -70,7 +70,7 @@ def test_a_pattern_alone_judges_the_format():
 
 
 def test_a_broken_pattern_is_refused_when_it_is_written():
-    with pytest.raises(InputError, match=r"'\(' is no regular expression"):
+    with pytest.raises(InputError, match=r"RegularExpression.pattern must be a regular expression, got '\('"):
         regular_expression("(")
 
 

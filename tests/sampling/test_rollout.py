@@ -10,7 +10,7 @@ from stepwell.check import expectation, law
 from stepwell.distributions import Categorical, Gaussian, Point
 from stepwell.errors import InputError
 from stepwell.meter import Meter
-from stepwell.process.base import Samples
+from stepwell.process.base import Process, Samples
 from stepwell.process.exact.table import markov
 from stepwell.rng import Rng
 from stepwell.sampling.request import Prompt, Request, Snapshot
@@ -193,12 +193,15 @@ def test_new_nodes_are_new_even_beside_a_snapshot_with_high_numbers():
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (lambda: Request(FIRST, 1, start=(0, 9)), "not all drawn"),
-        (lambda: Request(FIRST, 1, start=(99, 1)), "not all drawn"),
-        (lambda: Request(FIRST, 1, start=(-1, 1)), "not all drawn"),
-        (lambda: Request(SECOND, 1, start=(0, 1)), "answers prompt 0"),
-        (lambda: Request(FIRST, 0), "1 is the least"),
-        (lambda: Request(FIRST, 1, horizon=0), "1 is the least"),
+        (lambda: Request(FIRST, 1, start=(0, 9)), "a row and a step that were drawn, got row 0, step 9"),
+        (lambda: Request(FIRST, 1, start=(0, -1)), "a row and a step that were drawn, got row 0, step -1"),
+        (lambda: Request(FIRST, 1, start=(99, 1)), r"were drawn, got row 99, step 1 \(prompt 0, 14 rows so far\)"),
+        (lambda: Request(FIRST, 1, start=(-1, 1)), "a row and a step that were drawn, got row -1, step 1"),
+        (lambda: Request(SECOND, 1, start=(0, 1)), "own prompt, 1; got row 0, which answers prompt 0"),
+        (lambda: Request(FIRST, 1, start="root"), r"Request.start must be a Start, .* got 'root' \(prompt 0\)"),
+        (lambda: Request(FIRST, 0), r"Request.count must be at least 1, got 0 \(prompt 0\)"),
+        (lambda: Request(FIRST, 1, horizon=0), "Request.horizon must be at least 1, got 0"),
+        (lambda: Request(FIRST, 1, window=(2, 1)), r"0 <= begin <= end, got \(2, 1\)"),
     ],
 )
 def test_impossible_requests_are_refused_where_they_are_made(request_, message):
@@ -208,7 +211,7 @@ def test_impossible_requests_are_refused_where_they_are_made(request_, message):
 
 
 def test_branching_needs_rows_and_a_rollout_needs_requests():
-    with pytest.raises(InputError, match="not all drawn"):
+    with pytest.raises(InputError, match=r"got row 0, step 1 \(prompt 0, 0 rows so far\)"):
         rollout(MODEL, [Request(FIRST, 1, start=(0, 1))], Rng(0))
     with pytest.raises(InputError, match="at least one request"):
         rollout(MODEL, [], Rng(0))
@@ -265,17 +268,17 @@ class Walk:
         return Walk(self.place[index], self.step)
 
 
-class RandomWalk:
-    """Three steps on the line in double precision, of which the given ones are deterministic."""
+class RandomWalk(Process):
+    """Three steps on the line in double precision, of which the given ones are points."""
 
-    def __init__(self, deterministic):
-        self.module, self.meter, self.deterministic = nn.Module(), Meter(), deterministic
+    def __init__(self, points):
+        self.module, self.meter, self.points = nn.Module(), Meter(), points
 
     def start(self, prompts, rng):
         return Walk(torch.tensor(prompts, dtype=torch.float64)[:, None], 0)
 
     def propose(self, state):
-        if state.step in self.deterministic:
+        if state.step in self.points:
             return Point(state.place + 1)
         return Gaussian(state.place, torch.tensor(0.5, dtype=torch.float64))
 
@@ -285,8 +288,8 @@ class RandomWalk:
     def finish(self, state):
         return Samples(state.place[:, 0].tolist())
 
-    def condition(self, prompts):
-        return None
+    def score(self, trajectories, needs=(), context=None, reference=None):
+        raise NotImplementedError
 
 
 @pytest.mark.parametrize("deterministic", [{0}, {1}, {2}, {0, 1, 2}, set()])
@@ -338,9 +341,10 @@ def test_rows_that_are_done_at_their_start_are_rows_without_steps():
 
 def test_a_process_may_say_itself_which_rows_it_cut_short():
     walk = RandomWalk(set())
-    walk.finish = lambda state: Samples(state.place[:, 0].tolist(), {"truncated": (state.place[:, 0] > 0).tolist()})
+    walk.finish = lambda state: Samples(state.place[:, 0].tolist(), truncated=(state.place[:, 0] > 0).tolist())
     drawn = rollout(walk, [Request(Prompt(0, 50.0), 1), Request(Prompt(1, -50.0), 1)], Rng(0))
     assert drawn.trajectories.truncated.tolist() == [True, False]
+    assert drawn.samples.truncated is None, "said once, by the trajectories"
     assert drawn.samples.columns == {}
 
 

@@ -21,7 +21,8 @@ from stepwell.meter import Meter
 from stepwell.planning.branches import Branches
 from stepwell.planning.windows import Windows
 from stepwell.process.exact.table import markov
-from stepwell.process.flow.process import Flow, flow
+from stepwell.process.flow.build import flow
+from stepwell.process.flow.process import Flow
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
 from stepwell.sampling.request import Prompt, Request
@@ -129,9 +130,9 @@ class Bare:
 
 
 def test_processes_without_the_ability_are_told_so():
-    with pytest.raises(MissingAbility, match="'deterministic'; Bare cannot"):
+    with pytest.raises(MissingAbility, match="needs a process with deterministic; Bare has none"):
         rollout(Bare(), [Request(FIRST, 1, window=(1, 2))], Rng(0))
-    with pytest.raises(MissingAbility, match="'with_sampler'; Bare cannot"):
+    with pytest.raises(MissingAbility, match="needs a process with with_sampler; Bare has none"):
         rollout(Bare(), [Request(FIRST, 1, sampler={"steps": 2})], Rng(0))
     rollout(Bare(), [Request(FIRST, 1, window=(0, 3))], Rng(0))
 
@@ -317,7 +318,7 @@ ROWS = textwrap.dedent(
     from stepwell.planning.branches import Branches, Candidates, Tree
     from stepwell.data.stream import PromptStream
     from stepwell.planning.windows import Backward, Tail, Windows
-    from stepwell.process.flow.process import flow
+    from stepwell.process.flow.build import flow
     from stepwell.reward.mixing import Rewards
     from stepwell.rng import Rng
     from stepwell.sampling.request import Prompt

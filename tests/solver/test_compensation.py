@@ -53,11 +53,13 @@ def test_compensation_is_exact_for_quadratics_in_time(ratio: float):
     times, ddim = [0.9, 0.7, 0.4, 0.2, 0.1], table("ddim").replace(compensation=(1.0, 1.0, ratio, 1.0))
     x, history = torch.zeros(1, 3, dtype=torch.float64), None
     for step in range(3):
-        law, history = propose(lambda _x, t: polynomial(t), x, step, times, Linear(), ddim, history, output="data")
+        distribution, history = propose(
+            lambda _x, t: polynomial(t), x, step, times, Linear(), ddim, history, output="data"
+        )
     moved = ratio * 0.4 + (1.0 - ratio) * 0.7
     assert torch.allclose(history.predictions[0], polynomial(moved), atol=1e-13)
     still = propose(lambda _x, _t: polynomial(moved), x, 0, times[2:], Linear(), table("ddim"), output="data")[0]
-    assert torch.allclose(law.value, still.value, atol=1e-13)
+    assert torch.allclose(distribution.value, still.value, atol=1e-13)
     planted = polynomial((1.0 - ratio) * 0.4 + ratio * 0.7)  # the ratio counted from the other end
     assert not torch.allclose(history.predictions[0], planted, atol=1e-3)
 
@@ -116,8 +118,8 @@ def test_no_step_that_is_fitted_is_worse_than_without(mixture: Callable):
             state, history = x, History()
             for place in range(step + 1):
                 solver = table("unipc-2").replace(compensation=ratios)
-                law, history = propose(model, state, place, times, Linear(), solver, history, **settings)
-                state = law.sample(Rng(0))
+                distribution, history = propose(model, state, place, times, Linear(), solver, history, **settings)
+                state = distribution.sample(Rng(0))
             if step < 5:
                 state = history.corrected(state, model(state, times[step + 1]))
             gaps.append(float((state - known[step + 1]).square().mean()))
@@ -147,12 +149,12 @@ def test_a_compensated_table_is_saved_and_refused_on_another_grid(tmp_path):
     mine = table("unipc-2").replace(name="mine", compensation=(1.0, 0.9, 1.1))
     mine.save(tmp_path / "solver.json")
     assert load(tmp_path / "solver.json") == mine
-    with pytest.raises(InputError, match="3 steps, but the grid has 4"):
+    with pytest.raises(InputError, match="must have 4 entries, one for each step of the grid, got 3"):
         sample(conditional, torch.zeros(1, 2), Linear(), grid.uniform(4, Linear()), mine, Rng(0), output="data")
     with pytest.raises(InputError, match="predict data"):
         Table("mine", predicts="velocity", compensation=(1.0,))
     with pytest.raises(InputError, match="draws noise"):
         compensation.fit(conditional, Linear(), (1.0, 0.0), table("ddpm"), [])
-    with pytest.raises(InputError, match="2 times"):
+    with pytest.raises(InputError, match="must have 2 states"):
         compensation.fit(conditional, Linear(), (1.0, 0.0), table("unipc-2"), [])
     assert integrate.COMPENSATED == 3

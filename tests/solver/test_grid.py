@@ -37,19 +37,19 @@ def test_grids_have_their_published_values():
 
 
 def test_a_grid_that_is_wrong_at_an_end_is_refused():
-    with pytest.raises(InputError, match=r"end at t = 0, without noise; this one ends at 0\.25, where sigma is 0\.25"):
+    with pytest.raises(InputError, match=r"must end at 0, without noise, got 0\.25 as the last, where sigma is 0\.25"):
         grid.check_grid([1.0, 0.5, 0.25], Linear())
-    with pytest.raises(InputError, match=r"start at noise; this one starts at t = 0\.901"):
+    with pytest.raises(InputError, match=r"start at noise, got 0\.901 as the first"):
         grid.leading(10, Linear())
-    with pytest.raises(InputError, match=r"step 1 goes from 0\.5 to 0\.5"):
+    with pytest.raises(InputError, match=r"got 0\.5 and then 0\.5 in step 1"):
         grid.check_grid([1.0, 0.5, 0.5, 0.0], Linear())
     with pytest.raises(InputError, match="start at noise"):
         grid.uniform(4, VarianceExploding(2.0))
-    with pytest.raises(InputError, match="up to 80"):
+    with pytest.raises(InputError, match="at most 80"):
         grid.karras(4, VarianceExploding(), largest=100.0)
-    with pytest.raises(InputError, match="not 0"):
+    with pytest.raises(InputError, match="steps must be at least 1, got 0"):
         grid.uniform(0, Cosine())
-    with pytest.raises(InputError, match="have to fall"):
+    with pytest.raises(InputError, match="times must fall"):
         grid.check_grid([math.nan, 0.0], Linear())
-    with pytest.raises(InputError, match="at least 2 steps"):
+    with pytest.raises(InputError, match="steps must be at least 2"):
         grid.karras(1, Linear())

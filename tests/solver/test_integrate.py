@@ -186,14 +186,14 @@ def test_a_fork_goes_on_as_the_original(mixture: Callable, name: str):
     times, model = grid.shifted(6, Linear()), mixture(Linear()).data
     x, history = Rng(4).normal(3, 2, dtype=torch.float64), None
     for step in range(3):
-        law, history = propose(model, x, step, times, Linear(), table(name), history, output="data")
-        x = law.sample(Rng(step))
+        distribution, history = propose(model, x, step, times, Linear(), table(name), history, output="data")
+        x = distribution.sample(Rng(step))
     index = torch.tensor([2, 0, 2])
-    law, _ = propose(model, x, 3, times, Linear(), table(name), history, output="data")
+    distribution, _ = propose(model, x, 3, times, Linear(), table(name), history, output="data")
     forked, _ = propose(model, x[index], 3, times, Linear(), table(name), history[index], output="data")
-    assert type(law) is type(forked)
-    assert type(law) is (Gaussian if table(name).stochastic else Point)
-    assert torch.equal(law[index].sample(Rng(0)), forked.sample(Rng(0)))
+    assert type(distribution) is type(forked)
+    assert type(distribution) is (Gaussian if table(name).stochastic else Point)
+    assert torch.equal(distribution[index].sample(Rng(0)), forked.sample(Rng(0)))
 
 
 def test_every_kind_of_output_gives_the_same_trajectory(mixture: Callable):
@@ -217,9 +217,9 @@ def test_a_window_draws_noise_only_inside_it(mixture: Callable):
 
 def test_bad_input_is_refused_in_one_sentence(mixture: Callable):
     x, on, euler = torch.ones(2, 2), Linear(), table("euler")
-    with pytest.raises(InputError, match="end it at 0"):
+    with pytest.raises(InputError, match="must end at 0"):
         sample(mixture(on).data, x, on, [1.0, 0.5], euler, Rng(0), output="data")
-    with pytest.raises(InputError, match=r"shape \(2,\) for states of \(2, 2\)"):
+    with pytest.raises(InputError, match=r"must return a prediction of its states' shape, \(2, 2\), got \(2,\)"):
         sample(lambda x, t: x[:, 0], x, on, [1.0, 0.0], euler, Rng(0))
     with pytest.raises(InputError, match="NaN"):
         sample(lambda x, t: x / 0, x, on, [1.0, 0.0], euler, Rng(0))
@@ -227,5 +227,5 @@ def test_bad_input_is_refused_in_one_sentence(mixture: Callable):
         sample(lambda x, t: x, x, path("ve"), [1.0, 0.0], table("sde-euler"), Rng(0))
     with pytest.raises(InputError, match="nothing of the data is left"):
         sample(lambda x, t: x, x, on, [1.0, 0.0], euler, Rng(0), output="noise")
-    with pytest.raises(InputError, match="have to fall"):
+    with pytest.raises(InputError, match="must fall"):
         sample(lambda x, t: x, x, on, [0.0, 1.0], euler, Rng(0))

@@ -1,4 +1,4 @@
-"""Stochastic solvers on Gaussian data: every step is affine, so the samples' law is exact, without Monte Carlo."""
+"""Stochastic solvers on Gaussian data: every step is affine, so the samples' moments are exact, without Monte Carlo."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Columns(Rng):
         return noise
 
 
-def law(solver: Table, times: tuple[float, ...], on: Path) -> tuple[float, float]:
+def moments(solver: Table, times: tuple[float, ...], on: Path) -> tuple[float, float]:
     """The exact mean and variance of the samples. Row 0 has no noise, row 1 the initial noise, row k + 1 draw k."""
     x = torch.zeros(len(times) + 2, 1, dtype=torch.float64)
     x[1] = on.sigma(times[0])
@@ -55,13 +55,13 @@ def law(solver: Table, times: tuple[float, ...], on: Path) -> tuple[float, float
 
 def order(solver: Table, on: Path, few: int, many: int) -> float:
     """The order at which the variance converges to that of the data."""
-    first, second = (abs(law(solver, grid.uniform(steps, on), on)[1] - VARIANCE) for steps in (few, many))
+    first, second = (abs(moments(solver, grid.uniform(steps, on), on)[1] - VARIANCE) for steps in (few, many))
     return math.log(first / second) / math.log(many / few)
 
 
 @pytest.mark.parametrize("name", ["ddim-eta", "ddpm", "sde-flow", "sde-dance", "sde-dpmpp-2m"])
 def test_stochastic_solvers_keep_the_marginal_in_the_limit(name: str):
-    few, many = (law(table(name), grid.uniform(steps, Linear()), Linear()) for steps in (200, 800))
+    few, many = (moments(table(name), grid.uniform(steps, Linear()), Linear()) for steps in (200, 800))
     for found, exact in zip(few, (MEAN, VARIANCE), strict=True):
         assert found == pytest.approx(exact, abs=0.02)
     for coarse, fine, exact in zip(few, many, (MEAN, VARIANCE), strict=True):
@@ -74,7 +74,7 @@ def test_the_ancestral_step_converges_at_order_one_on_every_path(name: str):
 
 
 def test_the_samples_of_ode_solvers_have_the_law_of_the_data_too():
-    found = law(table("dpmpp-2m"), grid.uniform(400, Linear()), Linear())
+    found = moments(table("dpmpp-2m"), grid.uniform(400, Linear()), Linear())
     assert found == pytest.approx((MEAN, VARIANCE), abs=1e-3)
 
 
@@ -86,7 +86,7 @@ def test_the_planted_extra_noise_is_seen(monkeypatch):
         return Coefficients(row.state, row.weights, 1.2 * row.noise, row.predicts)
 
     monkeypatch.setattr(integrate, "coefficients", planted)
-    assert law(table("ddpm"), grid.uniform(200, Linear()), Linear())[1] - VARIANCE > 0.05
+    assert moments(table("ddpm"), grid.uniform(200, Linear()), Linear())[1] - VARIANCE > 0.05
 
 
 def step_by_step(solver: Table, steps: int) -> float:
@@ -122,7 +122,7 @@ def test_the_first_published_flow_sde_step_has_too_much_variance_and_the_correct
 def test_flow_sde_in_stochastic_eulers_steps_misses_order_one_and_solved_exactly_has_it():
     """In step k the noise g^2 |dt| is a^2 / k on a uniform grid, so that Euler's error does not fall with 1 / n."""
     for name in ("sde-euler", "sde-euler-published"):
-        few, many = (law(table(name), grid.uniform(steps, Linear()), Linear())[1] for steps in (200, 800))
+        few, many = (moments(table(name), grid.uniform(steps, Linear()), Linear())[1] for steps in (200, 800))
         assert abs(many - VARIANCE) > 0.4 * abs(few - VARIANCE)
     assert order(table("sde-flow"), Linear(), 200, 800) == pytest.approx(1.0, abs=0.05)
 

@@ -67,8 +67,8 @@ def test_the_noise_that_made_a_state_is_the_gradient_of_its_log_density(t: float
     noise, data = Rng(0).normal(4, 2, 3, dtype=torch.float64), Rng(1).normal(4, 3, dtype=torch.float64)
     z = SPACE.noised(data, noise, t).requires_grad_()
     mean = SPACE.noised(data, torch.zeros_like(noise), t)
-    law = torch.distributions.MultivariateNormal(torch.zeros(2).double(), SPACE.covariance(t))
-    (gradient,) = torch.autograd.grad(law.log_prob((z - mean).transpose(1, 2)).sum(), z)
+    distribution = torch.distributions.MultivariateNormal(torch.zeros(2).double(), SPACE.covariance(t))
+    (gradient,) = torch.autograd.grad(distribution.log_prob((z - mean).transpose(1, 2)).sum(), z)
     assert torch.allclose(gradient, SPACE.score(noise, t), rtol=1e-9)
 
 
@@ -170,9 +170,9 @@ def test_the_reverse_sde_keeps_the_marginal_at_order_one():
         times = between(steps)
         sigma = space.covariance(times[0], VARIANCE)
         for time, target in itertools.pairwise(times):
-            law = reverse(space, exact(space), basis, time, target)
-            matrix = (law.mean[1:, :, 0] - law.mean[0, :, 0]).T
-            sigma = matrix @ sigma @ matrix.T + law.standard_deviation.flatten().square().diag()
+            distribution = reverse(space, exact(space), basis, time, target)
+            matrix = (distribution.mean[1:, :, 0] - distribution.mean[0, :, 0]).T
+            sigma = matrix @ sigma @ matrix.T + distribution.standard_deviation.flatten().square().diag()
         errors.append(float((sigma - space.covariance(END, VARIANCE)).abs().max()))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.2)
 

@@ -75,11 +75,11 @@ def test_a_fork_of_a_mixed_schedule_goes_on_as_the_original(mixture: Callable):
     model, x, past = mixture(ON).data, Rng(4).normal(3, 2, dtype=torch.float64), None
     index = torch.tensor([2, 0, 2])
     for step in range(5):
-        law, following = mixed.propose(model, x, step, ON, past, output="data")
+        distribution, following = mixed.propose(model, x, step, ON, past, output="data")
         if past is not None:
             forked, _ = mixed.propose(model, x[index], step, ON, past[index], output="data")
-            assert torch.equal(law[index].sample(Rng(0)), forked.sample(Rng(0)))
-        x, past = law.sample(Rng(step)), following
+            assert torch.equal(distribution[index].sample(Rng(0)), forked.sample(Rng(0)))
+        x, past = distribution.sample(Rng(step)), following
 
 
 def test_a_saved_schedule_comes_back_and_a_wrong_one_is_refused(tmp_path):
@@ -87,9 +87,9 @@ def test_a_saved_schedule_comes_back_and_a_wrong_one_is_refused(tmp_path):
     mine.save(tmp_path / "mine.json")
     assert load_schedule(tmp_path / "mine.json") == mine
     assert "heun" in str(mine)
-    with pytest.raises(InputError, match="2 steps and needs a table for each, not 1"):
+    with pytest.raises(InputError, match="must be 2, one for each step, got 1"):
         Schedule("mine", (1.0, 0.5, 0.0), (table("heun"),))
-    with pytest.raises(InputError, match="have to fall"):
+    with pytest.raises(InputError, match="must fall"):
         Schedule("mine", (0.0, 1.0), (table("heun"),))
     for text in ("[]", "{", json.dumps({"name": "x", "times": [1, 0]})):
         (tmp_path / "wrong.json").write_text(text)

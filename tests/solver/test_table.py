@@ -21,17 +21,17 @@ def test_a_saved_table_comes_back(name: str, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"order": 5}, "order is between"),
+        ({"order": 5}, "order must be 1 to 4"),
         ({"inner": 0.5}, "order 2"),
         ({"corrector": True, "predicts": "noise"}, "corrector"),
         ({"predicts": "noise", "weights": "half"}, "predict data"),
         ({"noise": "flow", "level": 0.7}, "velocity"),
         ({"noise": "eta", "level": 1.5}, "at most 1"),
-        ({"noise": "eta", "level": 0.0}, "level above 0"),
-        ({"level": 0.5}, "level above 0"),
+        ({"noise": "eta", "level": 0.0}, "level must be above 0 with noise"),
+        ({"level": 0.5}, "level must be above 0 with noise"),
         ({"predicts": "velocity", "noise": "tau", "level": 1.0}, "predicting data"),
         ({"order": 2, "inner": 0.5, "noise": "eta", "level": 1.0}, "draws no noise"),
-        ({"window": (0.5, 0.1)}, "ends before"),
+        ({"window": (0.5, 0.1)}, "window must begin before"),
         ({"weights": "hallf"}, "did you mean 'half'"),
     ],
 )

@@ -18,7 +18,8 @@ from stepwell.planning.branches import Branches
 from stepwell.planning.groups import Groups
 from stepwell.planning.windows import Tail, Windows
 from stepwell.process.exact.table import markov
-from stepwell.process.flow.process import Flow, flow
+from stepwell.process.flow.build import flow
+from stepwell.process.flow.process import Flow
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
@@ -318,16 +319,16 @@ def test_a_guided_run_learns_and_its_policy_is_the_unguided_one(tmp_path):
 def test_what_cannot_be_guided_is_refused_in_words():
     with pytest.raises(MissingAbility, match="data_prediction"):
         RewardGuide().proposal(markov(), judge)
-    with pytest.raises(InputError, match="beta is 0"):
+    with pytest.raises(InputError, match=r"RewardGuide\.beta must be a number above 0, got 0\.0"):
         RewardGuide(beta=0.0)
-    with pytest.raises(InputError, match="scale is -0"):
+    with pytest.raises(InputError, match=r"RewardGuide\.scale must be a number, 0 or more, or None, got -0\.1"):
         RewardGuide(scale=-0.1)
     with pytest.raises(RewardError, match="not differentiable"):
         drawn(small(), RewardGuide(), reward=lambda completions: [1.0] * len(completions))
-    request = Request(Prompt(0, None), 1, proposal=lambda law, state, prompts: law)
-    with pytest.raises(InputError, match="cannot be guided too"):
+    request = Request(Prompt(0, None), 1, proposal=lambda step, state, prompts: step)
+    with pytest.raises(InputError, match=r"Request\.proposal must be left out where a guide makes it \(prompt 0\)"):
         RewardGuide().applied([request], small(), judge)
-    with pytest.raises(InputError, match="importance weights cannot be branched"):
+    with pytest.raises(InputError, match="importance weights cannot be gone through again"):
         drawn(small(), RewardGuide(), planner=Windows(1, 3, steps=3, width=3, same_noise=True), reward=closeness)
 
 
@@ -339,10 +340,12 @@ def test_rows_that_branch_off_deterministic_trunks_can_be_guided():
     torch.testing.assert_close((plain - rows.log_prob).sum(1), rows.weight, rtol=0, atol=1e-12)
 
 
-def test_requests_with_other_laws_are_guided_by_what_they_predict_and_drawn_side_by_side_where_alike():
+def test_requests_with_other_samplers_are_guided_by_their_predictions():
+    """They are drawn side by side where the samplers are alike."""
     process = gaussian()
-    laws = [None, {"tail": (2, "ddim", 1)}, None, {"tail": (2, "ddim", 1)}]
-    requests = RewardGuide().applied([Request(Prompt(0, None), 1, sampler=law) for law in laws], process, judge)
+    samplers = [None, {"tail": (2, "ddim", 1)}, None, {"tail": (2, "ddim", 1)}]
+    requests = [Request(Prompt(0, None), 1, sampler=sampler) for sampler in samplers]
+    requests = RewardGuide().applied(requests, process, judge)
     assert requests[0].proposal is requests[2].proposal
     assert requests[1].proposal is requests[3].proposal
     assert requests[0].proposal is not requests[1].proposal

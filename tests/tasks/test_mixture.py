@@ -25,16 +25,10 @@ from stepwell.rng import Rng
 from stepwell.sampling.request import Prompt, Request
 from stepwell.sampling.rollout import rollout
 from stepwell.solver.path import Linear
-from stepwell.tasks.mixture import (
-    SETTINGS,
-    SHOWN,
-    CorrectedVelocity,
-    Problem,
-    _levels,
-    mixture,
-    mixture_problem,
-    show,
-)
+from stepwell.tasks.mixture import mixture
+from stepwell.tasks.mixture.picture import SHOWN, _levels
+from stepwell.tasks.mixture.problem import CorrectedVelocity, MixtureProblem, mixture_problem
+from stepwell.tasks.mixture.task import SETTINGS, show
 from stepwell.tasks.registry import get_task
 from stepwell.training.loop import train
 from stepwell.training.settings import Settings
@@ -103,8 +97,8 @@ def test_the_description_states_the_optimum():
 def test_perfect_samples_measure_as_perfect_and_hacked_ones_as_far_off():
     """Points at the target have the highest reward of all, and are far from the optimum: the distance must say so."""
     count, repeats = 500, 40
-    floor, error = sampling_floor(PROBLEM.optimum.law, count, Rng(1), repeats=repeats)
-    best = PROBLEM.optimum.law.sample(count, Rng(2))
+    floor, error = sampling_floor(PROBLEM.optimum.distribution, count, Rng(1), repeats=repeats)
+    best = PROBLEM.optimum.distribution.sample(count, Rng(2))
     hacked = torch.tensor([1.7, 0.7]).expand(count, 2)
     assert PROBLEM.floor(count) == pytest.approx(floor, abs=4 * 2**0.5 * error)
     assert PROBLEM.distance([], best) < floor + 4 * error * repeats**0.5 < PROBLEM.distance([], hacked)
@@ -137,7 +131,7 @@ def test_the_levels_of_a_gaussian_are_those_of_the_chi_square():
 
 def test_the_picture_has_a_panel_for_the_start_each_method_and_perfection_with_a_stroke_for_each_sample():
     start = list(PROBLEM.start.sample(SHOWN + 50, Rng(0)))
-    ends = {"grpo": list(PROBLEM.optimum.law.sample(200, Rng(1))), "a & b": start[:30]}
+    ends = {"grpo": list(PROBLEM.optimum.distribution.sample(200, Rng(1))), "a & b": start[:30]}
     figure = mixture().figure
     assert figure is not None
     drawn = figure(start, ends)
@@ -170,6 +164,6 @@ def test_options_are_checked():
 
 
 def test_the_optimum_has_most_of_its_weight_near_the_target():
-    best: Problem = mixture_problem(beta=0.3)
-    assert float(best.optimum.law.weights.max()) > 0.9
-    assert math.dist(best.optimum.law.mean.tolist(), (1.7, 0.7)) < 0.5
+    best: MixtureProblem = mixture_problem(beta=0.3)
+    assert float(best.optimum.distribution.weights.max()) > 0.9
+    assert math.dist(best.optimum.distribution.mean.tolist(), (1.7, 0.7)) < 0.5

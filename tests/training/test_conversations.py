@@ -1,4 +1,4 @@
-"""A conversation resumes with the very environment it was begun with, bit for bit, and with no other."""
+"""A conversation resumes bit for bit with the environment it was started with, and with no other."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ import torch
 import stepwell as sw
 from stepwell.cli import main
 from stepwell.errors import CheckpointError
+from stepwell.process.conversation.build import conversation
 from stepwell.process.conversation.environment import origin
-from stepwell.training import resume as saved
+from stepwell.process.conversation.process import Conversation
 
 DESK = '''"""What the model talks to."""
 
@@ -107,26 +108,30 @@ def test_a_conversation_resumes_bit_for_bit_at_every_update(bench: Bench, method
 
 
 @pytest.mark.parametrize(
-    ("change", "words", "environment"),
+    ("change", "words", "environment", "difference"),
     [
-        ("0.1", (), "desk.py:Desk"),
-        ("", (), "desk.py:Other"),
-        ("", (), "desk.py:make"),
-        ("", (), None),
-        ("", ("--max-turns", "4"), "desk.py:Desk"),
-        ("", ("--turn-role", "user"), "desk.py:Desk"),
-        ("", ("--turn-stop", "a"), "desk.py:Desk"),
+        ("0.1", (), "desk.py:Desk", "its code has changed"),
+        ("", (), "desk.py:Other", 'environment was "Desk", now "Other"'),
+        ("", (), "desk.py:make", 'environment was "Desk", now "make"'),
+        ("", (), None, 'environment was "Desk", now null'),
+        ("", ("--max-turns", "4"), "desk.py:Desk", "max turns was 3, now 4"),
+        ("", ("--turn-role", "user"), "desk.py:Desk", 'role was "system", now "user"'),
+        ("", ("--turn-stop", "a"), "desk.py:Desk", 'stop was ["a", "b", "f"], now ["a"]'),
     ],
     ids=["edited file", "another class", "a function", "none", "turns", "role", "stop"],
 )
-def test_another_environment_is_refused(bench: Bench, change: str, words: Any, environment: str | None) -> None:
-    assert main(bench.words(*TURNS, "--steps", "1")) == 0
+def test_another_environment_is_refused(
+    bench: Bench, change: str, words: Any, environment: str | None, difference: str
+) -> None:
+    reward = ("--reward", "exact_match")
+    assert main(bench.words(*TURNS, *reward, "--steps", "1")) == 0
     before = {path: path.read_bytes() for path in (bench.folder / "run").rglob("*") if path.is_file()}
     if change:
         (bench.folder / "desk.py").write_text(DESK.replace(change, "0.2"))
-    given = TURNS if environment else ("--reward", "exact_match")
-    line = bench.refused(*bench.words(*given, *words, "--resume", environment=environment))
-    assert "is of another environment; resume with the environment (its file, turns, role and stop)" in line
+    given = (*TURNS, *words) if environment else ()
+    line = bench.refused(*bench.words(*given, *reward, "--resume", environment=environment))
+    assert "is of another process (" in line
+    assert difference in line
     assert {path: path.read_bytes() for path in (bench.folder / "run").rglob("*") if path.is_file()} == before
 
 
@@ -172,7 +177,7 @@ FACTORIES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", FACTORIES)
-def test_the_words_of_a_factory_are_the_same_in_every_process(kind: str) -> None:
+def test_the_words_of_a_factory_are_the_same_in_every_run(kind: str) -> None:
     make, words = FACTORIES[kind]
     name, digest = origin(make)
     assert name == words
@@ -200,24 +205,21 @@ def test_of_a_program_only_the_environment_s_own_lines_count(tmp_path: Path) -> 
 
 def talk(small_language: Callable[..., Any], out: Path, make: Any = Desk, resume: bool = False, **settings: Any) -> Any:
     model = small_language("gpt2", max_new_tokens=16)
-    process = model.turns(make, stop=["a", "b"]) if make else model
+    process = conversation(model, make, stop=["a", "b"]) if make else model
     given = {"steps": 2, "prompts_per_step": 2, "group_size": 2, "learning_rate": 1e-3} | settings
     reward = sw.environment_return if make else lambda completions, **columns: [0.5 * len(t) for t in completions]
     return sw.train(process, ["a b", "c"], reward, out=out, resume=resume, **given)
 
 
 @pytest.mark.parametrize("make", [None, Desk], ids=["no environment", "an environment"])
-def test_a_checkpoint_from_before_there_were_entries_fits_what_has_no_environment(
+def test_a_checkpoint_without_an_environment_fits_only_a_run_without(
     small_language: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any
 ) -> None:
-    now = saved.fingerprint
     with monkeypatch.context() as patched:
-        patched.setattr(
-            saved, "fingerprint", lambda trainer: {k: v for k, v in now(trainer).items() if k != "environment"}
-        )
+        patched.setattr(Conversation, "describe", lambda self: self.language.describe())
         talk(small_language, tmp_path / "run", make, steps=1)
     if make:
-        with pytest.raises(CheckpointError, match="is of another environment; resume with"):
+        with pytest.raises(CheckpointError, match=r'is of another process .*environment was null, now "Desk"'):
             talk(small_language, tmp_path / "run", make, resume=True)
         return
     again = talk(small_language, tmp_path / "run", make, resume=True)
@@ -226,7 +228,7 @@ def test_a_checkpoint_from_before_there_were_entries_fits_what_has_no_environmen
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_a_run_from_python_says_what_it_talks_to_and_resumes(
+def test_a_run_from_python_names_its_environment_and_resumes(
     small_language: Callable[..., Any], tmp_path: Path
 ) -> None:
     for make in (Desk, lambda: Desk(1.0)):

@@ -23,6 +23,7 @@ from stepwell.reward.mixing import Rewards
 from stepwell.training import checkpoint
 from stepwell.training.loop import Trainer
 from stepwell.training.settings import Settings
+from stepwell.training.state import begin
 
 PROMPTS = [{"prompt": i} for i in range(6)]
 
@@ -58,7 +59,7 @@ def test_micro_batches_change_memory_and_nothing_else(method):
 def trainer(recipe=None, **given):
     settings = Settings(**{"steps": 2, "prompts_per_step": 6, "group_size": 4, "learning_rate": 0.1, **given})
     recipe = recipe or methods.get("grpo").recipe()
-    return Trainer(model(), recipe, load_prompts(PROMPTS), Rewards(long), settings)
+    return Trainer(begin(model(), recipe, load_prompts(PROMPTS), Rewards(long), settings))
 
 
 def test_minibatches_cover_every_row_once_an_epoch_and_hold_whole_groups():
@@ -77,7 +78,7 @@ def test_minibatches_cover_every_row_once_an_epoch_and_hold_whole_groups():
 
 
 def test_more_minibatches_than_prompts_are_refused():
-    with pytest.raises(InputError, match="There are 7 minibatches for 6 prompts a step"):
+    with pytest.raises(InputError, match=r"Settings\.minibatches must be at most the 6 prompts of a step, got 7"):
         trainer(minibatches=7)
 
 
@@ -145,7 +146,7 @@ def test_the_planner_learns_what_its_rows_earned_but_the_recipe_does_not_change(
     recipe = Recipe(Policy(), planner)
     made = trainer(recipe)
     made.run(_NoLog())
-    assert len(made.planner.rates) == 6
+    assert len(made.state.planner.rates) == 6
     assert planner.rates == {}
 
 
@@ -158,9 +159,9 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     made = trainer()
     made.collect()
     made.at.targets["0"]["advantage"][0] = float("inf")
-    before = made.process.logits.detach().clone()
+    before = made.state.given.logits.detach().clone()
     made.update()
-    assert torch.equal(made.process.logits, before)
+    assert torch.equal(made.state.given.logits, before)
     assert not torch.isfinite(torch.tensor(made.at.metrics["gradient_norm"]))
 
 
@@ -192,28 +193,43 @@ def test_an_unknown_setting_names_the_nearest():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"steps": None}, "needs steps or a budget"),
-        ({"learning_rate": 0.0}, "learning rate is 0.0"),
-        ({"group_size": 0}, "'group_size' is 0"),
-        ({"schedule": "cosin"}, "'schedule' is 'cosin'"),
+        ({"steps": None}, "Settings.steps must be a number where there is no budget, got None"),
+        ({"steps": -1}, "Settings.steps must be a whole number, 0 or more, or None, got -1"),
+        ({"learning_rate": 0.0}, "Settings.learning_rate must be a finite number above 0, got 0.0"),
+        ({"learning_rate": float("nan")}, "Settings.learning_rate must be a finite number above 0, got nan"),
+        ({"weight_decay": -0.1}, "Settings.weight_decay must be a finite number, 0 or more, got -0.1"),
+        ({"max_gradient_norm": 0.0}, "Settings.max_gradient_norm must be a number above 0, got 0.0"),
+        ({"group_size": 0}, "Settings.group_size must be a whole number, at least 1, or None, got 0"),
+        ({"schedule": "cosin"}, "Settings.schedule must be one of constant, cosine, linear; got 'cosin', did you mean"),
         ({"budget": "60 potatoes"}, "is no budget"),
-        ({"budget": 60}, "'budget' is 60; text such as 60s"),
-        ({"steps": "3"}, "'steps' is '3'; a whole number is right"),
-        ({"group_size": 2.5}, "'group_size' is 2.5; a whole number is right"),
-        ({"seed": None}, "'seed' is None"),
-        ({"learning_rate": "1e-3"}, "'learning_rate' is '1e-3'; a number is right"),
-        ({"trackers": "tensorboard"}, "'trackers' is 'tensorboard'; a list of names is right"),
+        ({"budget": 60}, "Settings.budget must be text such as 60s, or a Budget, got 60"),
+        ({"steps": "3"}, "Settings.steps must be a whole number, 0 or more, or None, got '3'"),
+        ({"group_size": 2.5}, "Settings.group_size must be a whole number, at least 1, or None, got 2.5"),
+        ({"keep": True}, "Settings.keep must be a whole number, at least 1, got True"),
+        ({"seed": None}, "Settings.seed must be a whole number of 64 bits, got None"),
+        ({"seed": 2**64}, "Settings.seed must be a whole number of 64 bits, got 18446744073709551616"),
+        ({"learning_rate": "1e-3"}, "Settings.learning_rate must be a finite number above 0, got '1e-3'"),
+        ({"trackers": "tensorboard"}, "Settings.trackers must be a list of names, got 'tensorboard'"),
         ({"method": 3}, "the id of one or a Recipe, not a int"),
         ({"method": Recipe(Policy(GroupCredit("mean"))), "options": {"clip": 0.1}}, "a recipe has them already"),
-        ({"method": Recipe(Policy(GroupCredit("mean"))), "group_size": 1}, "GroupCredit compares the samples"),
-        ({"process": "path/to/a/model"}, "What is trained is a process"),
+        (
+            {"method": Recipe(Policy(GroupCredit("mean"))), "group_size": 1},
+            "Settings.group_size must be at least 2 for GroupCredit, which compares the samples of a prompt, got 1",
+        ),
+        ({"process": "path/to/a/model"}, "must be a process, such as language"),
         ({"evaluation": PROMPTS}, "Evaluation needs both"),
         ({"evaluate_every": 1}, "Evaluation needs both"),
     ],
 )
 def test_a_wrong_argument_is_one_clear_sentence(given, said):
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError) as caught:
         train(**given)
+    assert said in str(caught.value)
+
+
+def test_a_gradient_may_be_left_as_long_as_it_is():
+    assert Settings(max_gradient_norm=float("inf")).max_gradient_norm == float("inf")
+    assert Settings(seed=-(2**63)).seed == -(2**63)
 
 
 @pytest.mark.parametrize("reward", ["my.py:reward", None, 3])

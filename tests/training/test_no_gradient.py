@@ -1,4 +1,4 @@
-"""Updates in which no process has a gradient: a rollout without a trained step goes by, in several processes too."""
+"""Updates in which no rank has a gradient: a rollout without a trained step goes by, on several ranks too."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from stepwell.training.distribute import World
 
 
 class Alike(World):
-    """Two processes that hold the same."""
+    """Two ranks that hold the same."""
 
     def gather(self, value: Any) -> list[Any]:
         return [value] * self.size
 
 
-def test_processes_without_any_gradient_have_none_to_add_up():
+def test_ranks_without_any_gradient_have_none_to_add_up():
     parameter = torch.nn.Parameter(torch.zeros(3))
     Alike(0, 2).sum_gradients([parameter])
     assert parameter.grad is None

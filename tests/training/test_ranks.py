@@ -1,4 +1,4 @@
-"""Two processes make the gradients, and the runs, of one."""
+"""Two ranks make the gradients, and the runs, of one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SCRIPT = textwrap.dedent(
     for name in methods.names()[int(sys.argv[2]) :: 4]:
         card = methods.get(name)
         recipe = card.recipe()
-        process, rows = bench(recipe, card.room)
-        whole = gradient(process, recipe, rows)
-        parameters = [p for p in process.module.parameters() if p.requires_grad]
+        models, rows = bench(recipe, card.processes[0])
+        whole = gradient(models, recipe, rows)
+        parameters = [p for p in models.policy.module.parameters() if p.requires_grad]
         groups = rows.prompt.unique()
         mine = torch.isin(rows.prompt, groups[world.rank :: world.size]).nonzero()[:, 0]
-        alone = gradient(process, recipe, rows, [mine])
+        alone = gradient(models, recipe, rows, [mine])
         world.sum_gradients(parameters)
         found = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in parameters])
         worst[name] = [float((found - whole).abs().max()), float((alone - whole).abs().max())]
@@ -57,17 +57,17 @@ TRAIN = textwrap.dedent(
 
 
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2, 3))])
-def test_two_processes_sum_to_the_gradient_of_one_for_every_method(launch, part, tmp_path):
+def test_two_ranks_sum_to_the_gradient_of_one_for_every_method(launch, part, tmp_path):
     launch(SCRIPT, str(tmp_path / "found.json"), str(part))
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["size"] == 2
     for name, (together, alone) in found["worst"].items():
         assert together < 1e-9, name
-        assert alone > 1e-6, f"{name}: one process by itself cannot have the whole gradient"
+        assert alone > 1e-6, f"{name}: one rank by itself cannot have the whole gradient"
 
 
 @pytest.mark.parametrize("method", ["dapo", "ppo"])
-def test_two_processes_train_in_step_and_leave_one_record(method, launch, tmp_path):
+def test_two_ranks_train_in_step_and_leave_one_record(method, launch, tmp_path):
     launch(TRAIN, str(tmp_path), method)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first == second
@@ -82,6 +82,6 @@ FAILS = TRAIN.replace(
 )
 
 
-def test_a_reward_that_fails_in_one_process_ends_both(launch, tmp_path):
+def test_a_reward_that_fails_on_one_rank_ends_both(launch, tmp_path):
     with pytest.raises(AssertionError, match=r"RewardError: Reward 'long' raised ValueError \(the judge is out\)"):
         launch(FAILS, str(tmp_path), "grpo")

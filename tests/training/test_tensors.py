@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from stepwell.batch import Read
 from stepwell.errors import CheckpointError
 from stepwell.figures import pictures
 from stepwell.objective.policy import Policy
 from stepwell.planning.groups import Groups
 from stepwell.process.base import Samples
-from stepwell.process.flow.process import flow
+from stepwell.process.flow.build import flow
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.mixing import Rewards
 from stepwell.sampling.request import Prompt
@@ -25,7 +26,7 @@ from stepwell.training.log import RunLog, read_lines
 from stepwell.training.loop import train
 from stepwell.training.settings import Settings
 
-LAW = {"solver": "sde-flow", "steps": 4}
+SAMPLER = {"solver": "sde-flow", "steps": 4}
 
 
 class Net(nn.Module):
@@ -52,7 +53,7 @@ def bright(completions):
 
 @pytest.fixture
 def recipe():
-    return Recipe(Policy(), Groups(2, 4), epochs=2, minibatches=2, sampler=LAW)
+    return Recipe(Policy(), Groups(2, 4), epochs=2, minibatches=2, sampler=SAMPLER)
 
 
 def run(out, recipe, shape=(2,), resume=False, steps=3, evaluation=None, given=None, **settings):
@@ -119,12 +120,12 @@ def test_planted_mistake_samples_of_another_rollout_are_seen(recipe, tmp_path, m
 
 
 class Drawing(Policy):
-    """A policy gradient whose loss also reads what it drew for each row, and what the reference says there."""
+    """A policy gradient whose loss also reads points that it drew for each row, and the reference there."""
 
-    reads = frozenset({"reference_forward"})
+    reads = frozenset({Read("reference", "forward")})
     needs = frozenset({"forward"})
 
-    def draw(self, rows, process, rng):
+    def draw(self, rows, models, rng):
         count, shape = len(rows), rows.action.shape[2:]
         return {"time": rng.uniform(count, 2).float(), "noise": rng.normal(count, 2, *shape).float()}
 
@@ -136,7 +137,8 @@ class Drawing(Policy):
 
 
 def test_points_and_the_reference_survive_a_checkpoint_in_the_middle_of_a_rollout(tmp_path):
-    drawing = Recipe(Drawing(), Groups(2, 4), epochs=2, minibatches=2, sampler=LAW, reference="synced", sync_every=1)
+    settings = {"epochs": 2, "minibatches": 2, "sampler": SAMPLER, "reference": "synced", "sync_every": 1}
+    drawing = Recipe(Drawing(), Groups(2, 4), **settings)
     whole = run(tmp_path / "whole", drawing, steps=2)
     assert whole.history[-1]["distance"] > 0
     for name in ("update-00000002", "update-00000005", "update-00000007"):
@@ -151,21 +153,21 @@ def test_points_and_the_reference_survive_a_checkpoint_in_the_middle_of_a_rollou
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("changed", "said"),
     [
-        {"given": {"guidance": 1.0, "path": "trigonometric"}},
-        {"given": {"predicts": "data"}},
-        {"given": {"solver": "dpmpp-2m"}},  # evaluation would differ
-        {"law": {"solver": "sde-flow", "steps": 4, "level": 0.3}},
-        {"law": {"solver": "sde-flow", "steps": 5}},
+        ({"given": {"guidance": 1.0, "path": "trigonometric"}}, "path was"),
+        ({"given": {"predicts": "data"}}, 'predicts was "velocity", now "data"'),
+        ({"given": {"solver": "dpmpp-2m"}}, "solver was"),  # evaluation would differ
+        ({"sampler": {"solver": "sde-flow", "steps": 4, "level": 0.3}}, "solver was"),
+        ({"sampler": {"solver": "sde-flow", "steps": 5}}, "times was"),
     ],
 )
-def test_another_law_is_refused_and_the_same_one_is_not(changed, recipe, tmp_path):
+def test_another_sampler_is_refused_and_the_same_one_is_not(changed, said, recipe, tmp_path):
     run(tmp_path, recipe, steps=1)
     run(tmp_path, recipe, steps=2, resume=True)
-    other = Recipe(Policy(), Groups(2, 4), epochs=2, minibatches=2, sampler=changed.get("law", LAW))
+    other = Recipe(Policy(), Groups(2, 4), epochs=2, minibatches=2, sampler=changed.get("sampler", SAMPLER))
     given = process(**changed.get("given", {}))
-    with pytest.raises(CheckpointError, match="of another sampling law; resume with the solver, times"):
+    with pytest.raises(CheckpointError, match=rf"of another process \(.*{said}.*; resume with the process it was"):
         run(tmp_path, other, steps=3, resume=True, given=given)
 
 

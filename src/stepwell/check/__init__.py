@@ -1,4 +1,4 @@
-"""The oracles, public: exact laws of programs, the laws every process and every method must obey."""
+"""Checks that anybody can run: exact laws of programs, and the laws of processes, surrogates and methods."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ _HOME = {
     "outcomes": "replay",
     "unbiased": "replay",
     "process": "processes.check",
+    "surrogate": "surrogates",
 }
 
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are loaded when they are first asked for, so that no part pays for the oracles it never uses."""
+    """A public name, imported when it is first asked for, so that nobody pays for oracles that are not used."""
     if name not in _HOME:
         raise AttributeError(f"stepwell.check has no '{name}'; it has {', '.join(sorted(_HOME))}.")
     return getattr(importlib.import_module(f"stepwell.check.{_HOME[name]}"), name)

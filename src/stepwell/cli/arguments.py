@@ -1,4 +1,4 @@
-"""From words on a command line to a command's dataclass, with one clear sentence for whatever is wrong in them."""
+"""From words on a command line to a command's dataclass, with one clear sentence for any mistake in them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ import tyro
 from stepwell.errors import InputError, UnknownName
 
 C = TypeVar("C")
+_WORDS = {"INT": "a whole number", "FLOAT": "a number", "INT ...": "whole numbers", "FLOAT ...": "numbers"}
+"""The values of an argument in words, by its metavar."""
 
 
 def parse(words: Sequence[str], commands: Mapping[str, type[C]], program: str, about: str) -> C:
     """The command (a dataclass) that the first word names, with the rest as its arguments.
 
-    `--help` prints and raises SystemExit. Raises `InputError` for words that make no sense.
+    `--help` prints and raises SystemExit. Raises `InputError` for unknown words and for values that do not fit.
     """
     first, rest = words[0], list(words[1:])
     if first in commands:
         settings: tuple[Any, ...] = (tyro.conf.FlagCreatePairsOff,)
         if not {"-h", "--help"} & set(rest):
-            settings += (tyro.conf.HelptextFromCommentsOff,)  # reading the comments takes longer than all else
+            settings += (tyro.conf.HelptextFromCommentsOff,)  # reading the comments takes longer than anything else
         with _one_sentence(f"{program} {first}", argument_names(commands[first])):
             return tyro.cli(commands[first], prog=f"{program} {first}", args=rest, config=settings)
     if first not in ("-h", "--help"):
@@ -38,7 +40,7 @@ def parse(words: Sequence[str], commands: Mapping[str, type[C]], program: str, a
 
 
 def argument_names(command: type) -> list[str]:
-    """The names of a command's arguments, those of a group of them (a dataclass in its place) included."""
+    """The names of a command's arguments, with those of its groups (dataclasses among the fields)."""
     names: list[str] = []
     for entry in fields(command):
         group = entry.default_factory
@@ -48,7 +50,7 @@ def argument_names(command: type) -> list[str]:
 
 @contextmanager
 def _one_sentence(program: str, known: Sequence[str]) -> Iterator[None]:
-    """Have tyro raise an InputError of one sentence instead of drawing a box, in versions that can be told so."""
+    """Have tyro raise an `InputError` of one sentence instead of drawing a box, in versions that offer a hook."""
     on_parse_error = getattr(getattr(tyro, "_errors", None), "on_parse_error", None)
 
     def refuse(event: Any) -> None:
@@ -59,7 +61,7 @@ def _one_sentence(program: str, known: Sequence[str]) -> Iterator[None]:
 
 
 def _refusal(event: Any, program: str, known: Sequence[str]) -> InputError:
-    """One sentence for whatever tyro found wrong; the kinds of its events may grow."""
+    """One sentence for a mistake that tyro found; its later versions may have further kinds of events."""
     mend = f"see `{program} --help`."
     argument = getattr(event, "argument", None)
     name = "an argument" if argument is None else argument.lowered.name_or_flags[0]
@@ -69,14 +71,19 @@ def _refusal(event: Any, program: str, known: Sequence[str]) -> InputError:
         return UnknownName("argument", flags[0], [f"--{field.replace('_', '-')}" for field in known])
     missing = [entry.arg for entry in getattr(event, "missing_arguments", ())]
     if missing:
-        needed = [each.display_name() if each.is_positional() else each.lowered.name_or_flags[0] for each in missing]
+        needed = [each.lowered.metavar if each.is_positional() else each.lowered.name_or_flags[0] for each in missing]
         return InputError(f"`{program}` needs {' and '.join(needed)}; {mend}")
     if unknown:
         return InputError(f"`{program}` does not know what to do with '{unknown[0]}'; {mend}")
     if hasattr(event, "choices"):
-        return InputError(f"{name} is '{event.value}'; {', '.join(event.choices)} are right.")
+        choices = ", ".join(sorted(choice for choice in event.choices if choice != "None"))
+        return InputError(f"{name} must be one of {choices}, got '{event.value}'.")
     if hasattr(event, "reason"):
-        return InputError(f"{name} has too few values; {mend}")
-    said = str(getattr(event, "message", "it cannot be read")).strip().splitlines()[-1]
-    said = re.sub(r"^[- ]*(<class '\w+'>: )?", "", said)
-    return InputError(f"{name} has a value that does not fit ({said}); {mend}")
+        return InputError(f"{name} must be followed by a value; {mend}")
+    reason = str(getattr(event, "message", "it cannot be read")).strip().splitlines()[-1]
+    reason = re.sub(r"^[- ]*(<class '\w+'>: )?", "", reason)
+    right = None if argument is None else _WORDS.get(str(argument.lowered.metavar))
+    value = re.search(r"'([^']*)'\]?$", reason)
+    if right and value:
+        return InputError(f"{name} must be {right}, got '{value[1]}'.")
+    return InputError(f"{name} has a value that does not fit ({reason}); {mend}")

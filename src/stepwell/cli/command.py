@@ -1,4 +1,4 @@
-"""What all commands have in common: plugins, the folder that is written to, and errors in a user's own file."""
+"""Parts of every command: plugins, the folder that is written to, and errors in a user's own file."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from stepwell.errors import InputError, StepwellError
 
 Appended = tyro.conf.UseAppendAction[tuple[str, ...]]
+"""An argument that may be given several times."""
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+"""An argument without a value."""
 
 
 @dataclass(kw_only=True)
 class Command:
-    """What every command understands."""
+    """The arguments of every command."""
 
     plugin: Appended = ()  # a Python file of your own that registers methods or tasks
-    traceback: bool = False  # show where in the code an error was raised, instead of one line
+    traceback: Flag = False  # show where in the code an error was raised, instead of one line
 
     def run(self) -> None:
-        """Carry the command out; raises StepwellError for what the user can mend."""
+        """Carry the command out; raises `StepwellError` for a mistake that the user can mend."""
         raise NotImplementedError
 
     def load_plugins(self) -> None:
-        """Run the user's files, after Stepwell's own methods are there: who takes a name of theirs is told so."""
+        """Run the user's files, after Stepwell's own methods are registered, so that a name taken twice is an error."""
         if self.plugin:
             from stepwell import methods
 
@@ -39,24 +43,24 @@ class Command:
 
 
 def named(out: str) -> str:
-    """The place to write to; an empty name, as of a shell's variable that is not set, is not the present folder."""
+    """The place to write to; raises `InputError` for an empty name, such as a shell's variable that is not set."""
     if not out.strip():
-        raise InputError("--out is empty; name a folder or a file, or leave it out.")
+        raise InputError("--out must name a folder or a file, got an empty name.")
     return out
 
 
 def unused(folder: Path) -> Path:
     """The folder itself, or with the first number behind it that is free."""
-    number, found = 1, folder
-    while found.exists():
+    number, free = 1, folder
+    while free.exists():
         number += 1
-        found = folder.with_name(f"{folder.name}-{number}")
-    return found
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
 
 
 @contextmanager
 def removed_if_empty(out: str | None) -> Iterator[None]:
-    """A folder that was made for a run which then could not begin does not stay, nor do those made around it."""
+    """Remove the folder of a run that could not begin, and the folders around it, where they were made for it."""
     made = [] if out is None else [place for place in (Path(out), *Path(out).parents) if not place.exists()]
     try:
         yield
@@ -69,7 +73,7 @@ def removed_if_empty(out: str | None) -> Iterator[None]:
 
 @contextmanager
 def in_own_file(address: str | None) -> Iterator[None]:
-    """What a user's own file raises is one sentence that names its line; anything else is passed on as it is."""
+    """Turn an error in a user's own file into one sentence that names its line; other errors pass unchanged."""
     place = (address or "").rpartition(":")[0]
     try:
         yield
@@ -80,5 +84,5 @@ def in_own_file(address: str | None) -> Iterator[None]:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
         if not place or not lines:
             raise
-        said = " ".join(str(error).split()).rstrip(".")
-        raise InputError(f"{place} failed at line {lines[-1]}: {type(error).__name__}: {said}.") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"{place} failed at line {lines[-1]}: {type(error).__name__}: {reason}.") from error

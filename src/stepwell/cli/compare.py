@@ -1,31 +1,37 @@
-"""The commands that hold methods against each other and against the truth: `stepwell compare`, `report`, `check`."""
+"""The commands that compare methods and check them: `stepwell compare`, `report` and `check`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-from stepwell.cli.command import Appended, Command, named, removed_if_empty, unused
+from stepwell.cli.command import Appended, Command, Flag, named, removed_if_empty, unused
+from stepwell.cli.processes.options import File
 from stepwell.errors import StepwellError
 from stepwell.recipe.options import options_from
+
+TaskName = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="TASK")]]
+Folders = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="FOLDER ...", help_behavior_hint="")]]
+Ids = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="ID ...", help_behavior_hint="")]]
 
 
 @dataclass(kw_only=True)
 class Compare(Command):
     """Run methods side by side on a task, from the same start and at equal cost."""
 
-    task: tyro.conf.Positional[str]  # see `stepwell tasks`
-    methods: str  # ids with commas between them, with options as in grpo,gspo:low=1e-3,high=2e-3
+    task: TaskName  # the name of a task, see `stepwell tasks`
+    methods: str  # ids with commas between them, and options as in grpo,gspo:low=1e-3,high=2e-3
     budget: str = "60s"  # what each run may spend: 60s, 5m, 200-steps, 2M-tokens, ...
-    seeds: int = 3  # runs of each method; the same seeds for all
+    seeds: int = 3  # runs of each method, with the same seeds for all methods
     set: Appended = ()  # an option of the task, as name=value
     setting: Appended = ()  # a setting of `stepwell train` to use instead of the task's, as name=value
     evaluation_samples: int = 8  # samples for each held-out prompt
-    keep_runs: bool = False  # keep each run's log and model
-    out: str | None = None  # the folder for results and page; a new one below runs/ unless given
-    progress: bool = True  # show how it goes
+    keep_runs: Flag = False  # keep each run's log and model
+    out: File = None  # the folder for the results and their page; a new one below runs/ unless given
+    progress: Flag = True  # do not show the progress
 
     def run(self) -> None:
         self.load_plugins()
@@ -35,7 +41,7 @@ class Compare(Command):
 
         out = Path(named(self.out)) if self.out is not None else unused(Path("runs") / f"compare-{self.task}")
         with removed_if_empty(str(out)):
-            found = compare(
+            result = compare(
                 self.task,
                 self.methods,
                 budget=self.budget,
@@ -47,22 +53,22 @@ class Compare(Command):
                 keep_runs=self.keep_runs,
                 progress=self.progress,
             )
-        print_comparison(found)
-        if not found.complete:
-            label, error = next(iter(found.errors.items()))
+        print_comparison(result)
+        if not result.complete:
+            label, error = next(iter(result.errors.items()))
             raise StepwellError(f"Every method failed; the first, {label}, at {error}")
-        print(f"The page is {write_report(found, out / 'report.html')}.")
-        if found.errors:
-            failed = "; ".join(f"{label} at {error}" for label, error in found.errors.items())
+        print(f"The page is {write_report(result, out / 'report.html')}.")
+        if result.errors:
+            failed = "; ".join(f"{label} at {error}" for label, error in result.errors.items())
             raise StepwellError(f"Some methods failed: {failed}")
 
 
 @dataclass(kw_only=True)
-class Report(Command):
-    """Draw runs into one self-contained page."""
+class ReportRuns(Command):
+    """Draw the curves of runs, or a comparison, on one self-contained page."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]  # folders of runs, or of one comparison
-    out: str = "report.html"  # the page
+    runs: Folders  # the folders of runs, or of one comparison
+    out: str = "report.html"  # the file of the page
 
     def run(self) -> None:
         self.load_plugins()
@@ -73,9 +79,9 @@ class Report(Command):
 
 @dataclass(kw_only=True)
 class Check(Command):
-    """Hold methods to their laws and to the exact answers their cards name; all methods unless some are given."""
+    """Check methods against their laws and the exact answers on their cards; all methods unless some are given."""
 
-    methods: tyro.conf.Positional[tuple[str, ...]] = ()  # ids
+    methods: Ids = ()  # the ids of methods
 
     def run(self) -> None:
         self.load_plugins()

@@ -1,4 +1,4 @@
-"""The commands that list and print what there is: `stepwell methods`, `solvers` and `tasks`."""
+"""The commands that list and print methods, solvers and tasks: `stepwell methods`, `solvers` and `tasks`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from stepwell.cli.command import Command, named
 from stepwell.errors import InputError
 
 if TYPE_CHECKING:
-    from stepwell.recipe.card import Card
     from stepwell.solver.table import Table
 
 
@@ -22,25 +21,24 @@ class Methods(Command):
 
     id: tyro.conf.Positional[str | None] = None  # the method whose card is printed
     json: bool = False  # print JSON: a list of cards, or the one card
-    search: str = ""  # list only methods whose card holds all these words
+    search: str = ""  # list only methods whose id, title, paper or card holds all these words
 
     def run(self) -> None:
         self.load_plugins()
-        from stepwell import methods
-        from stepwell.cli.printing import print_card, print_json, print_table
+        from stepwell.cli.printing import print_card, print_json, print_methods
+        from stepwell.methods import catalogue
 
         if self.id is not None:
-            card = methods.get(self.id)
+            card = catalogue.get(self.id)
             print_json(card.as_dict()) if self.json else print_card(card)
             return
-        cards = [card for card in map(methods.get, methods.names()) if _found(self.search, card)]
+        cards = catalogue.search(self.search)
         if self.json:
             print_json([card.as_dict() for card in cards])
         elif not cards:
             raise InputError(f"No method's card holds '{self.search}'; `stepwell methods` lists them all.")
         else:
-            rows = [(card.id, card.title, str(card.year or ""), card.differs) for card in cards]
-            print_table(("id", "title", "year", "what differs"), rows)
+            print_methods(cards)
 
 
 @dataclass(kw_only=True)
@@ -54,7 +52,7 @@ class Solvers(Command):
     def run(self) -> None:
         self.load_plugins()
         from stepwell.cli.printing import print_json, print_solver, print_table
-        from stepwell.cli.processes import solver_from
+        from stepwell.cli.processes.solver import solver_from
         from stepwell.solver.table import TABLES
         from stepwell.writing import json_text, write_whole
 
@@ -94,12 +92,7 @@ class Tasks(Command):
         from stepwell.cli.printing import print_table
         from stepwell.tasks.registry import tasks
 
-        print_table(("task", "what is learnt"), [(entry.name, entry.summary) for entry in tasks()])
-
-
-def _found(words: str, card: Card) -> bool:
-    text = " ".join((card.id, card.title, card.paper, card.arxiv, *card.processes, card.differs)).casefold()
-    return all(word in text for word in words.casefold().split())
+        print_table(("task", "what is learnt"), [(entry.name, entry.summary) for entry in tasks()], wrap=True)
 
 
 def _noise(table: Table) -> str:

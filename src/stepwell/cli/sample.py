@@ -5,38 +5,52 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from stepwell.cli import processes
 from stepwell.cli.command import Appended, Command, in_own_file, named, removed_if_empty, unused
-from stepwell.cli.processes import FlowOptions, Kind
+from stepwell.cli.processes.base import Kind, kind_called, kind_of, refuse_unused
+from stepwell.cli.processes.options import File, LoadingOptions, Text, WeightsOptions, Whole
+from stepwell.cli.processes.own import FunctionOptions
+from stepwell.cli.processes.pipeline import ImageOptions
+from stepwell.cli.processes.solver import SolverOptions
 from stepwell.errors import InputError
 from stepwell.recipe.options import options_from, value_from
+
+if TYPE_CHECKING:
+    from stepwell.process.abilities import Denoising
+    from stepwell.tasks.registry import Task
+
+Format = Annotated[
+    Literal["png", "npy", "safetensors", "json"] | None,
+    tyro.conf.arg(metavar="{png,npy,safetensors,json}", help_behavior_hint=""),
+]
 
 
 @dataclass(kw_only=True)
 class Sample(Command):
     """Draw samples from a flow or a diffusion model, with any solver."""
 
-    pipeline: str | None = None  # a folder or hub id of a text-to-image pipeline of diffusers
-    model: str | None = None  # your own: my.py:velocity with its --shape, or my.py:make_process
-    task: str | None = None  # or what a task starts from, see `stepwell tasks`
+    pipeline: File = None  # a text-to-image pipeline of diffusers: a folder or a hub id
+    model: Text = None  # your own: my.py:velocity with its --shape, or my.py:make_process
+    task: Text = None  # the start of a task, see `stepwell tasks`
     set: Appended = ()  # an option of the task, as name=value
-    lora: str | None = None  # a folder with an adapter for the pipeline, such as a run's
-    prompt: Appended = ()  # what to draw; repeat it for several
-    data: str | None = None  # prompts from a file instead: .jsonl, .json, .csv, .parquet or a folder of `datasets`
+    lora: File = None  # a folder with an adapter for the pipeline, such as a run's
+    prompt: Appended = ()  # a prompt to draw samples of
+    data: File = None  # prompts from a file instead: .jsonl, .json, .csv, .parquet or a folder of `datasets`
     prompt_column: str = "prompt"  # the column of the data that holds the prompts
-    samples: int = 4  # for each prompt
-    steps: int | None = None  # of the solver
-    seed: int = 0  # decides every number
-    rows_at_once: int | None = None  # less memory; other random numbers, from the same law
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # what a pipeline's parameters are held in
-    device: str | None = None  # of a pipeline: cpu, cuda, ...; the accelerator, if there is one, unless given
-    format: Literal["png", "npy", "safetensors", "json"] | None = None  # png for images, else npy, unless given
-    out: str | None = None  # the folder for the samples; a new one below runs/ unless given
-    flow: tyro.conf.OmitArgPrefixes[FlowOptions] = field(default_factory=FlowOptions)
+    samples: int = 4  # samples for each prompt
+    steps: Whole = None  # steps of the solver; the model's own number unless given
+    seed: int = 0  # decides every random number
+    rows_at_once: Whole = None  # use less memory; other random numbers, the same distribution
+    format: Format = None  # the format of the files; png for images and npy for anything else unless given
+    out: File = None  # the folder for the samples; a new one below runs/ unless given
+    solver: tyro.conf.OmitArgPrefixes[SolverOptions] = field(default_factory=SolverOptions)
+    image: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
+    loading: tyro.conf.OmitArgPrefixes[LoadingOptions] = field(default_factory=LoadingOptions)
+    function: tyro.conf.OmitArgPrefixes[FunctionOptions] = field(default_factory=FunctionOptions)
+    start: tyro.conf.OmitArgPrefixes[WeightsOptions] = field(default_factory=WeightsOptions)
 
     def run(self) -> None:
         self.load_plugins()
@@ -44,77 +58,84 @@ class Sample(Command):
         from stepwell.data.prompts import load_prompts
         from stepwell.sampling import export
 
-        kind = self._kind()
-        processes.refuse_unused(self, kind)
-        law = self.flow.law(self.steps)
-        api.check_amounts(self.samples, self.seed, self.rows_at_once)
-        if self.set and kind != "task":
-            raise InputError("--set is an option of a task; name one with --task, or leave it out.")
+        kind, model = self._named()
+        refuse_unused(self, kind)
+        self.sampler_settings()  # raises before anything is loaded
+        api.check_count("--samples", self.samples)
+        api.check_count("--rows-at-once", self.rows_at_once)
+        api.check_seed("--seed", self.seed)
+        if self.set and self.task is None:
+            raise InputError("--set needs --task: it sets an option of a task.")
         if self.prompt and self.data is not None:
-            raise InputError("Prompts come from --prompt or from --data, not from both.")
-        prompts: Any = [word if kind == "pipeline" else value_from(word) for word in self.prompt] or None
+            raise InputError("--prompt and --data must not be given together: both are the prompts.")
+        prompts: Any = [word if kind.name == "pipeline" else value_from(word) for word in self.prompt] or None
         if self.data is not None:
             prompts = [row.value for row in load_prompts(self.data, self.prompt_column, anything=True)]
         out = Path(named(self.out)) if self.out is not None else unused(Path("runs") / "sample")
-        with removed_if_empty(str(out)), in_own_file(self.model if kind == "own" else None):
+        with removed_if_empty(str(out)), in_own_file(self.model):
             export.check_place(out)
-            process = self._process(kind, law)
+            process = self._flow(kind, model)
             prompts = self._prompts(process, prompts)
             begin = time.monotonic()
             drawn = api.sample(process, prompts, self.samples, seed=self.seed, rows_at_once=self.rows_at_once)
             seconds = time.monotonic() - begin
-            about = self._about(process, kind)
+            about = {"model": model} | self._about(process)
             files = drawn.save(out, self.format, **about)
         self._print(drawn, about, seconds)
         print(f"{self._written(files)} in {out}.")
 
-    def _kind(self) -> Kind:
-        """Which of --pipeline, --model and --task says what is drawn from."""
-        given = [name for name in ("pipeline", "model", "task") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise InputError("Name what to draw from with one of --pipeline, --model and --task.")
-        if given[0] == "model" and processes.kind_of(self.model or "") == "language":
-            raise InputError(f"--model is '{self.model}', which is no flow; my.py:NAME or --pipeline FOLDER is right.")
-        if given[0] == "model":
-            return processes.kind_of(self.model or "")
-        return "pipeline" if given[0] == "pipeline" else "task"
+    def sampler_settings(self) -> dict[str, Any]:
+        """The settings of the flow's sampler that were given."""
+        return self.solver.settings(self.steps)
 
-    def _process(self, kind: Kind, law: dict[str, Any]) -> Any:
-        from stepwell.process.flow.process import Flow
+    def built_task(self) -> Task:
+        """The task that --task names."""
+        from stepwell.tasks.registry import get_task
 
-        if kind == "pipeline":
-            processes.quieten_transformers()
-            return processes.pipeline_process(self.pipeline or self.model or "", self, law, lora=self.lora)
-        if kind == "own":
-            process = processes.own_process(self.model or "", self.flow, law)
-        else:
-            from stepwell.tasks.registry import get_task
+        return get_task(self.task or "", **options_from(self.set))
 
-            self._task = get_task(self.task or "", **options_from(self.set))
-            process = processes.ready(self._task.process(), self.flow, law)
-        if not isinstance(process, Flow):
-            raise InputError(f"`stepwell sample` draws from flows; this is a {type(process).__name__}.")
+    def _named(self) -> tuple[Kind, str]:
+        """The kind of model, and its name: the value of --pipeline, --model or --task."""
+        models = {name: getattr(self, name) for name in ("pipeline", "model", "task")}
+        models = {name: value for name, value in models.items() if value is not None}
+        if len(models) != 1:
+            words = " and ".join(f"--{name}" for name in models) or "none of them"
+            raise InputError(f"Exactly one of --pipeline, --model and --task must be given, got {words}.")
+        ((name, model),) = models.items()
+        if name != "model":
+            return kind_called(name), model
+        kind = kind_of(model)
+        if kind.process not in ("flow", None):
+            raise InputError(f"--model must be a flow, as my.py:NAME or the folder of a pipeline, got '{model}'.")
+        return kind, model
+
+    def _flow(self, kind: Kind, model: str) -> Any:
+        """The process to draw from; raises `InputError` for one that is not a flow."""
+        from stepwell.process.abilities import Denoising
+
+        process = kind.build(model, self, self.lora)
+        if not isinstance(process, Denoising):
+            raise InputError(f"`stepwell sample` draws from flows, got a {type(process).__name__} from '{model}'.")
         return process
 
-    def _prompts(self, process: Any, given: list[Any] | None) -> list[Any]:
-        """What was asked for; else every prompt that a task is judged on, or none where the flow is told none."""
+    def _prompts(self, process: Denoising, prompts: list[Any] | None) -> list[Any]:
+        """The prompts given, else the task's evaluation prompts, else [None] for an unconditional flow."""
         if process.encode is None:
-            if given:
-                raise InputError("This flow is told no prompt; leave --prompt and --data out.")
+            if prompts:
+                raise InputError("--prompt and --data must be left out: this flow is unconditional.")
             return [None]
-        if given:
-            return given
+        if prompts:
+            return prompts
         if self.task is None:
-            raise InputError("There is nothing to draw; give --prompt, once for each, or --data FILE.")
-        return list({repr(prompt.value): prompt.value for prompt in self._task.evaluation}.values())
+            raise InputError("--prompt or --data must be given: this flow is conditioned on prompts.")
+        return list({repr(prompt.value): prompt.value for prompt in self.built_task().evaluation}.values())
 
-    def _about(self, process: Any, kind: Kind) -> dict[str, Any]:
-        """What samples.json says of how they were drawn."""
-        law = process.sampler
-        names = list(dict.fromkeys(table.name for table in law.tables))
-        model = {"pipeline": self.pipeline or self.model, "own": self.model}.get(kind, self.task)
-        about = {"model": model, "solver": ", ".join(names), "steps": len(law.tables), "times": list(law.times)}
-        return about | {"guidance": law.guidance, "seed": self.seed}
+    def _about(self, process: Denoising) -> dict[str, Any]:
+        """The sampler in samples.json."""
+        sampler = process.sampler
+        names = ", ".join(dict.fromkeys(table.name for table in sampler.tables))
+        about = {"solver": names, "steps": len(sampler.tables), "times": list(sampler.times)}
+        return about | {"guidance": sampler.guidance, "seed": self.seed}
 
     def _print(self, drawn: Any, about: dict[str, Any], seconds: float) -> None:
         from stepwell.cli.printing import print_table

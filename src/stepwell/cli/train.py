@@ -3,77 +3,95 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from stepwell.cli import processes
-from stepwell.cli.command import Appended, Command, in_own_file, named, removed_if_empty
-from stepwell.cli.processes import FlowOptions, Kind
+from stepwell.cli.command import Appended, Command, Flag, in_own_file, named, removed_if_empty
+from stepwell.cli.processes.base import Kind, given, kind_of, refuse_unused
+from stepwell.cli.processes.language import ConversationOptions, LanguageOptions
+from stepwell.cli.processes.options import AdapterOptions, File, LoadingOptions, Numbers, Text, WeightsOptions, Whole
+from stepwell.cli.processes.own import FunctionOptions
+from stepwell.cli.processes.pipeline import ImageOptions
+from stepwell.cli.processes.solver import SolverOptions
 from stepwell.errors import InputError
 from stepwell.recipe.options import options_from
+
+if TYPE_CHECKING:
+    from stepwell.process.base import Process
+    from stepwell.recipe.recipe import Recipe
+    from stepwell.training.loop import Run
+
+Trackers = Annotated[
+    tuple[Literal["tensorboard", "wandb", "trackio"], ...],
+    tyro.conf.arg(metavar="{tensorboard,wandb,trackio} ...", help_behavior_hint=""),
+]
+
+
+@dataclass(kw_only=True)
+class TrainingOptions:
+    """The length, the sizes and the optimiser of the run (`stepwell.training.settings`)."""
+
+    steps: Whole = None  # rollouts to make; 100 unless given, or with --budget as many as it allows
+    budget: Text = None  # when to stop: 60s, 5m, 1h, 2M-tokens, 50k-reward-calls, ...
+    seed: int = 0  # decides every random number of the run
+    learning_rate: float = 1e-6  # of AdamW
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # of the learning rate, after the warmup
+    warmup: int = 0  # updates over which the learning rate rises
+    weight_decay: float = 0.0  # of AdamW
+    max_gradient_norm: float = 1.0  # larger gradients are scaled down to this norm
+    prompts_per_step: Whole = None  # prompts of a rollout; the method's own number unless given
+    group_size: Whole = None  # samples for each prompt; the method's own number unless given
+    epochs: Whole = None  # passes over a rollout; the method's own number unless given
+    minibatches: Whole = None  # updates in a pass; the method's own number unless given
+    tokens_per_microbatch: Whole = None  # use less memory in updates; the results are the same
+    rows_at_once: Whole = None  # use less memory in rollouts; other random numbers, the same distribution
+    precision: Literal["fp32", "bf16"] = "fp32"  # the number format that the network computes in
+    shuffle: Flag = True  # take the prompts in the order of the data, not in a random one
+    evaluate_every: int = 0  # steps between evaluations; 0 for none
+    evaluation_samples: int = 1  # samples for each prompt of an evaluation
+    checkpoint_every: int = 0  # updates between checkpoints; 0 for one at the end only
+    keep: int = 2  # the number of checkpoints that are kept, the newest
+    completions_logged: int = 4  # completions written to the log in each step
+    trackers: Trackers = ()  # where metrics are sent as well
+    progress: Flag = True  # do not show the progress of the run
+
+
+@dataclass(kw_only=True)
+class TrainedSolverOptions(SolverOptions):
+    """The sampler of a flow or a pipeline, where the method does not choose its own."""
+
+    solver_steps: Whole = None  # the steps in which a sample is drawn
 
 
 @dataclass(kw_only=True)
 class Train(Command):
     """Train a language model, a flow or a diffusion model from rewards, with any method."""
 
-    model: str  # a causal language model or a pipeline of diffusers, or your own as my.py:NAME
+    model: str  # a causal language model, a pipeline of diffusers (a folder or a hub id), or your own as my.py:NAME
     data: str  # prompts: .jsonl, .json, .csv, .parquet or a folder of `datasets`
     reward: Appended = ()  # my.py:function, exact_match, numeric, math_equal or regular_expression:PATTERN
-    reward_weights: tuple[float, ...] = ()  # one a reward; all 1 unless given
-    method: str = "grpo"  # see `stepwell methods`
+    reward_weights: Numbers = ()  # one for each reward; all 1 unless given
+    method: str = "grpo"  # the id of a method, see `stepwell methods`
     set: Appended = ()  # an option of the method, as name=value
-    out: str | None = None  # the folder for log, checkpoints and the trained model
-    resume: bool = False  # go on from the newest checkpoint in the folder
+    teacher: File = None  # the model to learn from, named like --model; for methods that distil
+    out: File = None  # the folder for the log, checkpoints and the trained model
+    resume: Flag = False  # continue from the newest checkpoint in the folder
     prompt_column: str = "prompt"  # the column of the data that holds the prompts
-    evaluation: str | None = None  # prompts to evaluate on, see --evaluate-every
-    # a language model and how it samples
-    temperature: float = 1.0  # the temperature tokens are drawn at, and scored at
-    top_k: int = 0  # draw only from this many most probable tokens; 0 for all
-    top_p: float = 1.0  # draw only from the fewest tokens that have this probability
-    min_p: float = 0.0  # draw only from tokens at least this probable, relative to the most probable
-    max_new_tokens: int = 256  # the length at which a completion is cut
-    system: str | None = None  # a system message for chats that have none
-    environment: str | None = None  # what it talks to: my.py:Desk, whose objects have gymnasium's reset and step
-    max_turns: int | None = None  # turns after which a conversation is cut; 8 unless given
-    turn_role: str | None = None  # the role of what the environment says in a chat; user unless given
-    turn_stop: tuple[str, ...] = ()  # texts that end the model's turn, besides its end token
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # what the parameters are held in
-    device: str | None = None  # cpu, cuda, ...; the accelerator, if there is one, unless given
-    compile: bool = False  # compile the model's norms and perceptrons; updates take less memory
-    lora: bool = False  # train a LoRA adapter of rank 8 instead of the whole model
-    lora_rank: int | None = None  # train a LoRA adapter of this rank
-    lora_alpha: int | None = None  # its scale; twice the rank unless given
-    lora_targets: tuple[str, ...] = ()  # the layers that get it; peft's choice for the model unless given
-    # how the run is carried out: the fields of train/settings.py
-    steps: int | None = None  # rollouts to make; 100, or until the budget is spent
-    budget: str | None = None  # when to stop: 60s, 5m, 1h, 2M-tokens, 50k-reward-calls, ...
-    seed: int = 0  # decides every number of the run
-    learning_rate: float = 1e-6  # of AdamW
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # of the learning rate, after the warmup
-    warmup: int = 0  # updates over which the learning rate rises
-    weight_decay: float = 0.0  # of AdamW
-    max_gradient_norm: float = 1.0  # larger gradients are scaled down to it
-    prompts_per_step: int | None = None  # prompts of a rollout; the method's own number unless given
-    group_size: int | None = None  # samples for each prompt; likewise
-    epochs: int | None = None  # passes over a rollout; likewise
-    minibatches: int | None = None  # updates a pass; likewise
-    tokens_per_microbatch: int | None = None  # less memory in updates, and no other effect
-    rows_at_once: int | None = None  # less memory in rollouts; other random numbers, from the same law
-    precision: Literal["fp32", "bf16"] = "fp32"  # what the network computes in
-    shuffle: bool = True  # draw the prompts in random order
-    evaluate_every: int = 0  # steps between evaluations; 0 for none
-    evaluation_samples: int = 1  # samples for each prompt of an evaluation
-    checkpoint_every: int = 0  # updates between checkpoints; 0 for one at the end only
-    keep: int = 2  # checkpoints that are kept
-    completions_logged: int = 4  # completions written to the log, a step
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # where to send metrics as well
-    progress: bool = True  # show how the run goes
-    solver_steps: int | None = None  # of a flow: the steps a sample is drawn in, where the method does not say
-    flow: tyro.conf.OmitArgPrefixes[FlowOptions] = field(default_factory=FlowOptions)
+    evaluation: File = None  # prompts to evaluate on, with --evaluate-every
+    training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(default_factory=TrainingOptions)
+    loading: tyro.conf.OmitArgPrefixes[LoadingOptions] = field(default_factory=LoadingOptions)
+    adapter: tyro.conf.OmitArgPrefixes[AdapterOptions] = field(default_factory=AdapterOptions)
+    language: tyro.conf.OmitArgPrefixes[LanguageOptions] = field(default_factory=LanguageOptions)
+    conversation: tyro.conf.OmitArgPrefixes[ConversationOptions] = field(default_factory=ConversationOptions)
+    solver: tyro.conf.OmitArgPrefixes[TrainedSolverOptions] = field(default_factory=TrainedSolverOptions)
+    image: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
+    function: tyro.conf.OmitArgPrefixes[FunctionOptions] = field(default_factory=FunctionOptions)
+    start: tyro.conf.OmitArgPrefixes[WeightsOptions] = field(default_factory=WeightsOptions)
 
     def run(self) -> None:
         self.load_plugins()
@@ -85,40 +103,38 @@ class Train(Command):
         from stepwell.training import loop
         from stepwell.training import resume as saved
         from stepwell.training.distribute import World
-        from stepwell.training.settings import Settings
 
         if ":" in self.method:
             name, _, option = self.method.partition(":")
             raise InputError(
-                f"--method is '{self.method}'; options have their own argument, --method {name} --set {option}."
+                f"--method must be an id, got '{self.method}'; set options by --method {name} --set {option}."
             )
         card, options = catalogue.get(self.method), options_from(self.set)
         recipe = card.recipe(**options)
-        kind = processes.kind_of(self.model)
-        if kind == "language" and "flow" in card.processes and not Path(self.model).exists():
-            kind = "pipeline"  # an id of the hub does not say what it is of
-        catalogue.check_kind(card, {"language": "language", "pipeline": "flow"}.get(kind))
-        processes.refuse_unused(self, kind)
-        law = self.flow.law(self.solver_steps)
-        given = {entry.name: getattr(self, entry.name) for entry in fields(Settings)}
-        settings = api.settings_from(**{name: value for name, value in given.items() if value is not None})
-        anything = kind != "language"
+        kind = kind_of(self.model, card.processes)
+        catalogue.check_kind(card, kind.process)
+        refuse_unused(self, kind)
+        self.sampler_settings()  # raises before anything is loaded
+        self._check_teacher(card.id, recipe, kind)
+        chosen = {name: value for name, value in vars(self.training).items() if value is not None}
+        settings = api.settings_from(**chosen)
+        anything = kind.process != "language"
         prompts = load_prompts(self.data, self.prompt_column, anything=anything)
         evaluation = None
         if self.evaluation is not None:
             evaluation = load_prompts(self.evaluation, self.prompt_column, anything=anything)
         if bool(settings.evaluate_every) != (evaluation is not None):
-            raise InputError("Evaluation needs both --evaluation (what on) and --evaluate-every (how often).")
-        make_environment = None if self.environment is None else processes.environment_from(self.environment)
-        if self.turn_role is not None and not any(is_chat(prompt.value) for prompt in [*prompts, *(evaluation or [])]):
-            raise InputError("--turn-role is the role of a chat's messages, and no prompt is a chat; leave it out.")
+            raise InputError("--evaluation and --evaluate-every must be given together: prompts, and steps between.")
+        chats = any(is_chat(prompt.value) for prompt in [*prompts, *(evaluation or [])])
+        if self.conversation.turn_role is not None and not chats:
+            raise InputError("--turn-role must be left out: no prompt is a chat.")
         rewards = Rewards([reward_named(address) for address in self._rewards()], self.reward_weights or None)
         config = {"method": card.id, "options": options, "card": card.as_dict()} | self._described(kind)
         if self.out is not None and Path(named(self.out)).resolve() == Path(self.model).resolve():
-            raise InputError(f"--out is the folder of the model, '{self.model}', which would be lost; choose another.")
-        with removed_if_empty(self.out), in_own_file(self.model if kind == "own" else None):
+            raise InputError(f"--out must not be the model's own folder, '{self.model}', which would be overwritten.")
+        with removed_if_empty(self.out), self._own_files():
             saved.prepare(self.out, self.resume)
-            process = self._process(kind, law, make_environment)
+            process = kind.build(self.model, self, self.adapter.settings())
             catalogue.check_kind(card, process.kind)
             api.check_prompts(process, prompts, self.data)
             api.check_prompts(process, evaluation or [], self.evaluation or "")
@@ -132,64 +148,69 @@ class Train(Command):
                 evaluation=evaluation,
                 resume=self.resume,
                 config=config,
+                teacher=None if self.teacher is None else self._built_teacher(kind),
             )
-        if not World.join().is_main:
+        if World.join().is_main:
+            self._print(run, card.id)
+
+    def sampler_settings(self) -> dict[str, Any]:
+        """The settings of a flow's sampler that were given."""
+        return self.solver.settings(self.solver.solver_steps)
+
+    def _check_teacher(self, method: str, recipe: Recipe, kind: Kind) -> None:
+        """Raise `InputError` for a teacher that is missing, is not read, or is another kind of model."""
+        learns_from = any(read.of == "teacher" for read in recipe.whole.reads)
+        if self.teacher is None:
+            if learns_from:
+                raise InputError(f"--teacher must be given for method '{method}': it is the model to learn from.")
             return
+        if not learns_from:
+            raise InputError(f"--teacher must be left out for method '{method}', which learns from no other model.")
+        other = kind_of(self.teacher, [kind.process] if kind.process else [])
+        if other is not kind:
+            raise InputError(f"--teacher must be {kind.called}, as --model is, got {other.called}.")
+
+    def _built_teacher(self, kind: Kind) -> Process:
+        """The teacher, drawing from its whole distribution: a cut one has no probability for much of the model's."""
+        from dataclasses import replace
+
+        whole = replace(self.language, top_k=0, top_p=1.0, min_p=0.0, compile=False)
+        command = replace(self, language=whole, start=WeightsOptions())
+        return kind.build(self.teacher or "", command).frozen()
+
+    def _print(self, run: Run, method: str) -> None:
         if run.history:
             first, last = run.history[0]["reward"], run.history[-1]["reward"]
-            print(f"{run.steps} steps of {card.id}: the mean reward went from {first:.3g} to {last:.3g}.")
+            print(f"{run.steps} steps of {method}: the mean reward went from {first:.3g} to {last:.3g}.")
         if run.out is not None:
             print(f"The trained model and the log are in {run.out}; `stepwell report {run.out}` draws the curves.")
 
+    @contextmanager
+    def _own_files(self) -> Iterator[None]:
+        """Name the line of a user's own file that raises, the model's or the teacher's."""
+        with in_own_file(self.model), in_own_file(self.teacher):
+            yield
+
     def _rewards(self) -> tuple[str, ...]:
-        """The rewards that were named, or else what the environment pays."""
+        """The rewards that were named, else the one that the environment pays."""
         paid = "environment_return"
-        if self.environment is None and paid in self.reward:
-            raise InputError(f"The reward '{paid}' is what an environment pays; name one with --environment.")
-        if self.environment is None and not self.reward:
-            raise InputError("There is nothing to learn from; give --reward my.py:function, or see its --help.")
+        if self.conversation.environment is None and paid in self.reward:
+            raise InputError(f"--reward {paid} needs --environment: it is the reward that an environment pays.")
+        if self.conversation.environment is None and not self.reward:
+            raise InputError("--reward must be given, such as my.py:function; see `stepwell train --help` for others.")
         return self.reward or (paid,)
 
-    def _process(self, kind: Kind, law: dict[str, Any], make_environment: Any = None) -> Any:
-        """The process that is trained, as it is drawn from while it is evaluated."""
-        if kind == "own":
-            return processes.own_process(self.model, self.flow, law)
-        processes.quieten_transformers()
-        if kind == "pipeline":
-            return processes.pipeline_process(self.model, self, law, lora=self._lora())
-        from stepwell.process.language.process import language
-
-        given = {name: getattr(self, name) for name in (*processes.SAMPLING, "dtype", "device", "system", "compile")}
-        model = language(self.model, lora=self._lora(), **given)
-        if make_environment is None:
-            return model
-        talk = {name: getattr(self, argument) for argument, name in processes.TURNS.items()}
-        return model.turns(make_environment, **{name: value for name, value in talk.items() if value not in (None, ())})
-
     def _described(self, kind: Kind) -> dict[str, Any]:
-        """What run.json says of the arguments: all of a language model's sampling, of a flow's what was given."""
-        about = {name: getattr(self, name) for name in ("model", "data", "reward_weights", "dtype")}
-        about["reward"] = self._rewards()
-        if kind == "language":
-            talk = {"environment": self.environment} if self.environment is not None else {}
-            return about | {name: getattr(self, name) for name in (*processes.SAMPLING, "compile")} | talk
-        given = {**vars(self), **vars(self.flow)}
-        return about | {name: given[name] for name in sorted(processes.USED[kind] & given.keys()) if given[name]}
-
-    def _lora(self) -> dict[str, Any] | None:
-        rank = 8 if self.lora and self.lora_rank is None else self.lora_rank  # peft's own default
-        if rank is None:
-            if self.lora_alpha is not None or self.lora_targets:
-                raise InputError("A LoRA adapter needs its rank; add --lora-rank, or --lora for 8.")
-            return None
-        alpha = 2 * rank if self.lora_alpha is None else self.lora_alpha
-        targets = {"target_modules": list(self.lora_targets)} if self.lora_targets else {}
-        return {"r": rank, "lora_alpha": alpha, **targets}
+        """The arguments in run.json: model, data and rewards, and those that this kind of model uses."""
+        about = {name: getattr(self, name) for name in ("model", "data", "reward_weights")}
+        about |= {"reward": self._rewards()} | ({} if self.teacher is None else {"teacher": self.teacher})
+        used = {entry.name: value for entry, value in given(self) if entry.name in kind.arguments}
+        return about | {name: used[name] for name in sorted(used) if used[name] not in (None, ())}
 
 
 def reward_named(address: str) -> Any:
     """A reward that comes with Stepwell, by name, or a user's own at `file.py:function`."""
-    from stepwell.process.conversation import environment_return
+    from stepwell.process.conversation.environment import environment_return
     from stepwell.reward import verifiers
     from stepwell.reward.loading import load_reward
 
@@ -198,7 +219,7 @@ def reward_named(address: str) -> Any:
     name, colon, pattern = address.partition(":")
     if name == "regular_expression":
         if not pattern:
-            raise InputError("The reward 'regular_expression' needs a pattern; write it as regular_expression:PATTERN.")
+            raise InputError("--reward regular_expression needs a pattern, as in regular_expression:PATTERN.")
         return verifiers.regular_expression(pattern)
     if colon:
         return load_reward(address)

@@ -1,4 +1,4 @@
-"""From scores to what may be said: each method's numbers with their intervals, and sentences that claim no more."""
+"""From scores to findings: each method's numbers with their intervals, and sentences that claim no more than those."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from stepwell.figures.charts import Values
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method's numbers: its final score, its gain over the start, the middle half's mean, and what it spent.
+class MethodRow:
+    """One method's numbers: its final score, its gain over the start, the middle half's mean, and its cost.
 
-    `cost` is the mean over seeds by unit, `steps` too. `measures`: see `over_seeds`.
+    `cost` (by unit) and `steps` are means over seeds; `measures` are those of `over_seeds`.
     """
 
     label: str
@@ -32,7 +32,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Pair:
-    """The difference of two methods' scores, first less second."""
+    """The difference of two methods' scores, first minus second."""
 
     first: str
     second: str
@@ -41,17 +41,17 @@ class Pair:
 
 @dataclass(frozen=True)
 class Findings:
-    """Rows and pairs from the highest score down, the common start, and sentences: the first says what was found."""
+    """Rows and pairs from the highest score down, the common start, and sentences, the headline first."""
 
     start: Interval
-    rows: list[Row]
+    rows: list[MethodRow]
     pairs: list[Pair]
     sentences: list[str]
     start_measures: dict[str, Interval] = field(default_factory=dict)
 
 
 def find(comparison: Comparison, level: float = 0.95) -> Findings | None:
-    """What the seeds that all methods finished have shown; None where no method finished one."""
+    """The findings of the seeds that all methods finished; None where no method finished one."""
     entries, seeds = comparison.complete, comparison.shared_seeds
     if not seeds:
         return None
@@ -64,7 +64,7 @@ def find(comparison: Comparison, level: float = 0.95) -> Findings | None:
     for entry in ordered:
         trials = [trial for trial in entry.trials if trial.seed in seeds]
         rows.append(
-            Row(
+            MethodRow(
                 label=entry.label,
                 title=str(entry.card.get("title", "")),
                 score=interval(scores[entry.label], level=level),
@@ -111,28 +111,28 @@ def over_seeds(values: Sequence[float | None], level: float = 0.95) -> Interval:
         >>> over_seeds([0.25]).value, over_seeds([0.25, None]).value
         (0.25, nan)
     """
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
         return Interval(math.nan, math.nan, math.nan, level)
-    if len(known) == 1:
-        return Interval(known[0], math.nan, math.nan, level)
-    return interval([[value] for value in known], level=level)
+    if len(numbers) == 1:
+        return Interval(numbers[0], math.nan, math.nan, level)
+    return interval([[value] for value in numbers], level=level)
 
 
 def number(value: float, comparison: Comparison, signed: bool = False) -> str:
-    """A score as the task counts it: what is counted (`solved`, ...) in percent, a bare `reward` as it is."""
+    """A score in the task's unit: a bare `reward` as it is, anything that is counted (`solved`, ...) in percent."""
     if comparison.task["unit"] == "reward":
         return f"{value:+.3g}" if signed else f"{value:.3g}"
     return f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
 
 
 def percent(comparison: Comparison) -> str:
-    """The sign behind a score."""
+    """The percent sign behind a score; empty for a bare `reward`."""
     return "" if comparison.task["unit"] == "reward" else "\N{NO-BREAK SPACE}%"
 
 
 def _sentences(
-    comparison: Comparison, start: Interval, rows: Sequence[Row], pairs: Sequence[Pair], seeds: int
+    comparison: Comparison, start: Interval, rows: Sequence[MethodRow], pairs: Sequence[Pair], seeds: int
 ) -> list[str]:
     unit, sign = comparison.task["unit"], percent(comparison)
     best = rows[0]
@@ -151,11 +151,11 @@ def _sentences(
             others = f"all {len(beaten)} others" if len(beaten) > 1 else beaten[0]
             head += f" and is better than {others}."
         elif beaten:
-            head += f" and is better than {_listed(beaten)}, but cannot be told from {_listed(level)}."
+            head += f" and is better than {_listed(beaten)}, but not shown to be better than {_listed(level)}."
         elif any(pair.difference.above_zero for pair in pairs):
-            head += f", but cannot be told from {_listed(level)}."
+            head += f", but is not shown to be better than {_listed(level)}."
         else:
-            head += ", but no method is better than another: every interval of a difference contains zero."
+            head += ", but no method is shown to be better than another: every interval of a difference contains zero."
     sentences = [head]
     for row in rows[1:]:
         beaten = [pair.second for pair in pairs if pair.first == row.label and pair.difference.above_zero]
@@ -165,9 +165,7 @@ def _sentences(
         sentences.append(_gains(rows))
     if seeds == 1:
         others = "samples" if comparison.task.get("same_prompts") else "prompts"
-        sentences.append(
-            f"There was one seed: the intervals speak of other {others}, not of what another seed would do."
-        )
+        sentences.append(f"There was one seed: the intervals cover other {others}, but not other seeds.")
     for label, error in comparison.errors.items():
         sentences.append(f"{label} failed ({error}).")
     return sentences
@@ -175,19 +173,19 @@ def _sentences(
 
 def _alike(labels: Sequence[str]) -> str:
     return (
-        f"{_listed(labels)} ended with the very same scores: what they differ in never came into play. Ratios and "
-        "their clips do not where a rollout has one update; the settings minibatches and epochs give it more."
+        f"{_listed(labels)} ended with the very same scores: the parts they differ in made no difference. Ratios and "
+        "their clips make none where a rollout has one update; the settings minibatches and epochs give it more."
     )
 
 
-def _gains(rows: Sequence[Row]) -> str:
+def _gains(rows: Sequence[MethodRow]) -> str:
     up = [row.label for row in rows if row.gain.above_zero]
     down = [row.label for row in rows if row.gain.below_zero]
     rest = [row.label for row in rows if row.label not in up + down]
     if len(up) == len(rows):
         return "Every method improved on the start."
     if len(rest) == len(rows):
-        return "No method's change from the start can be told from chance."
+        return "No method's change from the start is more than chance may explain."
     parts = [(up, "improved on the start"), (down, "fell below the start"), (rest, "did not measurably change")]
     return "; ".join(f"{_listed(labels)} {what}" for labels, what in parts if labels) + "."
 

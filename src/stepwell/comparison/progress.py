@@ -1,4 +1,4 @@
-"""One line that says how far a comparison is, in a terminal; a line a run elsewhere."""
+"""The progress of a comparison: one bar in a terminal, a line for each run elsewhere."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 
-class Progress:
-    """A bar over all runs of a comparison, with the run of the moment beside it."""
+class ComparisonProgress:
+    """A bar over all runs of a comparison, with the present run beside it."""
 
     def __init__(self, enabled: bool, title: str, budget: str, runs: int, console: Console | None = None):
         self.console = console or Console(stderr=True)
@@ -31,18 +31,18 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
-    def say(self, what: str) -> None:
-        """What is being done now."""
-        self.what = what
-        self.bars.update(self.bar, description=what)
+    def say(self, activity: str) -> None:
+        """Show what is being done now."""
+        self.activity = activity
+        self.bars.update(self.bar, description=activity)
         if self.enabled and not self.live:
-            self.console.print(f"[{self.done + 1}/{self.runs}] {what}", highlight=False, markup=False)
+            self.console.print(f"[{self.done + 1}/{self.runs}] {activity}", highlight=False, markup=False)
 
     def share(self, share: float, note: str) -> None:
-        """How much of the present run's budget is spent."""
-        self.bars.update(self.bar, completed=self.done + min(share, 1.0), description=f"{self.what} ({note})")
+        """Show the share of the present run's budget that is spent."""
+        self.bars.update(self.bar, completed=self.done + min(share, 1.0), description=f"{self.activity} ({note})")
 
     def next(self) -> None:
-        """A run is over."""
+        """Count a finished run."""
         self.done += 1
         self.bars.update(self.bar, completed=float(self.done))

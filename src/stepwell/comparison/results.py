@@ -1,4 +1,4 @@
-"""What a comparison leaves behind, as plain data: every score, curve, cost and setting, in one JSON file."""
+"""The results of a comparison as plain data: every score, curve, cost and setting, in one JSON file."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _VERSION = 1
 class Trial:
     """One method on one seed.
 
-    `start`, `end`: the mean reward on each held-out prompt, before and after. `curve`: what held-out prompts said at
-    shares of the budget on the way, entries with `share`, `step`, `score`, `wall_time` and `cost/<unit>`.
-    `history`: the training's own metrics, an entry a step. `cost`: all that was spent, by unit; evaluation is not in
-    it. `model`: the folder of the trained process, where it was kept. `measures`: the task's further numbers of all
-    held-out samples, by name, before and after; None where one was not finite.
+    start, end: the mean reward on each held-out prompt, before and after. curve: the held-out scores at shares of the
+    budget on the way, entries with `share`, `step`, `score`, `wall_time` and `cost/<unit>`. history: the training's own
+    metrics, an entry a step. cost: all that was spent, by unit, without evaluation. model: the folder of the trained
+    process, where it was kept. measures: the task's further numbers of all held-out samples, by name, before and after;
+    None where one was not finite.
     """
 
     seed: int
@@ -41,7 +41,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Entry:
-    """A method in a comparison: its card, a trial a seed, completions to look at, and what went wrong, if it did."""
+    """A method in a comparison: its card, a trial a seed, completions to look at, and its error, if it failed."""
 
     label: str
     method: str
@@ -59,9 +59,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A whole comparison. `task` holds name, title, description and unit; `made` says when, on what, with what.
+    """A whole comparison.
 
-    `figure` is the task's picture of all methods' samples, an `<svg>`, or empty.
+    task: its name, title, description and unit. made: the time, the machine and the versions. figure: the task's
+    picture of all methods' samples, an `<svg>`, or empty.
     """
 
     task: dict[str, Any]
@@ -76,12 +77,12 @@ class Comparison:
 
     @property
     def held_out(self) -> str:
-        """What scores are means over."""
+        """The words for the prompts that scores are means over."""
         return "prompts drawn anew" if self.task.get("same_prompts") else "held-out prompts"
 
     @property
     def work(self) -> str:
-        """What the networks are given: `tokens`, or `latents` where samples are tensors."""
+        """What a network's forward pass is counted in (`Process.work`): `tokens`, `latents`, ..."""
         return str(self.task.get("work", "tokens"))
 
     @property
@@ -91,12 +92,12 @@ class Comparison:
 
     @property
     def errors(self) -> dict[str, str]:
-        """What went wrong, by the label of the method."""
+        """The errors of methods that failed, by label."""
         return {entry.label: entry.error for entry in self.entries if entry.error is not None}
 
     @property
     def shared_seeds(self) -> list[int]:
-        """The seeds that every complete entry has finished: only these are compared."""
+        """The seeds that every complete entry has finished; only these are compared."""
         done = [{trial.seed for trial in entry.trials} for entry in self.complete]
         return [seed for seed in self.seeds if done and all(seed in seeds for seeds in done)]
 
@@ -108,7 +109,7 @@ class Comparison:
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:
-        """Read what `save` wrote, from the file or its folder. Raises `InputError` where it is not such a file."""
+        """Read what `save` wrote, from the file or its folder; raises `InputError` for any other file."""
         path = Path(path) / FILE if Path(path).is_dir() else Path(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepwell.comparison.progress import Progress
+from stepwell.comparison.progress import ComparisonProgress
 from stepwell.comparison.results import Comparison, Entry, Trial
 from stepwell.comparison.samples import kept, measured
 from stepwell.comparison.specs import MethodSpec, parse_specs
@@ -34,7 +34,7 @@ from stepwell.training.settings import Settings, with_settings
 from stepwell.writing import writable_folder
 
 POINTS = 10
-"""Evaluations on the way, at equal shares of the budget."""
+"""Evaluations during a run, at equal shares of the budget."""
 
 
 def compare(
@@ -53,33 +53,38 @@ def compare(
     """Train each method from the task's start with the same budget, and judge all on the same held-out prompts.
 
     `methods` are written as in `parse_specs`; `seeds` are a number of them (0, 1, ...) or the seeds themselves, the
-    same for all methods: a seed decides the order of the prompts, the random numbers of rollouts and of evaluation.
-    Methods take turns, seed by seed, and the first of the turn moves on each time, so that a machine that slows down
-    slows all alike. Every run evaluates `POINTS` times on the way; the time this takes is not the run's, nor
-    is the first use of a process, which one step that does not count takes care of.
+    same for all methods: a seed decides the order of the prompts and the random numbers of rollouts and evaluation.
+    Methods take turns, seed by seed, and each turn begins with another of them, so that a machine that slows down slows
+    all alike. Every run is evaluated `POINTS` times on the way, which its time does not include; nor does it include
+    the first use of the process, for which one step is made beforehand.
 
     `options` are the task's, where it is given by name; `settings` take precedence over the task's own settings.
-    `out` receives comparison.json after every run, and with `keep_runs` each run's log and model.
+    comparison.json is written to `out` after every run, and with `keep_runs` each run's log and model.
 
-    A method that fails loses its own results only; `Comparison.errors` says which and why. Raises `StepwellError`
-    for what is wrong in the request, before anything is trained.
+    A method that fails loses its own results only; `Comparison.errors` says which and why. Raises `StepwellError` for a
+    mistake in the request, before anything is trained.
     """
     specs = parse_specs(methods)
     whole = Budget.parse(budget) if isinstance(budget, str) else budget
     chosen = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
     if not chosen or len(set(chosen)) < len(chosen):
-        raise InputError(f"A comparison needs at least one seed, each once, not {seeds}.")
+        raise InputError(f"seeds must be at least one, each of them once, got {seeds}.")
     if evaluation_samples < 1:
-        raise InputError(f"There are {evaluation_samples} samples for each held-out prompt; at least 1 is right.")
+        raise InputError(f"evaluation_samples must be at least 1, got {evaluation_samples}.")
     if isinstance(task, Task) and options:
-        raise InputError("Options belong to a task that is given by name; this one is built already.")
+        raise InputError("options must be left out for a task that is built already; they are for a task's name.")
     built = task if isinstance(task, Task) else get_task(task, **(options or {}))
     common = _settings(built, settings or {}, whole)
     folder = None if out is None else writable_folder(out)
     if keep_runs and folder is None:
-        raise InputError("Runs can only be kept in a folder; name one with `out`.")
+        raise InputError("keep_runs needs a folder to keep the runs in; name one with out.")
     for spec in specs:
-        with_settings(spec.recipe(), common)  # what a method cannot do is known before the first is trained
+        recipe = with_settings(spec.recipe(), common)  # raises before the first method is trained
+        if any(read.of == "teacher" for read in recipe.whole.reads):
+            raise InputError(
+                f"methods must learn from rewards alone, got '{spec.label}', which learns from a teacher; train it by "
+                "`stepwell train --teacher`."
+            )
         runs = None if folder is None else folder / "runs" / _file_name(spec.label)
         if keep_runs and runs is not None and runs.exists():
             raise InputError(f"'{runs}' holds runs of an earlier comparison; remove it or choose another folder.")
@@ -96,17 +101,17 @@ def compare(
         made=_made(built.threads) | {"command": command},
     )
     total = len(specs) * len(chosen)
-    with threads(built.threads), Progress(progress, built.title, str(whole), total) as view:
+    with threads(built.threads), ComparisonProgress(progress, built.title, str(whole), total) as view:
         view.say("starting the process")
-        kind = built.process().kind
+        process = built.process()
         for spec in specs:
-            check_kind(spec.card, kind)
+            check_kind(spec.card, process.kind)
+        if process.work != "tokens":
+            result.task["work"] = process.work
         runner.warm(specs[0], whole)
         for turn, seed in enumerate(chosen):
             view.say(f"seed {seed}: judging the start")
             before = runner.look(built.process(), seed, "start")
-            if all(isinstance(value, Tensor) for value in before.drawn.samples.values):
-                result.task["work"] = "latents"
             for place in range(len(specs)):
                 number = (turn + place) % len(specs)
                 entry = result.entries[number]
@@ -123,7 +128,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Look:
-    """The held-out samples of a process: the mean reward on each prompt (P,), what was drawn, the task's measures."""
+    """The held-out samples of a process: the mean reward on each prompt (P,), the samples, the task's measures."""
 
     each: Tensor
     drawn: Drawn
@@ -131,49 +136,48 @@ class _Look:
 
 
 class _Runner:
-    """What all runs of a comparison have in common, and the last samples of each method's first run."""
+    """The settings that all runs of a comparison share, and the last samples of each method's first run."""
 
     def __init__(self, task: Task, budget: Budget, settings: Settings, samples: int, folder: Path | None):
         self.task, self.budget, self.settings, self.samples, self.folder = task, budget, settings, samples, folder
         self.ends: dict[str, list[Any]] = {}
 
     def warm(self, spec: MethodSpec, budget: Budget) -> None:
-        """One step that counts for nothing: what a process does only once must not be the first method's time."""
+        """Make one step that is not counted, so that the first method's time has no work that is done only once."""
         if budget.unit == "seconds":
             settings = replace(self.settings, budget=None, steps=1)
             train(self.task.process(), spec.recipe(), self.task.prompts, self.task.rewards, settings)
 
     def judge(self, process: Process, seed: int, *when: object, samples: int | None = None) -> tuple[Tensor, Drawn]:
-        """The mean reward on each held-out prompt (P,), and what was drawn; nothing of it is on the meter."""
+        """The mean reward on each held-out prompt (P,), and the samples; the meter does not count them."""
         rng = Rng(seed).split("comparison", *when)
-        found = evaluate(process, self.task.evaluation, self.task.rewards, rng, samples or self.samples)
-        return found.each, found.drawn
+        evaluation = evaluate(process, self.task.evaluation, self.task.rewards, rng, samples or self.samples)
+        return evaluation.each, evaluation.drawn
 
     def look(self, process: Process, seed: int, when: str) -> _Look:
-        """The judgement on a process before or after its training, with measures."""
+        """The evaluation of a process before or after its training, with measures."""
         each, drawn = self.judge(process, seed, when)
         return _Look(each, drawn, measured(self.task, drawn))
 
     def figure(self, labels: Sequence[str], before: _Look) -> str:
-        """The task's figure of the first runs so far; empty where it has none, or where drawing it fails."""
+        """The task's figure of the first runs so far; empty where the task has none, or where drawing it fails."""
         if self.task.figure is None:
             return ""
         ends = {label: self.ends[label] for label in labels if label in self.ends}
         try:
             return safe(self.task.figure(before.drawn.samples.values, ends))
-        except Exception as error:  # hours of training are worth more than a picture of them
+        except Exception as error:  # a picture must not cost hours of training
             warnings.warn(f"The figure of task '{self.task.name}' is left out: {error}", stacklevel=2)
             return ""
 
-    def run(self, entry: Entry, spec: MethodSpec, seed: int, before: _Look, view: Progress) -> Entry:
-        """The entry with one trial more, or with what went wrong."""
+    def run(self, entry: Entry, spec: MethodSpec, seed: int, before: _Look, view: ComparisonProgress) -> Entry:
+        """The entry with one trial more, or with the error that ended it."""
         try:
             return self._run(entry, spec, seed, before, view)
         except Exception as error:
-            said = " ".join(str(error).split())
-            return replace(entry, error=f"seed {seed}: {type(error).__name__}: {said}")
+            return replace(entry, error=f"seed {seed}: {type(error).__name__}: {' '.join(str(error).split())}")
 
-    def _run(self, entry: Entry, spec: MethodSpec, seed: int, before: _Look, view: Progress) -> Entry:
+    def _run(self, entry: Entry, spec: MethodSpec, seed: int, before: _Look, view: ComparisonProgress) -> Entry:
         process = self.task.process()
         history: list[dict[str, Any]] = []
         curve: list[dict[str, Any]] = [{"share": 0.0, "step": 0} | _score(before.each) | _costs(Cost())]
@@ -189,14 +193,14 @@ class _Runner:
                 curve.append({"share": share, "step": metrics["step"]} | _score(each) | _costs(cost))
             view.share(share, f"{self.task.unit} {curve[-1]['score']:.3f}")
 
-        where = None if self.folder is None else self.folder / "runs" / _file_name(spec.label) / f"seed-{seed}"
+        out = None if self.folder is None else self.folder / "runs" / _file_name(spec.label) / f"seed-{seed}"
         run = train(
             process,
             spec.recipe(),
             self.task.prompts,
             self.task.rewards,
             replace(self.settings, seed=seed),
-            out=where,
+            out=out,
             on_step=on_step,
             config={
                 "method": spec.card.id,
@@ -216,7 +220,7 @@ class _Runner:
             history=history,
             cost=asdict(run.cost),
             steps=run.steps,
-            model=None if where is None else str(where),
+            model=None if out is None else str(out),
             measures={name: [value, after.measures[name]] for name, value in before.measures.items()},
         )
         samples = entry.samples or kept(self.task, before.drawn, after.drawn, self.samples)
@@ -226,20 +230,20 @@ class _Runner:
 
 
 def _described(task: Task) -> dict[str, Any]:
-    """What is said of a task; the unusual only where it holds."""
-    said: dict[str, Any] = {name: getattr(task, name) for name in ("name", "title", "description", "unit")}
-    return said | {name: getattr(task, name) for name in ("same_prompts", "caption") if getattr(task, name)}
+    """The task's entries in comparison.json; `same_prompts` and `caption` only where they are set."""
+    always: dict[str, Any] = {name: getattr(task, name) for name in ("name", "title", "description", "unit")}
+    return always | {name: getattr(task, name) for name in ("same_prompts", "caption") if getattr(task, name)}
 
 
 def _settings(task: Task, changes: Mapping[str, Any], budget: Budget) -> Settings:
-    """The task's settings with the user's changes; how long to run is the budget's to say, and the seed the trial's."""
+    """The task's settings with the user's changes; the budget says when to stop, and each trial has its own seed."""
     fields = Settings.__dataclass_fields__
     for name in (*task.settings, *changes):
         if name not in fields:
             raise UnknownName("setting", name, fields)
     for name in ("steps", "budget", "seed"):
         if name in changes:
-            raise InputError(f"'{name}' is not a setting of a comparison; use its budget and its seeds.")
+            raise InputError(f"settings must not hold '{name}'; use the comparison's own budget and seeds.")
     chosen = {**task.settings, **changes}
     return Settings(**{**chosen, "steps": None, "budget": budget, "evaluate_every": 0, "progress": False})
 
@@ -256,7 +260,7 @@ def _costs(cost: Cost) -> dict[str, float]:
 
 
 def _card(spec: MethodSpec) -> dict[str, Any]:
-    """The method's card with the options and parts of this spec, not those by default."""
+    """The method's card with the options and parts of this spec in place of the defaults."""
     card = spec.card.as_dict()
     return card | {"options": {**card["options"], **spec.options}, "parts": spec.recipe().parts()}
 
@@ -274,7 +278,7 @@ def _command(
     seeds: int | Sequence[int],
     samples: int,
 ) -> str:
-    """What to type to do it again; empty where the command line cannot say it."""
+    """The command that repeats the comparison; empty where no command can."""
     if isinstance(task, Task) or not isinstance(seeds, int):
         return ""
     amount = f"{budget.amount:g}s" if budget.unit == "seconds" else f"{budget.amount:.0f}-{budget.unit}"
@@ -288,7 +292,7 @@ def _command(
 
 
 def _made(cores_used: int | None) -> dict[str, Any]:
-    """When, on what machine and with which versions."""
+    """The time, the machine and the versions."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     cores: Callable[[], set[int]] | None = getattr(os, "sched_getaffinity", None) and (lambda: os.sched_getaffinity(0))
     return {

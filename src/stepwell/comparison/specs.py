@@ -1,4 +1,4 @@
-"""Which methods to compare, as a user writes them: `grpo,gspo:low=1e-3,high=2e-3`; all checked before any training."""
+"""The methods of a comparison as a user writes them: `grpo,gspo:low=1e-3,high=2e-3`; checked before any training."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class MethodSpec:
     options: dict[str, Any]
 
     def recipe(self) -> Recipe:
-        """The composition, made anew."""
+        """The composition, built anew."""
         return self.card.recipe(**self.options)
 
 
 def parse_specs(written: str | Sequence[str]) -> list[MethodSpec]:
     """Methods written as `name` or `name:option=value,option=value`, in one text with commas between, or in a list.
 
-    Options may also be separated by colons. A method may appear twice with different options. Raises `UnknownName`
-    for a method or an option that is not known, `InputError` for anything else that is wrong, in the order written.
+    Options may also be separated by colons. A method may appear twice with different options. Raises `UnknownName` for
+    an unknown method or option, and `InputError` for any other mistake, in the order written.
 
     Example:
         >>> [spec.label for spec in parse_specs("grpo,gspo:low=1e-3,high=2e-3,grpo:clip=0.1")]
@@ -51,11 +51,11 @@ def parse_specs(written: str | Sequence[str]) -> list[MethodSpec]:
         if "=" in name:
             raise InputError(f"'{name}' is an option without a method; write it as method:{name}.")
         card, options = methods.get(name), options_from(words[1:])
-        label = name + ("" if not options else ":" + ",".join(f"{key}={value}" for key, value in options.items()))
+        label = card.id + ("" if not options else ":" + ",".join(f"{key}={value}" for key, value in options.items()))
         spec = MethodSpec(label, card, options)
         spec.recipe()
         if label in [other.label for other in specs]:
-            raise InputError(f"The method '{label}' is given twice; once is enough, or give it other options.")
+            raise InputError(f"The method '{label}' is given twice; give it once, or with other options.")
         specs.append(spec)
     if not specs:
         raise InputError("There is no method to compare; name some with commas between, such as grpo,dr-grpo.")

@@ -1,4 +1,4 @@
-"""Intervals that say what a comparison has shown: a bootstrap over seeds and held-out prompts, paired throughout."""
+"""The intervals of a comparison: a bootstrap over seeds and held-out prompts, paired throughout."""
 
 from __future__ import annotations
 
@@ -48,11 +48,12 @@ class Interval:
 
     @property
     def above_zero(self) -> bool:
-        """The whole interval lies above zero; only then is anything called better."""
+        """True where the whole interval lies above zero; only then is anything called better."""
         return self.low > 0.0
 
     @property
     def below_zero(self) -> bool:
+        """True where the whole interval lies below zero."""
         return self.high < 0.0
 
 
@@ -68,18 +69,18 @@ def interval(
     """A bootstrap interval of a statistic of `scores` (S, P): one score for each of S seeds and P held-out prompts.
 
     Percentiles of the statistic over resamples, as in rliable (Agarwal et al. 2021). There, runs are resampled within
-    each of many tasks; here is one task and few seeds, and resampling three seeds alone would say next to nothing. So
-    both are resampled: seeds with replacement, and prompts with replacement, the same ones for all seeds, because
-    all seeds were judged on the same prompts (the pigeonhole bootstrap; Owen 2007). The interval therefore speaks of
-    new seeds and of new prompts of the same kind; with one seed it speaks of new prompts only.
+    each of many tasks; a comparison has one task and few seeds, and resampling three seeds alone would say next to
+    nothing. So both are resampled: seeds with replacement, and prompts with replacement, the same ones for all seeds,
+    because all seeds were judged on the same prompts (the pigeonhole bootstrap; Owen 2007). The interval therefore
+    covers new seeds and new prompts of the same kind; with one seed, new prompts only.
 
     A resample of S values has (S - 1)/S of their variance and normal tails, which makes percentiles of three seeds far
     too narrow: they cover the truth three times in four. `widened` stretches each of the two deviations by
-    sqrt(n / (n - 1)) t / z, t and z being the quantiles of Student's law with n - 1 degrees and of the normal one
+    sqrt(n / (n - 1)) t / z, with t and z the quantiles of Student's distribution with n - 1 degrees and of the normal
     (Hesterberg 2015, the expanded percentile interval): by 2.7 for three seeds, by 1.01 for 160 prompts.
 
-    Where there are 10,000 different resamples or fewer, each is used and `rng` is not; else `resamples` are drawn.
-    Raises `InputError` for scores that are not a table of finite numbers and for a level outside (0, 1).
+    Up to 10,000 different resamples are all used, without `rng`; of more, `resamples` are drawn. Raises `InputError`
+    for scores that are not a table of finite numbers and for a level outside (0, 1).
 
     Example:
         >>> interval([[0.0, 1.0], [0.0, 1.0]], widened=False)
@@ -87,9 +88,9 @@ def interval(
     """
     table = np.asarray(scores, dtype=np.float64)
     if table.ndim != 2 or table.size == 0 or not np.isfinite(table).all():
-        raise InputError(f"Scores are a table of finite numbers, seeds by prompts, not of shape {table.shape}.")
+        raise InputError(f"scores must be a table of finite numbers, seeds by prompts, got shape {table.shape}.")
     if not 0.0 < level < 1.0:
-        raise InputError(f"An interval's level is {level}; it lies between 0 and 1.")
+        raise InputError(f"level must be between 0 and 1, got {level}.")
     by_seed, by_prompt = (_widening(count, level) if widened else 1.0 for count in table.shape)
     value = float(statistic(table))
     found = []
@@ -105,17 +106,19 @@ def interval(
 def difference(better: ArrayLike, worse: ArrayLike, statistic: Statistic = mean_score, **options: object) -> Interval:
     """The interval of the mean of `better - worse`, both (S, P) on the same seeds and prompts.
 
-    Differences are taken seed by seed and prompt by prompt before anything is resampled, so that what the pairs have
-    in common (a hard prompt, a lucky order of the data) cancels. Raises `InputError` where the shapes differ.
+    Differences are taken seed by seed and prompt by prompt before anything is resampled, so that influences common to
+    both (a hard prompt, a lucky order of the data) cancel. Raises `InputError` where the shapes differ.
     """
     first, second = np.asarray(better, dtype=np.float64), np.asarray(worse, dtype=np.float64)
     if first.shape != second.shape:
-        raise InputError(f"Paired scores have the same seeds and prompts, not shapes {first.shape} and {second.shape}.")
+        raise InputError(
+            f"Paired scores must have the same seeds and prompts, got shapes {first.shape} and {second.shape}."
+        )
     return interval(first - second, statistic, **options)  # type: ignore[arg-type]
 
 
 def _widening(count: int, level: float) -> float:
-    """How much wider a percentile interval of `count` values has to be; 0 for one value, which never deviates."""
+    """The factor by which a percentile interval of `count` values is widened; 0 for one value, which never deviates."""
     if count < 2:
         return 0.0
     tail = (1 + level) / 2
@@ -127,9 +130,9 @@ def _resamples(
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Indices of resampled seeds (R, S) and prompts (R, P), in chunks that fit memory."""
     if seeds**seeds * prompts**prompts <= _MOST_ENUMERATED:
-        everyone = [np.array(list(itertools.product(range(n), repeat=n))) for n in (seeds, prompts)]
-        pairs = np.array(list(itertools.product(range(len(everyone[0])), range(len(everyone[1])))))
-        yield everyone[0][pairs[:, 0]], everyone[1][pairs[:, 1]]
+        of_seeds, of_prompts = (np.array(list(itertools.product(range(n), repeat=n))) for n in (seeds, prompts))
+        pairs = np.array(list(itertools.product(range(len(of_seeds)), range(len(of_prompts)))))
+        yield of_seeds[pairs[:, 0]], of_prompts[pairs[:, 1]]
         return
     at_once = max(1, _CHUNK_ELEMENTS // (seeds * prompts))
     for begin in range(0, resamples, at_once):

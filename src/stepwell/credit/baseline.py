@@ -1,4 +1,4 @@
-"""Baselines that no critic gives: lengths, paths and the greedy answer say what a sample is judged against."""
+"""Baselines without a critic: from lengths, from paths, and from the greedy answer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch, Read
 from stepwell.credit.group import equal_groups, group_index, group_sum
 from stepwell.credit.shaping import Outcome
 from stepwell.credit.traces import reward_to_go, step_rewards
-from stepwell.parts import Batch, NotNegative, Part
+from stepwell.parts import Part
+from stepwell.ranges import NotNegative
 
 
 def _weighted_mean(values: Tensor, weight: Tensor, group: Tensor, groups: int, others: bool, epsilon: float) -> Tensor:
@@ -52,13 +54,13 @@ class TokenBaseline(Part):
     steps so far in the logits, which makes this the baseline of least variance. `others` leaves the row itself out,
     and with it the bias. Steps of which the group has no other keep G.
 
-    Source: "The Optimal Token Baseline" (Li et al. 2026), as verl computes it; cards_objectives.md section 1.
+    Source: "The Optimal Token Baseline" (Li et al. 2026), as verl computes it.
     """
 
     others: bool = True
     epsilon: NotNegative = 1e-8
     compares = True
-    reads = frozenset({"old_log_prob", "old_sum_of_squares"})
+    reads = frozenset({Read("policy", "log_prob"), Read("policy", "sum_of_squares")})
     reward: Part = field(default_factory=Outcome)
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -91,8 +93,8 @@ class GreedyBaseline(Part):
 class Informative(Part):
     """B / M for every row (N,): M of the batch's B rows are in groups whose rewards differ, and teach something.
 
-    `nonzero` counts the rows whose reward is not 0 instead, as verl does: they are others wherever a group all
-    succeeds or a row fails next to one that does not. Source: GPG, arXiv 2504.02546.
+    `nonzero` counts the rows whose reward is not 0 instead, as verl does: the number is another wherever a whole group
+    succeeds, or a row fails next to one that does not. Source: GPG, arXiv 2504.02546.
     """
 
     nonzero: bool = False

@@ -1,4 +1,4 @@
-"""Credit where rows share their past: to the steps that a row owns, by what the branches of one state earn."""
+"""Credit where rows share their first steps: to the steps of each branch, by the rewards of a state's branches."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.credit.group import GroupCredit, group_index, group_sum
 from stepwell.credit.shaping import Outcome
-from stepwell.parts import Batch, NotNegative, Part, Positive
+from stepwell.parts import Part
+from stepwell.ranges import NotNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -26,20 +28,20 @@ class TreeCredit(Part):
 
     def __call__(self, batch: Batch) -> Tensor:
         reward, node = self.reward(batch), batch.rows.node
-        answer = torch.zeros_like(batch.mask)
+        credit = torch.zeros_like(batch.mask)
         ones = torch.ones_like(reward)
         before = torch.cat([torch.full_like(node[:, :1], -1), node[:, :-1]], 1)
         for step in range(node.shape[1]):
             own, number = group_index(node[:, step])
             family, families = group_index(torch.stack([batch.rows.prompt, before[:, step]], 1))
             mean = group_sum(reward, own, number) / group_sum(ones, own, number)
-            answer[:, step] = mean - group_sum(reward, family, families) / group_sum(ones, family, families)
+            credit[:, step] = mean - group_sum(reward, family, families) / group_sum(ones, family, families)
         if self.scale:
             tree, trees = group_index(batch.rows.prompt)
             size = group_sum(ones, tree, trees)
             squares = group_sum((reward - group_sum(reward, tree, trees) / size) ** 2, tree, trees)
-            answer = answer / ((squares / (size - 1).clamp(min=1)).sqrt() + self.epsilon)[:, None]
-        return answer * batch.mask
+            credit = credit / ((squares / (size - 1).clamp(min=1)).sqrt() + self.epsilon)[:, None]
+        return credit * batch.mask
 
 
 @dataclass(frozen=True)

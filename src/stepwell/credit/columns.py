@@ -1,4 +1,4 @@
-"""Credit from single reward functions: one column of several, and what a prompt's answers have in common."""
+"""Credit from single reward functions: one column of several, and the agreement of a prompt's answers."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.credit.group import GroupCredit, group_index, group_sum
 from stepwell.credit.shaping import Outcome
 from stepwell.errors import InputError
-from stepwell.parts import Batch, Count, NotNegative, Part, Share
+from stepwell.parts import Part
+from stepwell.ranges import Count, NotNegative, Share
 
 
 @dataclass(frozen=True)
 class RewardColumn(Part):
-    """What the reward function number `column` (from 0) says of each row, unweighted (N,); 0 where it does not apply.
+    """The value of reward function number `column` (from 0) for each row, unweighted (N,); 0 where it does not apply.
 
-    A function of weight 0 changes no reward, and may say anything here: which answer was given, how many searches
-    were made, what a constraint costs.
+    A function of weight 0 changes no reward, and may measure anything: the answer that was given, the number of
+    searches, the cost of a constraint.
     """
 
     column: Count = 0
@@ -27,15 +29,15 @@ class RewardColumn(Part):
         rewards = batch.field("rewards")
         if not 0 <= self.column < rewards.shape[1]:
             raise InputError(
-                f"A method reads the reward function number {self.column} (from 0), but there are {rewards.shape[1]}; "
-                "give more rewards, of weight 0 if they are to reward nothing."
+                f"RewardColumn.column must be below the number of reward functions, {rewards.shape[1]}, got "
+                f"{self.column}; give more rewards, of weight 0 if they are to reward nothing."
             )
         return rewards[:, self.column].to(batch.mask.dtype).nan_to_num(nan=0.0)
 
 
 @dataclass(frozen=True)
 class LengthClass(Part):
-    """The power of two that a row's length is nearest below, (N,): strata for answers without other structure."""
+    """floor(log2 of a row's length), (N,): strata for answers without other structure."""
 
     def __call__(self, batch: Batch) -> Tensor:
         return batch.rows.length.clamp(min=1).to(batch.mask.dtype).log2().floor()
@@ -45,7 +47,7 @@ class LengthClass(Part):
 class Stratified(Part):
     """alpha z_stratum + (1 - alpha) z_group, z = (R - mean) / (std + epsilon), (N,).
 
-    Rows of a prompt share a stratum where `strata` says the same of them. alpha = 1 gives no gradient at all to a
+    Rows of a prompt share a stratum where `strata` is equal. alpha = 1 gives no gradient at all to a
     choice that leads from one stratum to another, because each row is compared with those that chose alike.
 
     Source: Stratified GRPO, arXiv 2510.06214.
@@ -60,9 +62,8 @@ class Stratified(Part):
     def __call__(self, batch: Batch) -> Tensor:
         reward, strata = self.reward(batch), self.strata(batch)
         inner, _ = group_index(torch.stack([batch.rows.prompt.to(strata.dtype), strata], 1))
-        settings = {"epsilon": self.epsilon, "reward": self.reward}
-        apart = GroupCredit("mean", "std", **settings)(_as_groups(batch, inner))  # type: ignore[arg-type]
-        whole = GroupCredit("mean", "std", **settings)(batch)  # type: ignore[arg-type]
+        standardised = GroupCredit("mean", "std", epsilon=self.epsilon, reward=self.reward)
+        apart, whole = standardised(_as_groups(batch, inner)), standardised(batch)
         return (self.alpha * apart + (1 - self.alpha) * whole).to(reward.dtype)
 
 
@@ -72,7 +73,7 @@ def _as_groups(batch: Batch, group: Tensor) -> Batch:
 
 
 def answer_entropy(batch: Batch, answers: Tensor) -> Tensor:
-    """(N,) entropy in bits of the answers that the row's prompt was given."""
+    """(N,) entropy in bits of the answers to the row's prompt."""
     prompt, prompts = group_index(batch.rows.prompt)
     answer, kinds = group_index(torch.stack([prompt.to(answers.dtype), answers], 1))
     ones = torch.ones_like(answers)

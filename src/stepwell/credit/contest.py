@@ -1,15 +1,18 @@
-"""Credit from how the samples of a prompt, or of a batch, rank among each other."""
+"""Credit from the rank of a sample among those of its prompt."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.credit.group import group_index, group_sum, top_of_groups
 from stepwell.credit.shaping import Outcome
-from stepwell.parts import Batch, NotNegative, Part
+from stepwell.parts import Node, Part
+from stepwell.ranges import NotNegative
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,11 @@ class WinnerTakesAll(Part):
         return torch.zeros_like(reward).index_put((first,), gain)
 
 
-class Beats(Part):
+class Beats(Node, ABC):
     """P (M,) that rows with rewards (M, K) beat rows with other rewards (M, K)."""
 
-    def __call__(self, left: Tensor, right: Tensor) -> Tensor:  # type: ignore[override]
-        raise NotImplementedError(f"{type(self).__name__} gives no probability.")
+    @abstractmethod
+    def __call__(self, left: Tensor, right: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)

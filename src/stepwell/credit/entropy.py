@@ -1,4 +1,4 @@
-"""Credit that goes by how sure the policy was: each turn's by its entropy and by that of the turn after it."""
+"""Credit scaled by the policy's certainty: each turn's by its entropy and by that of the turn after it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepwell.parts import Batch, NotNegative, Part, column
+from stepwell.batch import Batch, Read
+from stepwell.parts import Part, column
+from stepwell.ranges import NotNegative
 
 
 @dataclass(frozen=True)
@@ -17,17 +19,17 @@ class EntropyModulated(Part):
     A_k is another credit's mean over the turn, and H_k that of the old policy's entropy; h = (H - min) / (max - min +
     1e-8). The gain g(H) = exp(-k h) / mean of exp(-k h) is the larger the surer the turn; the bonus f(H) =
     exp(-k_future h) is for what leads to a sure turn, and a row's last turn has none. Minima, maxima and means are over
-    all turns of the batch, each counted once. Turns are those of `segment`; one without a trained step is none.
+    all turns of the batch, each counted once. Turns are those of `segment`; one without a trained step does not count.
 
-    Why: of a softmax law pi over the logits z, E |d log pi / dz|^2 = 1 - sum_v pi_v^2, so that without a gain it is
-    the unsure turns that move a policy most. Source: EMPG, arXiv 2509.09265, equations 8 to 12.
+    The reason for the gain: for a softmax distribution pi with logits z, E |d log pi / dz|^2 = 1 - sum_v pi_v^2, so
+    that without it the unsure turns move a policy most. Source: EMPG, arXiv 2509.09265, equations 8 to 12.
     """
 
     credit: Part
     k: float = 1.0
     k_future: float = 1.0
     zeta: NotNegative = 0.1
-    reads = frozenset({"entropy", "segment"})
+    reads = frozenset({Read("policy", "entropy"), Read("rows", "segment")})
 
     def __call__(self, batch: Batch) -> Tensor:
         mask, trained = batch.mask, batch.rows.mask

@@ -8,7 +8,7 @@ from stepwell.errors import InputError
 
 
 def overlong_penalty(length: Tensor, maximum: float, buffer: float) -> Tensor:
-    """What a sample of `length` (N,) steps loses for coming near the maximum or going beyond it, (N,), in [-1, 0].
+    """The penalty (N,), in [-1, 0], of samples of `length` (N,) steps that come near the maximum or go beyond it.
 
     0 up to `maximum - buffer`, then falling linearly to -1 at `maximum`:
     R = ((L_max - L_cache) - |y|) / L_cache, with L_cache = `buffer` (DAPO, arXiv 2503.14476, eq. 13).
@@ -20,7 +20,7 @@ def overlong_penalty(length: Tensor, maximum: float, buffer: float) -> Tensor:
         [0.0, -0.5, -1.0, -1.0]
     """
     if not 0 < buffer <= maximum:
-        raise InputError(f"The overlong buffer has to be above 0 and at most the maximum {maximum}, not {buffer}.")
+        raise InputError(f"buffer must be above 0 and at most maximum = {maximum}, got {buffer}.")
     length = length if length.is_floating_point() else length.double()
     left = maximum - buffer - length
     return (left / buffer).clamp(-1.0, 0.0)

@@ -1,4 +1,4 @@
-"""Step credit where rows branch from each other at fixed places: subtrees compared, and values of prefixes measured."""
+"""Step credit where rows branch at fixed places: subtrees are compared, or values of prefixes are measured."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.credit.group import group_index, group_sum
 from stepwell.credit.shaping import Outcome
-from stepwell.parts import Batch, Part, Size
+from stepwell.parts import Part
+from stepwell.ranges import Size
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,8 @@ class Subtrees(Part):
     Depth 0, the prompt, always counts; a deeper subtree only where it has other rows. `by_size`: each depth weighs by
     the rows of its subtree in place of all the same. Without branches this is the prompt's mean-centred reward.
 
-    Source: TreePO, arXiv 2508.17445; cards_budget.md section 2.1. In a balanced tree that parts into B, steps of
-    segment d < D train with 1/D sum_{j<=d} (1 - B^(j-d-1)) of their policy gradient: early ones with least.
+    In a balanced tree with B branches at each fork, steps of segment d < D train with 1/D sum_{j<=d} (1 - B^(j-d-1))
+    of their policy gradient: early ones with least. Source: TreePO, arXiv 2508.17445.
     """
 
     segment: Size = 16
@@ -34,9 +36,9 @@ class Subtrees(Part):
         for level in range(self.depth):
             group, groups = group_index(shared_prefix(batch, level * self.segment))
             size = group_sum(torch.ones_like(reward), group, groups)
-            here = ((size > 1) | (level == 0)).to(reward.dtype) * (size if self.by_size else 1.0)
-            total = total + here * (reward - group_sum(reward, group, groups) / size)
-            weight = weight + here
+            share = ((size > 1) | (level == 0)).to(reward.dtype) * (size if self.by_size else 1.0)
+            total = total + share * (reward - group_sum(reward, group, groups) / size)
+            weight = weight + share
         return total / weight
 
 
@@ -47,37 +49,35 @@ class SegmentAdvantages(Part):
     Segments have `segment` steps; siblings go on from the same state. From where a row is alone it keeps its last
     advantage, so that the reward of a row in a plain group is judged against the mean of the others. In a balanced
     tree the expected gradient, with a row-sum, is the policy gradient at every depth.
-
-    Source: the tree algebra of cards_budget.md section 2.0.
     """
 
     segment: Size = 16
     reward: Part = field(default_factory=Outcome)
 
     def __call__(self, batch: Batch) -> Tensor:
-        reward, answer = self.reward(batch), torch.zeros_like(batch.mask)
+        reward, credit = self.reward(batch), torch.zeros_like(batch.mask)
         last, mean, size = torch.zeros_like(reward), *_leaves(reward, batch, 0)
-        for begin in range(0, answer.shape[1], self.segment):
+        for begin in range(0, credit.shape[1], self.segment):
             own, fewer = _leaves(reward, batch, begin + self.segment)
             siblings = size - fewer
             judged = (own - mean) * size / siblings.clamp(min=1)
             last = torch.where(siblings > 0, judged, torch.where(size == 1, last, 0.0))
-            answer[:, begin : begin + self.segment] = last[:, None]
+            credit[:, begin : begin + self.segment] = last[:, None]
             mean, size = own, fewer
-        return answer * batch.mask
+        return credit * batch.mask
 
 
 def _leaves(reward: Tensor, batch: Batch, steps: int) -> tuple[Tensor, Tensor]:
-    """(N,), (N,) the mean reward of the rows that share a row's first steps, and how many they are."""
+    """(N,), (N,) the mean reward of the rows that share a row's first steps, and the number of these rows."""
     group, groups = group_index(shared_prefix(batch, steps))
     size = group_sum(torch.ones_like(reward), group, groups)
     return group_sum(reward, group, groups) / size, size
 
 
 def shared_prefix(batch: Batch, steps: int) -> Tensor:
-    """(N,) equal for rows that share their first `steps` steps, or all that they have: the last node of these.
+    """(N,) a number that is equal for rows that share their first `steps` steps, or all steps of a shorter row.
 
-    For no steps at all it is the prompt.
+    It is the node of the last of these steps, and the prompt where `steps` is 0.
     """
     if steps == 0:
         return batch.rows.prompt
@@ -87,9 +87,9 @@ def shared_prefix(batch: Batch, steps: int) -> Tensor:
 
 @dataclass(frozen=True)
 class StepValues(Part):
-    """V_{k+1} on the steps of segment k, (N, T): what a row is worth with that segment, R once the row has ended.
+    """V_{k+1} on the steps of segment k, (N, T): the value of the state after that segment, R once the row has ended.
 
-    V_k is the mean reward of rows that `Vines` draws apart from the state before segment k, and notes on the samples.
+    V_k is the mean reward of further rows that the planner `Vines` draws from the state before segment k, and notes.
     """
 
     reward: Part = field(default_factory=Outcome)
@@ -101,11 +101,11 @@ class StepValues(Part):
 
 @dataclass(frozen=True)
 class PrefixValues(Part):
-    """A_it = V_{k+1} - V_k on the steps of segment k, (N, T), of the values that `StepValues` reads.
+    """A_it = V_{k+1} - V_k on the steps of segment k, (N, T), with the values that `StepValues` reads.
 
     Every difference is an unbiased advantage of its segment, and they add up to R - V_0.
 
-    Source: VinePPO, arXiv 2410.01679, without its PPO's value head, which it needs none of.
+    Source: VinePPO, arXiv 2410.01679.
     """
 
     reward: Part = field(default_factory=Outcome)

@@ -1,4 +1,4 @@
-"""Credit for objectives that are no mean: the quantiles of what a batch earns."""
+"""Credit for objectives other than the mean: quantiles of the rewards of a batch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.credit.group import group_index, group_sum
 from stepwell.credit.shaping import Outcome
 from stepwell.errors import InputError
-from stepwell.parts import Batch, NotNegative, Part
+from stepwell.parts import Part
+from stepwell.ranges import NotNegative, Portion, Size
 
 
 def tail_credit(values: Tensor, quantile: Tensor | float, level: float) -> Tensor:
@@ -27,39 +29,34 @@ def range_credit(values: Tensor, low: Tensor | float, high: Tensor | float, leve
 
 @dataclass(frozen=True)
 class MixedRisk(Part):
-    """Mixed value at risk (N,): (w tail + range) / (w + 1) with the batch's quantiles a and b of what bundles earn.
+    """Mixed value at risk (N,): (w tail + range) / (w + 1) with the batch's quantiles a and b of the bundles' rewards.
 
     tail = -(q_a - X)^+ / a and range = (clip(X, q_a, q_b) - q_b) / (b - a). `bundle` prompts make one question: X is
     the sum of the j-th rewards of each, and each of these rows is credited with it. `epsilon`: divide by the batch's
     deviation of the credit plus this, as the authors' code does; None leaves it. All credits are at most 0.
 
-    Source: RiskPO, arXiv 2510.00911; cards_objectives.md section 1.4.
+    Source: RiskPO, arXiv 2510.00911.
     """
 
-    low: float = 0.1
-    high: float = 0.9
-    weight: float = 1.5
-    bundle: int = 1
+    low: Portion = 0.1
+    high: Portion = 0.9
+    weight: NotNegative = 1.5
+    bundle: Size = 1
     epsilon: NotNegative | None = 1e-6
     reward: Part = field(default_factory=Outcome)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.low < self.high <= 1 or self.weight < 0 or self.bundle < 1:
-            raise InputError(
-                f"Quantiles {self.low} and {self.high}, a weight of {self.weight} and bundles of {self.bundle} were "
-                "given; 0 < low < high <= 1, a weight of 0 or more and bundles of 1 or more are right."
-            )
+        if not self.low < self.high:
+            raise InputError(f"MixedRisk.low must be below high = {self.high}, got {self.low}.")
 
     def __call__(self, batch: Batch) -> Tensor:
         earned = self._bundled(batch, self.reward(batch))
         levels = torch.tensor([self.low, self.high], dtype=earned.dtype, device=earned.device)
         low, high = torch.quantile(earned, levels)
         tail = tail_credit(earned, low, self.low)
-        answer = (self.weight * tail + range_credit(earned, low, high, (self.low, self.high))) / (self.weight + 1)
-        if self.epsilon is None:
-            return answer
-        return answer / (answer.std(correction=0) + self.epsilon)
+        credit = (self.weight * tail + range_credit(earned, low, high, (self.low, self.high))) / (self.weight + 1)
+        return credit if self.epsilon is None else credit / (credit.std(correction=0) + self.epsilon)
 
     def _bundled(self, batch: Batch, reward: Tensor) -> Tensor:
         """(N,) the sum of the j-th rewards of the prompts in each row's bundle; rows are counted in drawing order."""
@@ -68,5 +65,5 @@ class MixedRisk(Part):
         prompt, _ = group_index(batch.rows.prompt)
         drawn = batch.rows.node.amax(1)
         before = ((prompt[:, None] == prompt) & (drawn < drawn[:, None])).sum(1)
-        paper, papers = group_index(torch.stack([prompt // self.bundle, before], 1))
-        return group_sum(reward, paper, papers)
+        question, questions = group_index(torch.stack([prompt // self.bundle, before], 1))
+        return group_sum(reward, question, questions)

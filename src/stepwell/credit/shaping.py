@@ -1,4 +1,4 @@
-"""What is added to the outcome before credit is given: penalties for divergence and for length."""
+"""The outcome, and penalties for divergence and for length that are added to it before credit is given."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from stepwell.batch import Batch, Read
 from stepwell.credit.overlong import overlong_penalty
-from stepwell.parts import Batch, Part, Portion, Positive, Size
+from stepwell.parts import Part
+from stepwell.ranges import Portion, Positive, Size
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,14 @@ class DivergencePenalty(Part):
     """-beta sum_t (log pi_old - log pi_ref), (N,): the KL penalty in the reward.
 
     With reward-to-go or whole-sequence credit its expected gradient is exactly that of -beta KL(pi || ref) of
-    sequences, which no per-step penalty in the loss has (cards_objectives.md section 4).
+    sequences. No per-step penalty in the loss has this gradient: it leaves out how steps change the states visited.
     """
 
     beta: float
 
     @property
-    def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"reference_log_prob"} if self.beta else ())
+    def reads(self) -> frozenset[Read]:
+        return frozenset({Read("reference", "log_prob")} if self.beta else ())
 
     def __call__(self, batch: Batch) -> Tensor:
         if not self.beta:
@@ -56,7 +58,7 @@ class Overlong(Part):
 
 @dataclass(frozen=True)
 class Bounded(Part):
-    """A part's values clipped to +-bound: how flow repositories keep one lucky sample from ruling a batch."""
+    """A part's values clipped to +-bound, so that one lucky sample does not rule a batch (common for flows)."""
 
     part: Part = field(default_factory=Outcome)
     bound: Positive = 5.0

@@ -1,4 +1,4 @@
-"""Credit where others wrote some of the rows: all are judged by what the policy's own rows earn."""
+"""Credit where others wrote some of the rows: all are compared with the policy's own."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.credit.group import group_index, group_sum
 from stepwell.credit.shaping import Outcome
-from stepwell.parts import Batch, NotNegative, Part
+from stepwell.parts import Part
+from stepwell.ranges import NotNegative
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class AgainstOwn(Part):
     """A_i = (R_i - mean) / std (N,), both of the prompt's rows of source 0; std is 1 where those are all equal.
 
     Other rows have no part in the statistics, so that a demonstration does not take credit from the policy's own
-    samples. A prompt with fewer than two own rows gives nothing. Source: RL-PLUS, cards_objectives.md section 2.
+    samples. A prompt with fewer than two own rows gives 0. Source: RL-PLUS, as in the authors' code.
     """
 
     epsilon: NotNegative = 1e-6

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch, Read
 from stepwell.credit.shaping import Outcome
-from stepwell.parts import Batch, NotNegative, Part, Share
+from stepwell.parts import Part
+from stepwell.ranges import NotNegative, Share
 
 
 def step_rewards(batch: Batch, outcome: Tensor) -> Tensor:
@@ -28,19 +30,23 @@ def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
     return generalised_advantages(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
 
 
-def generalised_advantages(rewards: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+def generalised_advantages(
+    rewards: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float, final: Tensor | None = None
+) -> Tensor:
     """GAE (Schulman et al. 2016, equation 16), (N, T).
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, where t+1 is the next *trained* step:
-    steps with mask 0 (tool output, padding) are skipped over. After the last step the value is 0.
+    steps with mask 0 (tool output, padding) are skipped over. After the last step V is `final` (N,), 0 unless given:
+    the value of the state at which a row was cut although more would have come.
     """
     advantage = torch.zeros_like(rewards)
-    carried, next_value = rewards.new_zeros(len(rewards)), rewards.new_zeros(len(rewards))
+    carried = rewards.new_zeros(len(rewards))
+    next_value = carried if final is None else final.to(rewards.dtype)
     for step in reversed(range(rewards.shape[1])):
-        here = mask[:, step] > 0
+        trained = mask[:, step] > 0
         delta = rewards[:, step] + gamma * next_value - value[:, step]
-        carried = torch.where(here, delta + gamma * lam * carried, carried)
-        next_value = torch.where(here, value[:, step], next_value)
+        carried = torch.where(trained, delta + gamma * lam * carried, carried)
+        next_value = torch.where(trained, value[:, step], next_value)
         advantage[:, step] = carried
     return advantage * mask
 
@@ -58,7 +64,8 @@ class RewardToGo(Part):
     """Sum of the step rewards still to come, with the outcome on the last step, (N, T).
 
     `kl` is the coefficient of a k1 penalty in the step rewards: with a row-sum its expected gradient is that of
-    -kl KL(pi || ref) of whole sequences. `gain` (N, T) is added to the step rewards that the rows bring.
+    -kl KL(pi || ref) of whole sequences. `gain` (N, T) is added to the step rewards of the rows. It reads no values,
+    so that nothing stands for the rewards that a truncated row did not come to.
     """
 
     gamma: Share = 1.0
@@ -67,8 +74,8 @@ class RewardToGo(Part):
     gain: Part | None = None
 
     @property
-    def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"reference_log_prob"} if self.kl else ())
+    def reads(self) -> frozenset[Read]:
+        return frozenset({Read("reference", "log_prob")} if self.kl else ())
 
     def __call__(self, batch: Batch) -> Tensor:
         rewards = step_rewards(batch, self.reward(batch))
@@ -98,7 +105,10 @@ class Coverage(Part):
 
 @dataclass(frozen=True)
 class GeneralisedAdvantage(Part):
-    """GAE on the value head's estimates, (N, T); `kl` is the coefficient of a k1 penalty in the step rewards."""
+    """GAE on the value head's estimates, (N, T); `kl` is the coefficient of a k1 penalty in the step rewards.
+
+    Truncated rows go on from `final_value`, the value of the state at which they were cut.
+    """
 
     gamma: Share = 1.0
     lam: Share = 0.95
@@ -106,14 +116,16 @@ class GeneralisedAdvantage(Part):
     reward: Part = field(default_factory=Outcome)
 
     @property
-    def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"value", "reference_log_prob"} if self.kl else {"value"})
+    def reads(self) -> frozenset[Read]:
+        value = {Read("policy", "value")}
+        return frozenset(value | {Read("reference", "log_prob")} if self.kl else value)
 
     def __call__(self, batch: Batch) -> Tensor:
         rewards = step_rewards(batch, self.reward(batch))
         if self.kl:
             rewards = rewards - self.kl * (batch.old - batch.reference) * batch.mask
-        return generalised_advantages(rewards, batch.field("value"), batch.mask, self.gamma, self.lam)
+        value, final = batch.field("value"), batch.rows.final_value
+        return generalised_advantages(rewards, value, batch.mask, self.gamma, self.lam, final)
 
 
 @dataclass(frozen=True)

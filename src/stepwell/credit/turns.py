@@ -1,4 +1,4 @@
-"""Credit in conversations: each turn by what it and the turns after it earned."""
+"""Credit in conversations: each turn by its own reward and those of the turns after it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.credit.shaping import Outcome
 from stepwell.credit.traces import step_rewards
-from stepwell.parts import Batch, Part, Share
+from stepwell.parts import Part
+from stepwell.ranges import Share
 
 
 @dataclass(frozen=True)
 class Unpaid(Part):
-    """R - sum_t r_t (N,): what of the outcome the step rewards have not paid yet.
+    """R - sum_t r_t (N,): the part of the outcome that the step rewards do not contain.
 
-    The outcome for parts that put it at the row's end on top of the step rewards (`RewardToGo`,
-    `GeneralisedAdvantage`), where it is the whole of what a row earned: in conversations R is the sum of what the turns
-    earned, and would be paid twice. Without step rewards it is R.
+    Use it as the `reward` of parts that add the outcome to the step rewards at the row's end (`RewardToGo`,
+    `GeneralisedAdvantage`), where the outcome is the sum of the step rewards already, as in conversations: it would
+    count twice. Without step rewards it is R.
     """
 
     reward: Part = field(default_factory=Outcome)
@@ -32,8 +34,9 @@ class Unpaid(Part):
 class TurnReturns(Part):
     """G_k = r_k + gamma G_{k+1} (N, T), on every trained step of turn k: the turns' rewards still to come.
 
-    r_k is the sum of the turn's step rewards, and what they leave of the outcome is earned by the last turn, so that
-    with gamma = 1 the first turn has G_0 = R. Turns are those of `segment`; one without a trained step takes no time.
+    r_k is the sum of the turn's step rewards; the last turn also earns the part of the outcome that they do not
+    contain, so that with gamma = 1 the first turn has G_0 = R. Turns are those of `segment`; one without a trained
+    step takes no time.
     """
 
     gamma: Share = 1.0

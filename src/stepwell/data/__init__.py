@@ -1,1 +1,1 @@
-"""What people bring: prompts, and the endless stream that planners take from."""
+"""Data that users bring: prompts with their columns, and the endless stream that planners take from."""

@@ -6,19 +6,17 @@ import csv
 import difflib
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stepwell.data.columns import check_columns
 from stepwell.errors import InputError
 from stepwell.sampling.request import Prompt
 
-RESERVED = ("prompts", "completions", "truncated", "completion_ids")
-"""What reward functions are given besides the data; no column of the data may have one of these names."""
-
 
 class _Row(NamedTuple):
-    """A row as it was read, and how a message names it."""
+    """A row as it was read, and the words that name it in a message."""
 
     place: str
     value: Any
@@ -34,12 +32,13 @@ def load_prompts(source: Any, column: str = "prompt", *, anything: bool = False)
     All other columns go to `Prompt.columns`; a column that only some rows have is None in the others. The cells of a
     .csv stay text. Blank lines are skipped.
 
-    With `anything`, for processes that are not told words, a prompt may be any value, None included; a list may hold
-    such values themselves in place of rows, and rows need no column `prompt`: theirs are None then.
+    With `anything`, for processes that are not conditioned on texts, a prompt may be any value, None included; a list
+    may hold such values themselves in place of rows, and rows need no column `prompt`: theirs are None then.
 
     Raises `InputError`, naming file, row (counted from 0), column and the mend, for a file that is not there, cannot
     be read or has an unknown suffix, for data without rows or without the prompt's column, for a column whose name is
-    taken (`RESERVED`), and for a row that is broken, has no prompt, or has one that is neither text nor chat messages.
+    taken (`columns.RESERVED`), and for a row that is broken, has no prompt, or has one that is neither text nor chat
+    messages.
 
     Example:
         >>> load_prompts([{"prompt": "1 + 1 =", "answer": "2"}])
@@ -64,13 +63,13 @@ def load_prompts(source: Any, column: str = "prompt", *, anything: bool = False)
     unnamed = [key for key in names if not isinstance(key, str)]
     if unnamed:
         raise InputError(f"{name} has a column named {unnamed[0]!r}; the name of a column has to be text.")
-    like_it = difflib.get_close_matches(column, [key.lower() for key in names], n=1, cutoff=0.85)  # not prompt_id
-    bare = anything and column == "prompt" and not like_it
+    misspelt = difflib.get_close_matches(column, [key.lower() for key in names], n=1, cutoff=0.85)  # not prompt_id
+    bare = anything and column == "prompt" and not misspelt
     if column not in names and not bare:
         near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
-        hint = f"did you mean column='{near[0]}'?" if near else "say with column=... which of them holds the prompts."
-        there = "its columns are " + ", ".join(f"'{key}'" for key in names) if names else "it has none"
-        raise InputError(f"{name} has no column '{column}' ({there}); {hint}")
+        hint = f"did you mean column='{near[0]}'?" if near else "name the one that holds the prompts with column=..."
+        listed = "its columns are " + ", ".join(f"'{key}'" for key in names) if names else "it has none"
+        raise InputError(f"{name} has no column '{column}' ({listed}); {hint}")
     others = [key for key in names if key != column]
     check_columns(others, name)
     return [
@@ -83,16 +82,6 @@ def load_prompts(source: Any, column: str = "prompt", *, anything: bool = False)
         )
         for number, row in enumerate(rows)
     ]
-
-
-def check_columns(names: Sequence[str], owner: str) -> None:
-    """Raise `InputError` for a column that has the name of something else that rewards are given."""
-    taken = [name for name in names if name in RESERVED]
-    if taken:
-        raise InputError(
-            f"{owner} has a column '{taken[0]}', and reward functions are given something else under that name; "
-            "rename the column."
-        )
 
 
 def _checked(prompt: Any, place: str) -> Any:
@@ -122,7 +111,7 @@ def _checked(prompt: Any, place: str) -> Any:
 
 
 def _read(source: Any) -> tuple[str, list[_Row]]:
-    """The rows of any source, and what messages call it."""
+    """The rows of any source, and the words that name the source in messages."""
     if isinstance(source, str | Path):
         return _read_path(source)
     if isinstance(source, list | tuple):
@@ -133,8 +122,8 @@ def _read(source: Any) -> tuple[str, list[_Row]]:
     if datasets is not None and isinstance(source, datasets.DatasetDict):
         raise _splits("The data set", source)
     raise InputError(
-        f"Prompts come from a path, a Hugging Face Dataset or a list of rows, "
-        f"not from an object of type {type(source).__name__}."
+        f"Prompts must be a path, a Hugging Face Dataset or a list of rows, got an object of type "
+        f"{type(source).__name__}."
     )
 
 
@@ -203,12 +192,12 @@ def _read_json(path: Path) -> list[_Row]:
             f"{path}{line} is no JSON ({_reason(error)}); if each of its lines is a row, name the file .jsonl."
         ) from error
     if not isinstance(value, list):
-        raise InputError(f"{path} holds one value of type {type(value).__name__}; a list of rows is right.")
+        raise InputError(f"{path} must hold a list of rows, got one value of type {type(value).__name__}.")
     return _numbered(value)
 
 
 def _reason(error: ValueError) -> str:
-    """What the JSON reader said, without its own count of lines."""
+    """The JSON reader's message, without its own count of lines."""
     return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 

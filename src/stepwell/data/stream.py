@@ -16,8 +16,8 @@ from stepwell.sampling.request import Prompt
 class PromptStream:
     """Prompts epoch after epoch, each epoch a new random order of them all (`shuffle=False`: their own order).
 
-    Its state is the order of the present epoch, the place in it, and the `rng`, which should be the stream's own
-    (`rng.split("prompts")`). Raises `InputError` if there is no prompt.
+    `by_id` finds a prompt by its number. The state is the order of the present epoch, the place in it, and the `rng`,
+    which should be the stream's own (`rng.split("prompts")`). Raises `InputError` if there is no prompt.
 
     Example:
         >>> stream = PromptStream([Prompt(i, text) for i, text in enumerate("abc")], Rng(0), shuffle=False)
@@ -27,15 +27,16 @@ class PromptStream:
 
     def __init__(self, prompts: Sequence[Prompt], rng: Rng, shuffle: bool = True):
         if not prompts:
-            raise InputError("A stream of prompts needs at least one prompt; none was given.")
+            raise InputError("A stream of prompts needs at least one prompt, got none.")
         self.prompts = list(prompts)
+        self.by_id = {prompt.id: prompt for prompt in self.prompts}
         self.rng = rng
         self.shuffle = shuffle
         self._order: list[int] = []  # the present epoch
         self._position = 0  # of the next prompt in it
 
     def __len__(self) -> int:
-        """How many prompts an epoch has."""
+        """The number of prompts of an epoch."""
         return len(self.prompts)
 
     def take(self, count: int, weights: Tensor | None = None) -> list[Prompt]:
@@ -48,7 +49,7 @@ class PromptStream:
         where it is. Raises `InputError` for a count below 1 and for weights that are not such.
         """
         if count < 1:
-            raise InputError(f"A take of {count} prompts was asked for; at least 1 is right.")
+            raise InputError(f"The number of prompts to take must be at least 1, got {count}.")
         chosen = self._next(count) if weights is None else self._weighted(count, weights)
         return [self.prompts[index] for index in chosen]
 
@@ -67,7 +68,8 @@ class PromptStream:
     def _new_epoch(self, apart: Sequence[int], first: int) -> list[int]:
         """A uniformly random order among those whose `first` entries are none of `apart`.
 
-        Drawing an order and passing over what is in `apart` would leave that at the head of the rest: not uniform.
+        Drawing an order and passing over the entries of `apart` would leave these at the head of the rest, which is not
+        uniform.
         """
         everything = list(range(len(self)))
         if not self.shuffle:
@@ -84,17 +86,20 @@ class PromptStream:
         weights = torch.as_tensor(weights, dtype=torch.float64, device=self.rng.device).detach()
         if weights.shape != (len(self),):
             raise InputError(
-                f"Weights of shape {tuple(weights.shape)} were given for {len(self)} prompts; one each is right."
+                f"The weights of prompts must be one for each of the {len(self)} prompts, got a tensor of shape "
+                f"{tuple(weights.shape)}."
             )
         usable = bool(weights.isfinite().all()) and bool((weights >= 0).all()) and bool((weights > 0).any())
         if not usable:
-            raise InputError("The weights of prompts have to be finite, non-negative and not all zero.")
+            raise InputError(
+                f"The weights of prompts must be finite, non-negative and not all zero, got {weights.tolist()!r:.80}."
+            )
         if count > int((weights > 0).sum()):
             return self.rng.categorical(weights.expand(count, -1)).tolist()
         return self.rng.without_replacement(weights.log()[None], count)[0].tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands; after `load_state_dict` the takes go on bit for bit."""
+        """The place that the stream has reached; after `load_state_dict` the takes go on bit for bit."""
         return {
             "order": torch.tensor(self._order, dtype=torch.long),
             "position": self._position,

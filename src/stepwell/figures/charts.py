@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 Values = NDArray[np.float64]
 SERIES = 8
-"""How many colours there are; further lines are dashed."""
+"""The number of colours; further lines are dashed."""
 WIDTH = 4.2
-"""Inches, which the page stretches to the room there is: small enough for text to be read on a phone."""
+"""The width of a chart in inches, small enough for its text to be read on a phone; a page stretches it."""
 
-# Colours that stand for variables of the style sheet; matplotlib draws with them, and `svg` puts the variables in.
-_INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
-_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid"}
+# Stand-ins for variables of the style sheet: matplotlib draws with these colours, and `svg` replaces them.
+INK, MUTED, GRID = "#010101", "#020202", "#030303"
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid"}
 _VARIABLES |= {f"#0a0a{place:02x}": f"--series-{place}" for place in range(SERIES)}
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 
 
 @dataclass(frozen=True)
-class Line:
-    """Points of one line in ascending x, perhaps with a band; `series` chooses its colour, `ends` marks both ends."""
+class Curve:
+    """A line through points in ascending x, with an optional band; `series` chooses its colour, `faint` thins it."""
 
     label: str
     series: int
@@ -46,7 +46,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Bar:
-    """A value with an interval, on a line of its own."""
+    """A value with an interval, on a line of its own; `sure` where the interval excludes zero."""
 
     label: str
     series: int
@@ -62,13 +62,13 @@ def colour(series: int) -> str:
 
 
 def curves(
-    lines: Sequence[Line], x_label: str, title: str, *, percent: bool = False, level: float | None = None
+    lines: Sequence[Curve], x_label: str, title: str, *, percent: bool = False, level: float | None = None
 ) -> str:
-    """Lines with bands; `level` draws a thin horizontal line, the common start say."""
+    """Lines with bands; `level` draws a thin horizontal line, such as the common start."""
     figure, axes = _figure(2.6)
     scale = 100.0 if percent else 1.0
     if level is not None:
-        axes.axhline(scale * level, color=_MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+        axes.axhline(scale * level, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
     for line in lines:
         tint, dashes = colour(line.series), _DASHES[line.series // SERIES % len(_DASHES)]
         if line.low is not None and line.high is not None:
@@ -83,9 +83,9 @@ def curves(
 
 
 def multiples(
-    lines: Sequence[Line], x_label: str, title: str, *, percent: bool = False, level: float | None = None
+    lines: Sequence[Curve], x_label: str, title: str, *, percent: bool = False, level: float | None = None
 ) -> str:
-    """A panel for each line, with its band, over all the others in grey; the axes are the same everywhere."""
+    """A panel for each line, with its band, over all others in grey; the axes are the same everywhere."""
     from matplotlib.figure import Figure
 
     across = min(4, len(lines))
@@ -100,23 +100,23 @@ def multiples(
             continue
         own = lines[place]
         for line in lines:
-            axes.plot(line.x, scale * line.y, color=_GRID, linewidth=0.9)
+            axes.plot(line.x, scale * line.y, color=GRID, linewidth=0.9)
         if level is not None:
-            axes.axhline(scale * level, color=_MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+            axes.axhline(scale * level, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
         if own.low is not None and own.high is not None:
             axes.fill_between(
                 own.x, scale * own.low, scale * own.high, color=colour(own.series), alpha=0.2, linewidth=0
             )
         axes.plot(own.x, scale * own.y, color=colour(own.series), linewidth=1.9)
-        axes.set_title(own.label, loc="left", color=_INK, fontsize=9)
+        axes.set_title(own.label, loc="left", color=INK, fontsize=9)
         axes.margins(x=0.02)
         _short_numbers(axes, lines)
-    figure.supxlabel(x_label, color=_MUTED, fontsize=9)
+    figure.supxlabel(x_label, color=MUTED, fontsize=9)
     return svg(figure, title)
 
 
 def matrix(labels: Sequence[str], bars: Mapping[tuple[int, int], Bar], title: str, *, percent: bool = False) -> str:
-    """Differences of pairs, row less column, where `bars` has them; those without zero in their interval stand out."""
+    """Differences of pairs, row minus column, where `bars` has them; filled where the interval excludes zero."""
     size = len(labels)
     figure, axes = _figure(0.34 * size + 0.9, width=0.62 * size + 1.9)
     scale, words = (100.0, "{:+.1f}") if percent else (1.0, "{:+.2g}")
@@ -127,15 +127,15 @@ def matrix(labels: Sequence[str], bars: Mapping[tuple[int, int], Bar], title: st
                 [column - 0.46, column + 0.46], row - 0.42, row + 0.42, color=tint, alpha=0.22, linewidth=0
             )
         weight = "bold" if bar.sure else "normal"
-        said = "=" if bar.low == bar.high == 0 else words.format(scale * bar.value)
-        ink = _INK if bar.sure else _MUTED
-        axes.text(column, row, said, ha="center", va="center", color=ink, fontsize=8, fontweight=weight)
+        text = "=" if bar.low == bar.high == 0 else words.format(scale * bar.value)
+        ink = INK if bar.sure else MUTED
+        axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=8, fontweight=weight)
     axes.set_xlim(-0.5, size - 0.5)
     axes.set_ylim(size - 0.5, -0.5)
     axes.set_xticks(range(size), labels, rotation=35, ha="left")
     axes.xaxis.set_ticks_position("top")
     axes.set_yticks(range(size), labels)
-    axes.tick_params(length=0, colors=_INK, labelsize=8.5)
+    axes.tick_params(length=0, colors=INK, labelsize=8.5)
     axes.grid(visible=False)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -147,9 +147,9 @@ def forest(bars: Sequence[Bar], x_label: str, title: str, *, percent: bool = Fal
     names = [bar.label if len(bar.label) <= 26 else bar.label.replace(" − ", " −\n") for bar in bars]
     figure, axes = _figure(0.75 + sum(0.36 if "\n" not in name else 0.5 for name in names), width=WIDTH * 1.2)
     scale = 100.0 if percent else 1.0
-    axes.axvline(0.0, color=_INK, linewidth=0.9)
+    axes.axvline(0.0, color=INK, linewidth=0.9)
     for place, bar in enumerate(reversed(bars)):
-        tint = _INK if bar.sure else _MUTED
+        tint = INK if bar.sure else MUTED
         axes.plot(
             [scale * bar.low, scale * bar.high], [place, place], color=tint, linewidth=2.0, solid_capstyle="round"
         )
@@ -158,8 +158,8 @@ def forest(bars: Sequence[Bar], x_label: str, title: str, *, percent: bool = Fal
     axes.set_yticks(range(len(bars)), list(reversed(names)))
     axes.set_ylim(-0.6, len(bars) - 0.4)
     axes.grid(visible=False, axis="y")
-    axes.grid(visible=True, axis="x", color=_GRID, linewidth=0.7)
-    axes.tick_params(axis="y", length=0, colors=_INK)
+    axes.grid(visible=True, axis="x", color=GRID, linewidth=0.7)
+    axes.tick_params(axis="y", length=0, colors=INK)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(x_label)
     return svg(figure, title)
@@ -172,19 +172,19 @@ def bars(names: Sequence[str], series: Sequence[int], values: Sequence[float], t
     for place, (value, text, which) in enumerate(zip(values, texts, series, strict=True)):
         where = len(names) - 1 - place
         axes.barh(where, value, height=0.62, color=colour(which), linewidth=0)
-        axes.text(value + 0.02 * most, where, text, va="center", ha="left", color=_INK, fontsize=9)
+        axes.text(value + 0.02 * most, where, text, va="center", ha="left", color=INK, fontsize=9)
     axes.set_yticks(range(len(names)), list(reversed(names)))
     axes.set_xlim(0, 1.22 * most)
     axes.grid(visible=False)
     axes.xaxis.set_visible(False)
-    axes.tick_params(axis="y", length=0, colors=_INK)
+    axes.tick_params(axis="y", length=0, colors=INK)
     for side in axes.spines.values():
         side.set_visible(False)
     return svg(figure, title)
 
 
-def _short_numbers(axes: Axes, lines: Sequence[Line]) -> None:
-    """Large numbers along x as 100 k and 2 M."""
+def _short_numbers(axes: Axes, lines: Sequence[Curve]) -> None:
+    """Write large numbers along x as 100 k and 2 M."""
     from matplotlib.ticker import EngFormatter
 
     if max((float(line.x.max()) for line in lines if line.x.size), default=0.0) >= 1e4:
@@ -192,16 +192,16 @@ def _short_numbers(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def smoothed(values: Values, window: int) -> Values:
-    """A centred moving average, narrower at both ends, over what is finite: (T,) -> (T,)."""
+    """A centred moving average of the finite values, narrower at both ends: (T,) -> (T,)."""
     kernel = np.ones(window)
-    known = np.isfinite(values)
-    total = np.convolve(np.where(known, values, 0.0), kernel, "same")
-    weight = np.convolve(known.astype(float), kernel, "same")
+    finite = np.isfinite(values)
+    total = np.convolve(np.where(finite, values, 0.0), kernel, "same")
+    weight = np.convolve(finite.astype(float), kernel, "same")
     return np.divide(total, weight, out=np.full(len(values), np.nan), where=weight > 0)
 
 
 def _figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
-    """An empty figure of that many inches in the page's manner."""
+    """An empty figure of this size in inches, in the page's style."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -214,15 +214,18 @@ def _plain_axes(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axes.spines[side].set_color(_GRID)
-    axes.grid(visible=True, axis="y", color=_GRID, linewidth=0.7)
+        axes.spines[side].set_color(GRID)
+    axes.grid(visible=True, axis="y", color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_MUTED, labelsize=9, length=3, color=_GRID)
-    axes.xaxis.label.set(color=_MUTED, size=9)
+    axes.tick_params(colors=MUTED, labelsize=9, length=3, color=GRID)
+    axes.xaxis.label.set(color=MUTED, size=9)
 
 
 def svg(figure: Any, title: str) -> str:
-    """The figure as an `<svg>` for a page: no document head, no metadata, ids of its own, colours as variables."""
+    """The figure as an `<svg>` for a page: no document head, no metadata, ids of its own, colours as variables.
+
+    figure: a figure of matplotlib.
+    """
     import matplotlib
 
     written = io.StringIO()
@@ -250,29 +253,32 @@ DRAWS = frozenset(
     """svg g defs use symbol title desc style path rect circle ellipse line polyline polygon text tspan clipPath mask
     linearGradient radialGradient stop pattern marker image""".split()
 )
-"""The elements that a figure may have: they draw, and do nothing else."""
+"""The elements that a figure may have; they draw and do nothing else."""
 
 
 def safe(figure: str) -> str:
-    """An `<svg>` that was drawn elsewhere, as it may be put into a page.
+    """The `<svg>` itself, drawn elsewhere, once it is known to be harmless inside a page.
 
-    Raises `InputError` for anything that is no well-formed svg, or that a browser would run or load.
+    Raises `InputError` for anything that is not a well-formed svg, or that a browser would run or load.
     """
     try:
         if not isinstance(figure, str) or "<!" in figure or not figure.lstrip().startswith("<svg"):
-            raise InputError("A figure is the text of one <svg> element, as stepwell.figures.charts.svg gives it.")
+            raise InputError(
+                f"figure must be the text of one <svg> element, such as stepwell.figures.charts.svg gives, got "
+                f"{figure!r:.60}."
+            )
         elements = list(ElementTree.fromstring(figure).iter())
     except ElementTree.ParseError as error:
-        raise InputError(f"A figure is well-formed XML; this one is not ({error}).") from error
+        raise InputError(f"figure must be well-formed XML, got an error: {error}.") from error
     for element in elements:
         tag = element.tag.rpartition("}")[2]
         texts = {name.rpartition("}")[2].casefold(): value for name, value in element.attrib.items()}
         links = [value for name, value in texts.items() if name in ("href", "src")]
         styles = [*texts.values(), element.text or ""] if tag == "style" else list(texts.values())
         if tag not in DRAWS or any(name.startswith("on") for name in texts):
-            raise InputError(f"A figure only draws; its element '{tag}' may do more than that.")
+            raise InputError(f"figure must only draw, got an element '{tag}', which may do more than that.")
         if any(not link.startswith(("#", "data:image/png;base64,")) for link in links) or any(
             re.search(r"@import|url\((?!#)|\\", style, re.IGNORECASE) for style in styles
         ):
-            raise InputError(f"A figure holds all that it shows; its element '{tag}' refers to something outside.")
+            raise InputError(f"figure must hold all that it shows, got an element '{tag}' that refers elsewhere.")
     return figure

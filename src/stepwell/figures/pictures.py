@@ -1,4 +1,4 @@
-"""Samples that are tensors, for people: few numbers or a few words for any of them, and a PNG for images."""
+"""Tensors for people to look at: a few numbers or words for any of them, and a PNG for images."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 LEAST_SIDE = 4
-"""A matrix with a side shorter than this is taken for numbers, not for an image."""
+"""The shortest side of an image; a smaller matrix is shown as numbers."""
 TILE = (64, 256)
 """The sides, in pixels, that the tiles of a grid are magnified or reduced to lie between."""
 COLUMNS = 8
+"""Tiles side by side in a grid."""
 NUMBERS = 8
-"""The most numbers of a vector that are written out."""
+"""The longest vector that is written out."""
 
 
 def due(step: int) -> bool:
-    """Whether a step's images are drawn: often at first and ever more rarely, at few steps of even a long run.
+    """True at the steps whose images are drawn: often at first, then ever more rarely, so that a long run draws few.
 
     Example:
         >>> [step for step in range(1, 1001) if due(step)]
@@ -31,7 +32,7 @@ def due(step: int) -> bool:
 
 
 def is_image(value: object) -> bool:
-    """Whether a sample is an image: a tensor (H, W) or (C, H, W) of one or three channels, float in [0, 1] or uint8.
+    """True for an image: a tensor (H, W) or (C, H, W) of one or three channels, float in [0, 1] or uint8.
 
     Example:
         >>> [is_image(torch.zeros(shape)) for shape in ((8, 8), (3, 16, 16), (2,), (50, 2))]
@@ -44,7 +45,7 @@ def is_image(value: object) -> bool:
 
 
 def described(value: Tensor) -> str | list[float]:
-    """A tensor as JSON takes it: the numbers of a short vector to four digits, else shape, mean and range in words.
+    """A tensor as a value for JSON: the numbers of a short vector to four digits, else shape, mean and range in words.
 
     Example:
         >>> described(torch.tensor([0.5, -1.25])), described(torch.eye(8))
@@ -60,7 +61,7 @@ def described(value: Tensor) -> str | list[float]:
 
 
 def pixels(image: Tensor) -> Tensor:
-    """An image (`is_image`) as uint8 (H, W, C); what is outside [0, 1] is clipped, what is no number is black."""
+    """An image (`is_image`) as uint8 (H, W, C); values outside [0, 1] are clipped, NaN is black."""
     image = image.detach().cpu()
     image = image[None] if image.dim() == 2 else image
     if image.is_floating_point():
@@ -69,7 +70,7 @@ def pixels(image: Tensor) -> Tensor:
 
 
 def reduced(image: Tensor, most: int) -> Tensor:
-    """The image with its longer side at most `most` pixels, by averages over areas."""
+    """The image with its longer side at most `most` pixels, by averages over areas; a small image as it is."""
     height, width = image.shape[-2:]
     if max(height, width) <= most:
         return image
@@ -79,7 +80,7 @@ def reduced(image: Tensor, most: int) -> Tensor:
 
 
 def grid(images: Sequence[Tensor]) -> Tensor:
-    """Images side by side in rows of `COLUMNS`, as one image (C, H, W) with margins; all are shown at one scale.
+    """Images side by side in rows of `COLUMNS`, as one image (C, H, W) with margins, all at one scale.
 
     Small ones are magnified by whole numbers, large ones reduced (`TILE`).
     """
@@ -101,8 +102,9 @@ def grid(images: Sequence[Tensor]) -> Tensor:
 
 
 def png(image: Tensor) -> bytes:
-    """An image (`is_image`) as a PNG file, the same bytes for the same pixels. Source: the PNG specification, ISO
-    15948: 8 bits, grey or RGB, no filter.
+    """An image (`is_image`) as a PNG file of 8 bits, grey or RGB, no filter; the same pixels give the same bytes.
+
+    Source: the PNG specification, ISO 15948.
 
     Example:
         >>> png(torch.zeros(8, 8))[:4]

@@ -6,18 +6,22 @@ import functools
 import importlib
 import os
 import pkgutil
+import re
 from pathlib import Path
 
-from stepwell.errors import InputError, UnknownName
+from stepwell.errors import InputError, UnknownName, folded
 from stepwell.process.kinds import kinds
 from stepwell.recipe.card import Card
 from stepwell.recipe.plugins import load_installed
-from stepwell.recipe.registry import CARDS
+from stepwell.recipe.registry import CARDS, find
+
+MENTIONS = 3
+"""Cards that may mention a word for it to point to one of them; a word in more of them says nothing."""
 
 
 @functools.cache
 def _find() -> None:
-    """Import every file of this room and of its folders, and what installed packages offer, once."""
+    """Import every file of this folder and of those in it, and the plugins of installed packages, once."""
     for module in pkgutil.walk_packages([os.fspath(Path(__file__).parent)], "stepwell.methods."):
         importlib.import_module(module.name)
     load_installed()
@@ -29,12 +33,27 @@ def names() -> list[str]:
     return sorted(CARDS)
 
 
-def get(id: str) -> Card:
-    """The card of a method; an unknown id is an error that names the nearest."""
+def get(name: str) -> Card:
+    """The card of a method, by id or alias.
+
+    Case, hyphens, underscores and spaces do not matter. An unknown name is an error that names the nearest method.
+
+    Example:
+        >>> get("Dr_GRPO").id, get("rf++").id
+        ('dr-grpo', 'reinforce++')
+    """
     _find()
-    if id not in CARDS:
-        raise UnknownName("method", id, CARDS)
-    return CARDS[id]
+    card = find(name)
+    if card is None:
+        spellings = {alias: card.id for card in CARDS.values() for alias in (card.title, *card.aliases)}
+        raise UnknownName("method", name, CARDS, {**spellings, **_mentioned(name)})
+    return card
+
+
+def search(words: str) -> list[Card]:
+    """The cards that hold all these words: in ids, aliases, titles, papers, and in what they say."""
+    wanted = words.casefold().split()
+    return [card for card in map(get, names()) if all(word in card.text.casefold() for word in wanted)]
 
 
 def check_kind(card: Card, kind: str | None) -> None:
@@ -48,3 +67,15 @@ def check_kind(card: Card, kind: str | None) -> None:
     raise InputError(
         f"The method '{card.id}' trains {made_for}, and not {words[kind]}; choose a method for them, {hint}."
     )
+
+
+def _mentioned(name: str) -> dict[str, str]:
+    """The method whose card mentions this name, such as that of another variant; nothing where many cards do."""
+    cards = [card.id for card in CARDS.values() if folded(name) in _words(card.text)]
+    return {name: min(cards)} if 0 < len(cards) <= MENTIONS else {}
+
+
+def _words(text: str) -> set[str]:
+    """The words of a text, folded; words with hyphens as a whole and in pieces."""
+    whole = re.findall(r"[\w+@-]+", text)
+    return {folded(word) for words in whole for word in (words, *words.split("-"))}

@@ -9,21 +9,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch, Read
 from stepwell.credit.group import group_index, group_sum
 from stepwell.credit.shaping import Outcome
 from stepwell.objective.preference.pairs import SequenceScore
-from stepwell.objective.state import LogPartition, State, value_of
+from stepwell.objective.state import Coefficient, LogPartition, value_of
 from stepwell.objective.term import Loss, Term
-from stepwell.parts import Batch, NotNegative, Part
+from stepwell.parts import Part
+from stepwell.ranges import NotNegative
 
 
 @dataclass(frozen=True)
 class TrajectoryBalance(Term):
-    """The mean over rows of (log Z + log P_F - log P_B - log R)^2 / 2; cards_objectives.md section 6.
+    """The mean over rows of (log Z + log P_F - log P_B - log R)^2 / 2 (Malkin et al. 2022, arXiv 2201.13259).
 
     The score is log P_F - log P_B: for text, whose backward policy is certain, the sum of log-probabilities, against
-    the reference where the target is ref exp(reward). `log_reward` is log R. partition: `learned`, a state with its
-    own gradient step of size `rate`; `group` (VarGrad), the mean of log R - score over the prompt's rows under the
+    the reference where the target is ref exp(reward). `log_reward` is log R. partition: `learned`, a coefficient with
+    its own gradient step of size `rate`; `group` (VarGrad), the mean of log R - score over the prompt's rows under the
     present parameters, whose gradient is the same whether it passes through that mean or not.
     """
 
@@ -31,7 +33,7 @@ class TrajectoryBalance(Term):
     score: Part = field(default_factory=SequenceScore)
     partition: Literal["learned", "group"] = "learned"
     log_partition: LogPartition = field(default_factory=lambda: LogPartition("log_partition"))
-    coefficient: float | State = 1.0
+    coefficient: float | Coefficient = 1.0
 
     @property
     def present(self) -> frozenset[str]:
@@ -66,12 +68,12 @@ class SubTrajectoryBalance(Term):
     lam: NotNegative = 1.0
     log_reward: Part = field(default_factory=Outcome)
     against: Literal["reference", "none"] = "reference"
-    coefficient: float | State = 1.0
+    coefficient: float | Coefficient = 1.0
     needs = frozenset({"value"})
 
     @property
-    def reads(self) -> frozenset[str]:
-        return frozenset({"reference_log_prob"} if self.against == "reference" else ())
+    def reads(self) -> frozenset[Read]:
+        return frozenset({Read("reference", "log_prob")} if self.against == "reference" else ())
 
     def credit(self, batch: Batch) -> dict[str, Tensor]:
         return {"log_reward": self.log_reward(batch)}

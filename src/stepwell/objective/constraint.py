@@ -7,20 +7,21 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from stepwell.objective.state import Multiplier, State, value_of
+from stepwell.batch import Batch
+from stepwell.objective.state import Coefficient, Multiplier, value_of
 from stepwell.objective.term import Loss, Term
-from stepwell.parts import Batch, Part
+from stepwell.parts import Part
 
 
 @dataclass(frozen=True)
 class Priced(Part):
-    """price * part, the price as the loop keeps it when credit is given."""
+    """price * part, with the price at the moment when credit is given."""
 
     part: Part
-    price: State = field(default_factory=lambda: Multiplier("price"))
+    price: Coefficient = field(default_factory=lambda: Multiplier("price"))
 
     @property
-    def compares(self) -> bool:  # type: ignore[override]
+    def compares(self) -> bool:
         return self.part.compares
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -29,11 +30,11 @@ class Priced(Part):
 
 @dataclass(frozen=True)
 class Watch(Term):
-    """No loss: the mean of a part over the rows, as a metric that states may follow."""
+    """No loss: the mean of a part over the rows, as a metric that coefficients may follow."""
 
     part: Part
     name: str
-    coefficient: float | State = 1.0
+    coefficient: float | Coefficient = 1.0
 
     def credit(self, batch: Batch) -> dict[str, Tensor]:
         return {"watched": self.part(batch)}

@@ -1,4 +1,4 @@
-"""Learning from a teacher: what it says of the student's own steps, sampled or over the whole vocabulary.
+"""Learning from a teacher: its log-probabilities of the student's own steps, or its distribution of every step.
 
 The teacher is another process of the same vocabulary: `sw.train(..., teacher=...)`.
 """
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from stepwell.batch import Batch, Read
 from stepwell.credit.traces import reward_to_go
 from stepwell.objective.gates.step import Gate
 from stepwell.objective.regularise import Regulariser
-from stepwell.objective.state import State
-from stepwell.parts import Batch, Count, NotNegative, Part, Share
+from stepwell.objective.state import Coefficient
+from stepwell.parts import Part, parts_of
 from stepwell.process.models import Models
+from stepwell.ranges import Count, NotNegative, Share
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories
 
@@ -28,13 +30,13 @@ class TeacherAdvantage(Part):
     """log teacher - log pi_old of each step taken, (N, T); `to_go` sums it to the end of the row.
 
     On policy the score function with it gives the gradient of -KL(pi || teacher): of each state's, with visits
-    frozen; of whole sequences', to go. `front` > 0 weighs steps by 1 + front (1 - what |A| came before / all |A|),
-    which TRL calls IW-OPD. Source: cards_objectives.md section 4.
+    frozen; with `to_go`, of whole sequences'. `front` > 0 weighs step t by
+    1 + front (1 - sum_{s<t} |A_s| / sum_s |A_s|), which TRL calls IW-OPD.
     """
 
     to_go: bool = False
     front: NotNegative = 0.0
-    reads = frozenset({"teacher_log_prob"})
+    reads = frozenset({Read("teacher", "log_prob")})
 
     def __call__(self, batch: Batch) -> Tensor:
         advantage = (batch.field("teacher_log_prob") - batch.old) * batch.mask
@@ -53,7 +55,7 @@ class TeacherEstimate(Part):
     """
 
     estimate: Literal["k2", "k3"] = "k2"
-    reads = frozenset({"teacher_log_prob"})
+    reads = frozenset({Read("teacher", "log_prob")})
 
     def __call__(self, batch: Batch) -> Tensor:
         d = (batch.log_prob - batch.field("teacher_log_prob")) * batch.mask
@@ -66,9 +68,9 @@ class TeacherDivergence(Part):
 
     beta = 0: KL(T || S); beta = 1: KL(S || T); between: beta KL(T || M) + (1 - beta) KL(S || M), M = (1 - beta) S +
     beta T (Agarwal et al. 2023, arXiv 2306.13649, equation 1). The family jumps at its ends: it falls to 0 as beta
-    goes to 0. Divided by beta (1 - beta), as with `scaled`, it goes to the two divergences instead. `top` > 0 tells
-    only the teacher's likeliest actions apart and takes all others for one, which is never more than the exact
-    divergence, and needs little of the teacher's law to be kept (`Distillation` draws it).
+    goes to 0. Divided by beta (1 - beta), as with `scaled`, it goes to the two divergences instead. `top` > 0 keeps
+    that many of the teacher's likeliest actions apart and counts all others as one, which is never more than the exact
+    divergence, and needs little of the teacher's distribution to be kept (`Distillation` draws it).
     """
 
     beta: Share = 0.5
@@ -77,8 +79,8 @@ class TeacherDivergence(Part):
     needs = frozenset({"logits"})
 
     @property
-    def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"teacher_ids", "teacher_top"} if self.top else {"teacher_logits"})
+    def reads(self) -> frozenset[Read]:
+        return frozenset(Read("teacher", need) for need in (("ids", "top") if self.top else ("logits",)))
 
     def __call__(self, batch: Batch) -> Tensor:
         student = batch.present("logits")
@@ -88,17 +90,17 @@ class TeacherDivergence(Part):
             teacher = pad(batch.field("teacher_top"), beyond)
         else:
             teacher = batch.field("teacher_logits")
-        keep = batch.rows.mask[..., None]  # where no step was trained a law may be anything, minus infinity too
+        keep = batch.rows.mask[..., None]  # where no step was trained logits may be anything, minus infinity too
         student, teacher = student.masked_fill(~keep, 0.0), teacher.masked_fill(~keep, 0.0)
         return generalised_divergence(student, teacher, self.beta, self.scaled) * batch.mask
 
 
-def coarse(law: Tensor, ids: Tensor) -> Tensor:
+def coarse(logits: Tensor, ids: Tensor) -> Tensor:
     """(N, T, k+1) log-probabilities of the actions `ids` (N, T, k) and of all others; (N, T, k) where none is left."""
-    named = law.gather(-1, ids)
-    if ids.shape[-1] == law.shape[-1]:
+    named = logits.gather(-1, ids)
+    if ids.shape[-1] == logits.shape[-1]:
         return named
-    return torch.cat([named, law.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)], -1)
+    return torch.cat([named, logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)], -1)
 
 
 @dataclass(frozen=True)
@@ -106,20 +108,20 @@ class Distillation(Regulariser):
     """A divergence from the teacher, whose likeliest actions are found once a rollout, a few rows at a time."""
 
     quantity: Part = field(default_factory=TeacherDivergence)
-    coefficient: float | State = 1.0
+    coefficient: float | Coefficient = 1.0
     name: str = "teacher_divergence"
 
     @torch.no_grad()
     def draw(self, rows: Trajectories, models: Models, rng: Rng) -> dict[str, Tensor]:
-        top = getattr(self.quantity, "top", 0)
+        top = max((part.top for part in parts_of(self.quantity) if isinstance(part, TeacherDivergence)), default=0)
         if not top:
             return {}
-        teacher, ids, laws = models.of("teacher"), [], []
+        teacher, ids, likeliest = models.of("teacher"), [], []
         for piece in torch.arange(len(rows)).split(8):
-            law = teacher.score(rows[piece], {"logits"})["logits"]
-            ids.append(law.topk(min(top, law.shape[-1])).indices)
-            laws.append(coarse(law, ids[-1]))
-        return {"teacher_ids": torch.cat(ids), "teacher_top": torch.cat(laws)}
+            logits = teacher.score(rows[piece], {"logits"})["logits"]
+            ids.append(logits.topk(min(top, logits.shape[-1])).indices)
+            likeliest.append(coarse(logits, ids[-1]))
+        return {"teacher_ids": torch.cat(ids), "teacher_top": torch.cat(likeliest)}
 
 
 def generalised_divergence(student: Tensor, teacher: Tensor, beta: float, scaled: bool = False) -> Tensor:
@@ -146,5 +148,5 @@ class Failing(Gate):
 
     threshold: float = 0.0
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         return (batch.reward <= self.threshold).to(batch.mask.dtype)[:, None]

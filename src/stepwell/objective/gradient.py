@@ -1,7 +1,8 @@
-"""What acts on gradients and is no loss: transforms applied between the backward pass and the optimiser."""
+"""Transforms of the gradients, applied between the backward pass and the optimiser."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 
-class GradientTransform:
+class GradientTransform(ABC):
     """Maps the gradients of one update to those the optimiser sees; frozen data, pure."""
 
-    def __call__(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        raise NotImplementedError(f"{type(self).__name__} gives no gradients.")
+    @abstractmethod
+    def __call__(self, gradients: Sequence[Tensor]) -> list[Tensor]: ...
 
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -1,8 +1,9 @@
-"""Losses that couple the rows of a prompt and are no sum over pairs: consistency, posteriors, discrimination."""
+"""Losses that couple the rows of a prompt, other than sums over pairs: consistency, posteriors, discrimination."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,29 +11,31 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from stepwell.batch import Batch
 from stepwell.objective.preference.pairs import SequenceScore
-from stepwell.objective.state import State, value_of
+from stepwell.objective.state import Coefficient, value_of
 from stepwell.objective.term import Coupling, Loss, Term
-from stepwell.parts import Batch, Part, Positive
+from stepwell.parts import Node, Part
+from stepwell.ranges import Positive
 
 
-class GroupFunction(Part):
+class GroupFunction(Node, ABC):
     """Maps one group's scores (n,), rewards (n,) and log-proposals (n,) to a scalar loss."""
 
-    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
-        raise NotImplementedError(f"{type(self).__name__} gives no loss.")
+    @abstractmethod
+    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Consistency(GroupFunction):
     """CoPG: the mean over pairs of (x_i - x_j)^2 / 2, x = R - beta s; zero at ref exp(R / beta) / Z for any samples.
 
-    On policy its expected gradient is -2 beta that of E R - beta KL(pi || ref); cards_objectives.md section 5.2.
+    On policy its expected gradient is -2 beta times that of E R - beta KL(pi || ref).
     """
 
     beta: Positive = 0.1
 
-    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:
         x = reward - self.beta * score
         pairs = max(len(x) * (len(x) - 1), 1)  # ordered; a row is no pair with itself
         return 0.5 * ((x[:, None] - x) ** 2).sum() / pairs
@@ -42,13 +45,13 @@ class Consistency(GroupFunction):
 class PosteriorMatching(GroupFunction):
     """BRAIn: -sum_i (a_i - b_i) s_i with a = softmax(log target - log proposal), b = softmax(log pi - log proposal).
 
-    The target is ref exp(R / beta); the gradient is zero at it for any samples; cards_objectives.md section 5.2.
-    The score must be against the reference, so that log pi = s + log ref and log ref cancels.
+    The target is ref exp(R / beta), at which the gradient is zero for any samples. The score must be against the
+    reference, so that log pi = s + log ref and log ref cancels.
     """
 
     beta: Positive = 0.1
 
-    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:
         target = (reward / self.beta - proposal).softmax(0)
         present = (score - proposal).softmax(0)
         return -((target - present).detach() * score).sum()
@@ -65,12 +68,12 @@ class NashRegression(GroupFunction):
     """DNO: the mean over pairs of -p log sigmoid(x) - (1-p) log sigmoid(-x), x = beta (s_i - s_j).
 
     p = sigmoid(r_i - r_j) for the rows' win rates r. Flat at ref exp(r / beta) / Z for any samples (Rosset et al.
-    2024, arXiv 2404.03715, equation 10 in the notation of cards_objectives.md section 5.1).
+    2024, arXiv 2404.03715, equation 10).
     """
 
     beta: Positive = 0.1
 
-    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:
         rate = win_rates(reward)
         label = torch.sigmoid(rate[:, None] - rate)
         logit = self.beta * (score[:, None] - score)
@@ -85,7 +88,7 @@ class SelfPlay(GroupFunction):
 
     beta: Positive = 0.1
 
-    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:
         return ((score - (win_rates(reward) - 0.5) / self.beta) ** 2).mean()
 
 
@@ -100,7 +103,7 @@ class Discriminative(GroupFunction):
     temperature: Positive | None = 10.0
     threshold: float = 0.5
 
-    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:
         good = reward > self.threshold
         if not bool(good.any()) or bool(good.all()):
             return 0.0 * score.sum()
@@ -120,7 +123,7 @@ class OrderPreserving(GroupFunction):
 
     beta: Positive = 1.0
 
-    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, score: Tensor, reward: Tensor, proposal: Tensor) -> Tensor:
         best = reward == reward.max()
         return 0.0 * score.sum() if bool(best.all()) else -(self.beta * score).log_softmax(0)[best].mean()
 
@@ -134,7 +137,7 @@ class TrustRegion(Term):
     """
 
     limit: float = 1e-4
-    coefficient: float | State = 1e3
+    coefficient: float | Coefficient = 1e3
     present = frozenset({"log_prob"})
 
     def plan(self, batch: Batch, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -159,16 +162,14 @@ class GroupLoss(Term):
 
     function: GroupFunction = field(default_factory=Consistency)
     score: Part = field(default_factory=SequenceScore)
-    coefficient: float | State = 1.0
+    coefficient: float | Coefficient = 1.0
     coupling: Coupling = "groups"
 
     def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:
         score, reward, prompt = self.score(batch), batch.reward, batch.rows.prompt
         # the proposal relative to the reference, because the score is relative to it as well
         proposal = score.detach() - batch.row_sum(batch.log_prob - batch.behaviour)[:, 0].detach()
-        losses = [
-            self.function(score[rows], reward[rows], proposal[rows])
-            for rows in (prompt == key for key in prompt.unique())
-        ]
+        groups = (prompt == key for key in prompt.unique())
+        losses = [self.function(score[rows], reward[rows], proposal[rows]) for rows in groups]
         value = value_of(self.coefficient, batch) * torch.stack(losses).sum() / batch.counts.groups
         return Loss(value, {"group_loss": value.detach()})

@@ -8,22 +8,23 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.credit.group import GroupCredit
 from stepwell.objective.gates.step import Gate
 from stepwell.objective.ratio import Ratio
 from stepwell.objective.reduction import Reduction, total
-from stepwell.objective.state import State, value_of
+from stepwell.objective.state import Coefficient, value_of
 from stepwell.objective.surrogate import Clip, Surrogate
 from stepwell.objective.term import Loss, Term
-from stepwell.parts import Batch, Part, column
+from stepwell.parts import Part, column
 
 
 @dataclass(frozen=True)
 class Policy(Term):
-    """coefficient * sum_it W_it surrogate(log r_it, A_it) gate_it; cards_objectives.md section 0.
+    """coefficient * sum_it W_it surrogate(log r_it, A_it) gate_it, over rows i and their steps t.
 
-    The advantage and the reduction's weight are kept apart on purpose: thresholds of gates and clips are in the
-    units of A, and folding one into the other changes them (section 0.2).
+    A is the credit, W the reduction's weight. The two are kept apart on purpose: thresholds of gates and clips are in
+    the units of A, and multiplying W into A would change them.
     """
 
     credit_of: Part = field(default_factory=GroupCredit)
@@ -31,7 +32,7 @@ class Policy(Term):
     surrogate: Surrogate = field(default_factory=Clip)
     gates: tuple[Gate, ...] = ()
     reduction: Part = field(default_factory=Reduction)
-    coefficient: float | State = 1.0
+    coefficient: float | Coefficient = 1.0
 
     def credit(self, batch: Batch) -> dict[str, Tensor]:
         advantage = column(self.credit_of(batch)).expand_as(batch.mask)

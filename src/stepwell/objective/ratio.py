@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,14 +11,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch, Read
 from stepwell.errors import InputError
-from stepwell.parts import Batch, Checked, Part, Width
+from stepwell.parts import Node, Part
+from stepwell.ranges import Width
 
 Level = Literal["token", "segment", "turn", "sequence", "sequence_token"]
 
 
 @dataclass(frozen=True)
-class Mixture(Part):
+class MixtureDenominator(Part):
     """log sum_k w_k mu_k (N, T): the denominator of multiple importance sampling.
 
     `components` are (name, weight) with names `old`, `behaviour`, `reference` or an (N, T) entry of `info`.
@@ -29,13 +32,12 @@ class Mixture(Part):
         super().__post_init__()
         weights = [weight for _, weight in self.components]
         if not all(weight >= 0 for weight in weights) or not math.isclose(sum(weights), 1.0):
-            raise InputError(f"The weights of a mixture are {weights}; 0 or more each, and 1 together, is right.")
+            raise InputError(
+                f"MixtureDenominator.components must have weights of 0 or more that sum to 1, got {weights}."
+            )
 
     def __call__(self, batch: Batch) -> Tensor:
-        terms = []
-        for name, weight in self.components:
-            value = getattr(batch, name) if name in ("old", "behaviour", "reference") else batch.field(name)
-            terms.append(value + math.log(weight))
+        terms = [batch.under(name) + math.log(weight) for name, weight in self.components]
         return torch.stack(terms).logsumexp(0)
 
 
@@ -43,16 +45,25 @@ class Mixture(Part):
 class PerSource(Part):
     """One denominator for the policy's own rows, of source 0, and another for all others (demonstrations), (N, T)."""
 
-    other: Part = field(default_factory=Mixture)
-    reads = frozenset({"old_log_prob"})  # of others' rows the stored log-probability is not the old policy's
+    other: Part = field(default_factory=MixtureDenominator)
+    reads = frozenset(
+        {Read("policy", "log_prob")}
+    )  # of others' rows the stored log-probability is not the old policy's
 
     def __call__(self, batch: Batch) -> Tensor:
         return torch.where((batch.rows.source > 0)[:, None], self.other(batch), batch.old)
 
 
+class Hook(Node, ABC):
+    """Maps each token's log-ratio and advantage, (N, T), to the log-ratio (N, T) that is aggregated."""
+
+    @abstractmethod
+    def __call__(self, difference: Tensor, advantage: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
-class LogClip(Checked):
-    """A hook that clips each token's log-ratio x where it has gone on in the direction of its advantage.
+class LogClip(Hook):
+    """A hook that clips each token's log-ratio x where it has moved on in the direction of its advantage.
 
     A > 0: min(x, clip(x, -low, high)); A < 0: max(x, clip(x, -low, high)); so x <= high where A > 0 and x >= -low
     where A < 0, and the gradient of a clipped token is 0 (GMPO, arXiv 2507.20673).
@@ -66,7 +77,7 @@ class LogClip(Checked):
 
 
 @dataclass(frozen=True)
-class LogBound:
+class LogBound(Hook):
     """A hook that keeps each token's log-ratio in [low, high]; there is no gradient outside."""
 
     low: float = -20.0
@@ -77,7 +88,7 @@ class LogBound:
 
 
 def runs(mask: Tensor) -> Tensor:
-    """(N, T) the number of the run of trained steps that a step is in, or that comes next: turns between tools' words.
+    """(N, T) the number of the run of trained steps that a step is in, or that comes next: tool output ends a run.
 
     Example:
         >>> runs(torch.tensor([[True, True, False, True]])).tolist()
@@ -92,13 +103,12 @@ def runs(mask: Tensor) -> Tensor:
 class Ratio(Part):
     """log r (N, T), the logarithm of pi / denominator, aggregated to a level and copied to its steps.
 
-    level: `token`; `segment` (rows.segment) and `turn` (info's `turn`, or the segment, or where neither is told the
-    runs of trained steps between those that are not the policy's own, such as a tool's words); `sequence`;
-    `sequence_token`, the value of the sequence with the gradient of the token (GSPO-token). mean: `geometric`, the
-    mean of the log-ratios, or `product`, their sum. denominator: `old`, `behaviour`, `none` (the present policy,
-    detached: ratio 1 with gradient), or a part such as `Mixture`. `hook` maps (log-ratio, advantage) per token before
-    aggregation (GMPO, clamps); `bounds` are those of the log-ratio after it, with no gradient outside (verl). Steps
-    with mask 0 have log r = 0. Source: cards_objectives.md sections 0 and 2.
+    level: `token`; `segment` (rows.segment); `turn` (info's `turn`, else the segment, else maximal runs of trained
+    steps: tool output separates turns); `sequence`; `sequence_token`, the value of the sequence with the gradient of
+    the token (GSPO-token). mean: `geometric`, the mean of the log-ratios, or `product`, their sum. denominator: `old`,
+    `behaviour`, `none` (the present policy, detached: ratio 1 with gradient), or a part such as `MixtureDenominator`.
+    `hook`, a `Hook` or a function, maps (log-ratio, advantage) per token before aggregation (GMPO, clamps); `bounds`
+    are those of the log-ratio after it, with no gradient outside (verl). Steps with mask 0 have log r = 0.
     """
 
     level: Level = "token"
@@ -108,8 +118,8 @@ class Ratio(Part):
     bounds: tuple[float, float] | None = None
 
     @property
-    def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"segment"} if self.level == "segment" else ())
+    def reads(self) -> frozenset[Read]:
+        return frozenset({Read("rows", "segment")} if self.level == "segment" else ())
 
     def __call__(self, batch: Batch, advantage: Tensor | None = None) -> Tensor:
         log_ratio = self._aggregated(batch, advantage)
@@ -122,25 +132,19 @@ class Ratio(Part):
             difference = self.hook(difference, torch.zeros_like(mask) if advantage is None else advantage) * mask
         if self.level == "token":
             return difference
-        if self.level in ("sequence", "sequence_token"):
-            total = difference.sum(1, keepdim=True)
-            whole = (total / batch.steps if self.mean == "geometric" else total).expand_as(difference)
-        elif self.level in ("segment", "turn"):
+        if self.level == "segment" or self.level == "turn":
             whole = self._by_segment(difference, mask, self._segments(batch))
         else:
-            raise InputError(f"Ratio has no level '{self.level}'; one of {Level.__args__} is right.")  # type: ignore[attr-defined]
+            total = difference.sum(1, keepdim=True)
+            whole = (total / batch.steps if self.mean == "geometric" else total).expand_as(difference)
         if self.level == "sequence_token":
             whole = whole.detach() + present - present.detach()
         return whole * mask
 
     def _denominator(self, batch: Batch) -> Tensor:
-        if isinstance(self.denominator, Part):
+        if not isinstance(self.denominator, str):
             return self.denominator(batch)
-        if self.denominator == "none":
-            return batch.log_prob.detach()
-        if self.denominator not in ("old", "behaviour"):
-            raise InputError(f"Ratio has no denominator '{self.denominator}'; old, behaviour, none or a part is right.")
-        return getattr(batch, self.denominator)
+        return batch.log_prob.detach() if self.denominator == "none" else batch.under(self.denominator)
 
     def _segments(self, batch: Batch) -> Tensor:
         if self.level == "turn" and batch.rows.info is not None and "turn" in batch.rows.info:

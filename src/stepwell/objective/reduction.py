@@ -1,16 +1,17 @@
-"""How a loss per step becomes one number: weights (N, T) from explicit global counts."""
+"""Reductions, which make one number of a loss per step: weights (N, T) from explicit global counts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.credit.group import group_index, group_sum
-from stepwell.errors import InputError
-from stepwell.parts import Batch, Part, Size
+from stepwell.parts import Part
+from stepwell.ranges import Size
 
 Mode = Literal["token", "row", "row-sum", "group", "fixed", "sum", "edge"]
 
@@ -49,15 +50,15 @@ class Reduction(Part):
             group, groups = group_index(batch.rows.prompt)
             steps = group_sum(mask.sum(1), group, groups).clamp(min=1)
             return mask / (steps[:, None] * counts.groups)
-        raise InputError(f"Reduction has no mode '{self.mode}'; one of {Mode.__args__} is right.")  # type: ignore[attr-defined]
+        assert_never(self.mode)
 
 
 @dataclass(frozen=True)
 class PerPrompt(Part):
     """The mean over prompts of the mean over rows of each row's mean, for own rows and others apart.
 
-    A row's weight is 1 / (n_i K groups), K the number of the prompt's rows of its kind: of source 0, or not. Terms
-    that train the one or the other then weigh alike, however many rows of each there are.
+    A step's weight is 1 / (n_i K groups), n_i the steps of its row and K the number of the prompt's rows of its kind:
+    of source 0, or not. Terms that train the one or the other then weigh alike, however many rows of each there are.
     """
 
     def __call__(self, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""What keeps a policy near a reference, or spread out: divergence estimates, exact divergence, entropy."""
+"""Regularisers: divergence estimates and the exact divergence from a reference, and the entropy."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepwell.errors import InputError, UnknownName
+from stepwell.batch import Batch, Read
+from stepwell.errors import InputError
 from stepwell.objective.gates.step import Gate
 from stepwell.objective.ratio import Ratio
 from stepwell.objective.reduction import Reduction, total
-from stepwell.objective.state import State, value_of
+from stepwell.objective.state import Coefficient, value_of
 from stepwell.objective.term import Loss, Term
-from stepwell.parts import Batch, Part, column, parts_of
+from stepwell.parts import Part, column, parts_of
 
 Estimate = Literal["k1", "k2", "k3", "abs", "k3-weighted", "k1+", "k3+", "exact"]
 
 
 @dataclass(frozen=True)
 class Divergence(Part):
-    """An estimate of KL(pi || other) per step, (N, T), with d = log pi - log other; cards_objectives.md section 4.
+    """An estimate of KL(pi || other) per step, (N, T), with d = log pi - log other.
 
     k1 = d; k2 = d^2/2; k3 = exp(-d) - 1 + d; abs = |d|; `k3-weighted` = r k3, with the gradient of both, r the `ratio`
     (TRL; pi / old of the token unless given); `k1+` and `k3+` have the value of k1 and k3 with the gradient of k2
@@ -44,23 +45,26 @@ class Divergence(Part):
         super().__post_init__()
         if self.estimate == "exact" and (self.other, self.level) != ("reference", "token"):
             raise InputError(
-                f"The exact divergence is that of each step's law from the reference's; other='{self.other}' and "
-                f"level='{self.level}' are for estimates."
+                "Divergence.estimate 'exact' compares each step's distribution with the reference's; other must be "
+                f"reference and level must be token, got {self.other} and {self.level}."
             )
         for name, value, default, uses in (
             ("ratio", self.ratio, Ratio(), ("k3-weighted",)),
             ("bounds", self.bounds, None, ("k3", "k3+", "k3-weighted")),
         ):
             if value != default and self.estimate not in uses:
-                raise InputError(f"The estimate {self.estimate} has no use for '{name}', which {', '.join(uses)} has.")
+                raise InputError(
+                    f"Divergence.{name} must be left out for the estimate {self.estimate}; it is used by "
+                    f"{', '.join(uses)}."
+                )
 
     @property
-    def reads(self) -> frozenset[str]:  # type: ignore[override]
+    def reads(self) -> frozenset[Read]:
         sampled = self.estimate != "exact" and self.other == "reference"
-        return frozenset({"reference_log_prob"} if sampled else ())
+        return frozenset({Read("reference", "log_prob")} if sampled else ())
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def needs(self) -> frozenset[str]:
         return frozenset({"kl"} if self.estimate == "exact" else ())
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -80,8 +84,6 @@ class Divergence(Part):
             "k1+": lambda: d.detach() + k2 - k2.detach(),
             "k3+": lambda: k3.detach() + k2 - k2.detach(),
         }
-        if self.estimate not in estimates:
-            raise UnknownName("divergence estimate", self.estimate, [*estimates, "exact"])
         value = estimates[self.estimate]()
         return (value / batch.steps).expand_as(batch.mask) if self.level == "sequence" else value
 
@@ -94,7 +96,7 @@ class Divergence(Part):
 
 @dataclass(frozen=True)
 class Entropy(Part):
-    """The entropy of each step's law, (N, T)."""
+    """The entropy of each step's distribution, (N, T)."""
 
     needs = frozenset({"entropy"})
 
@@ -112,7 +114,7 @@ class Regulariser(Term):
     """
 
     quantity: Part = field(default_factory=Divergence)
-    coefficient: float | State = 0.04
+    coefficient: float | Coefficient = 0.04
     reduction: Part = field(default_factory=Reduction)
     gates: tuple[Gate, ...] = ()
     name: str = "kl"
@@ -122,10 +124,10 @@ class Regulariser(Term):
     def __post_init__(self) -> None:
         super().__post_init__()
         diverges = any(isinstance(part, Divergence) for part in parts_of(self.quantity))
-        if diverges and not isinstance(self.coefficient, State) and self.coefficient < 0:
+        if diverges and not isinstance(self.coefficient, Coefficient) and self.coefficient < 0:
             raise InputError(
-                f"The coefficient of a divergence is {self.coefficient}, which would drive the policy away; 0 or more "
-                "is right."
+                f"Regulariser.coefficient of a divergence must be 0 or more, got {self.coefficient}, which would drive "
+                "the policy away."
             )
 
     def credit(self, batch: Batch) -> dict[str, Tensor]:

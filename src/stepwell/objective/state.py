@@ -1,4 +1,4 @@
-"""What a method remembers between updates, one number each: adaptive coefficients, multipliers, log Z."""
+"""Numbers that a method keeps between updates: adaptive coefficients, multipliers, log Z."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from stepwell.batch import Batch
 from stepwell.errors import UnknownName
-from stepwell.parts import Batch, Checked, NotNegative, Positive, Share, Size, Width
+from stepwell.ranges import Checked, NotNegative, Positive, Share, Size, Width
 
 
 @dataclass(frozen=True)
-class State(Checked):
-    """A number by name, kept by the training loop and saved in checkpoints.
+class Coefficient(Checked):
+    """A number by name that changes as training goes on, kept by the training loop and saved in checkpoints.
 
     `update(value, metrics)` is pure: it gives the next value from the metrics of the update just made. A term whose
-    coefficient is a State reads the present value from the batch.
+    coefficient is a `Coefficient` reads the present value from the batch.
     """
 
     name: str
@@ -25,18 +26,23 @@ class State(Checked):
         """The present value, as the loop keeps it."""
         return batch.states.get(self.name, self.initial)
 
+    def first_number(self) -> float:
+        """The first value: ranges are checked against it."""
+        return self.initial
+
     def update(self, value: float, metrics: Mapping[str, float]) -> float:
+        """The next value."""
         return value
 
 
 def _metric(metrics: Mapping[str, float], name: str) -> float:
     if name not in metrics:
-        raise UnknownName("metric for a state to follow", name, metrics)
+        raise UnknownName("metric for a coefficient to follow", name, metrics)
     return metrics[name]
 
 
 @dataclass(frozen=True)
-class AdaptiveCoefficient(State):
+class AdaptiveCoefficient(Coefficient):
     """A penalty's coefficient that steers a metric to a target.
 
     value *= 1 + clip(metric / target - 1, -0.2, 0.2) * rate, where rate is rows an update / horizon (Ziegler et al.
@@ -53,7 +59,7 @@ class AdaptiveCoefficient(State):
 
 
 @dataclass(frozen=True)
-class Multiplier(State):
+class Multiplier(Coefficient):
     """A constraint's dual variable: value <- max(0, value + rate (threshold - metric)), for metric >= threshold.
 
     `ceiling` bounds it from above, for constraints that cannot be kept.
@@ -70,8 +76,8 @@ class Multiplier(State):
 
 
 @dataclass(frozen=True)
-class Ramp(State):
-    """value <- `final` by equal steps, over so many updates: a schedule."""
+class Ramp(Coefficient):
+    """A schedule: from `initial` to `final` by equal steps, over so many updates."""
 
     final: float = 1.0
     updates: Size = 100
@@ -82,7 +88,7 @@ class Ramp(State):
 
 
 @dataclass(frozen=True)
-class RunningMean(State):
+class RunningMean(Coefficient):
     """value <- decay value + (1 - decay) metric."""
 
     metric: str = "reward"
@@ -93,7 +99,7 @@ class RunningMean(State):
 
 
 @dataclass(frozen=True)
-class LogPartition(State):
+class LogPartition(Coefficient):
     """Trajectory balance's learned log Z: value <- value - rate * mean residual, its own gradient step."""
 
     metric: str = "residual"
@@ -103,6 +109,6 @@ class LogPartition(State):
         return value - self.rate * _metric(metrics, self.metric)
 
 
-def value_of(coefficient: float | State, batch: Batch) -> float:
-    """A coefficient's number now."""
-    return coefficient.read(batch) if isinstance(coefficient, State) else coefficient
+def value_of(coefficient: float | Coefficient, batch: Batch) -> float:
+    """The present value of a coefficient, which may be a plain number."""
+    return coefficient.read(batch) if isinstance(coefficient, Coefficient) else coefficient

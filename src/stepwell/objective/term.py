@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -10,9 +11,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch, Read
 from stepwell.columns import Columns
-from stepwell.objective.state import State
-from stepwell.parts import Batch, Checked, declared, parts_of
+from stepwell.objective.state import Coefficient
+from stepwell.parts import Node, declared, parts_of
 from stepwell.process.models import Models
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories
@@ -28,17 +30,13 @@ class Loss:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __add__(self, other: Loss) -> Loss:
-        names = [*self.metrics, *(name for name in other.metrics if name not in self.metrics)]
-        metrics = {
-            name: self.metrics[name] + other.metrics[name]
-            if name in self.metrics and name in other.metrics
-            else self.metrics.get(name, other.metrics.get(name))
-            for name in names
-        }
-        return Loss(self.value + other.value, metrics)  # type: ignore[arg-type]
+        metrics = dict(self.metrics)
+        for name, value in other.metrics.items():
+            metrics[name] = metrics[name] + value if name in metrics else value
+        return Loss(self.value + other.value, metrics)
 
 
-class Term(Checked):
+class Term(Node, ABC):
     """One summand of an objective, a frozen dataclass with a `coefficient`.
 
     `draw(rows, models, rng)` draws what a loss needs beyond the rollout, once for it: entries of `rows.points`.
@@ -47,30 +45,34 @@ class Term(Checked):
     none (`rows`), those of a prompt (`groups`), or all (`batch`).
     """
 
-    coefficient: float | State
+    coefficient: float | Coefficient
     coupling: Coupling = "rows"
 
     def draw(self, rows: Trajectories, models: Models, rng: Rng) -> dict[str, Tensor]:
-        """What is drawn at random for each row, (N, ...): noised points, depths of backpropagation."""
+        """Entries (N, ...) drawn at random for each row: noised points, depths of backpropagation."""
         return {}
 
     def credit(self, batch: Batch) -> dict[str, Tensor]:
-        """What is decided once for the rollout: advantages, pairs, residual targets."""
+        """Targets that hold for the whole rollout: advantages, pairs, residuals."""
         return {}
 
     def plan(self, batch: Batch, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is decided once for a minibatch: reduction weights and gates."""
+        """Targets that hold for one minibatch: reduction weights and gates."""
         return {}
 
+    @abstractmethod
     def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:
-        raise NotImplementedError(f"{type(self).__name__} gives no loss.")
+        """The loss of the rows given, as their share of the whole minibatch's."""
 
     def __add__(self, other: Term | Objective) -> Objective:
         return Objective((self,)) + other
 
     def __mul__(self, factor: float) -> Self:
-        if isinstance(self.coefficient, State):
-            raise TypeError(f"The coefficient of {type(self).__name__} is the state '{self.coefficient.name}'.")
+        if isinstance(self.coefficient, Coefficient):
+            raise TypeError(
+                f"{type(self).__name__}.coefficient must be a number to be multiplied by {factor}, got the coefficient "
+                f"'{self.coefficient.name}', which changes as training goes on."
+            )
         return dataclasses.replace(self, coefficient=self.coefficient * factor)  # type: ignore[type-var]
 
     __rmul__ = __mul__
@@ -105,32 +107,34 @@ class Objective:
     @property
     def needs(self) -> frozenset[str]:
         """Scores to compute with a gradient in the loss."""
-        return declared(self.terms, "needs")
+        return declared(self.terms, lambda node: node.needs)
 
     @property
-    def reads(self) -> frozenset[str]:
+    def reads(self) -> frozenset[Read]:
         """Fields of the rows to fill before credit is given."""
-        return declared(self.terms, "reads")
+        return declared(self.terms, lambda node: node.reads)
 
     @property
     def present(self) -> frozenset[str]:
         """Scores of the whole minibatch that planning reads."""
-        return declared(self.terms, "present")
+        return declared(self.terms, lambda node: node.present)
 
     @property
     def plans_on_scores(self) -> bool:
-        """Planning reads the present policy, so it is done anew before every update, after one more forward."""
-        return bool(self.present) or any(getattr(part, "when", "rows") == "minibatch" for part in parts_of(self.terms))
+        """True where planning reads the present policy: it is done anew before every update, after one more forward."""
+        nodes = (part for part in parts_of(self.terms) if isinstance(part, Node))
+        return bool(self.present) or any(node.when == "minibatch" for node in nodes)
 
     @property
     def coupling(self) -> Coupling:
+        """The closest coupling of any term."""
         kinds = {term.coupling for term in self.terms}
         return "batch" if "batch" in kinds else "groups" if "groups" in kinds else "rows"
 
     @property
-    def states(self) -> dict[str, State]:
-        """The states that the terms read, by name."""
-        return {part.name: part for part in parts_of(self.terms) if isinstance(part, State)}
+    def states(self) -> dict[str, Coefficient]:
+        """The coefficients that change as training goes on, by name."""
+        return {part.name: part for part in parts_of(self.terms) if isinstance(part, Coefficient)}
 
     def credit(self, batch: Batch) -> Columns:
         """Targets of the whole rollout, one entry a term."""
@@ -143,7 +147,7 @@ class Objective:
         return self._targets(batch, lambda term, key: {**given[key], **term.plan(batch, given[key])})
 
     def loss(self, batch: Batch, targets: Columns) -> Loss:
-        """The loss of the rows given, as their share of the whole minibatch's."""
+        """The sum of the terms' losses of the rows given."""
         losses = [term.loss(batch, targets[key]) for key, term in self._named()]
         total = losses[0]
         for loss in losses[1:]:

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.credit.traces import GeneralisedAdvantage
 from stepwell.objective.reduction import Reduction, total
-from stepwell.objective.state import State, value_of
+from stepwell.objective.state import Coefficient, value_of
 from stepwell.objective.term import Loss, Term
-from stepwell.parts import Batch, NotNegative, Part, Width
+from stepwell.parts import Part
+from stepwell.ranges import NotNegative, Width
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class ValueLoss(Term):
     estimator: GeneralisedAdvantage = field(default_factory=GeneralisedAdvantage)
     clip: Width | None = 0.2
     reduction: Part = field(default_factory=Reduction)
-    coefficient: NotNegative | State = 0.1
+    coefficient: NotNegative | Coefficient = 0.1
     needs = frozenset({"value"})
 
     def credit(self, batch: Batch) -> dict[str, Tensor]:

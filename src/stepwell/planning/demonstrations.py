@@ -1,4 +1,4 @@
-"""Groups in which the data have a say: beside a prompt's samples stands what another wrote for it."""
+"""Groups with a demonstration: beside a prompt's samples stands a completion from the data."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from stepwell.sampling.request import Completion, Request
 class Demonstrated(Groups):
     """`size` samples a prompt, and one row of source 1: the completion in the data's column `column`.
 
-    A demonstration is judged by the reward like any sample, and its log-probability under whoever wrote it is taken
-    for 0, probability 1. Raises `InputError` for a prompt without one.
+    A demonstration is judged by the reward like any sample, and its stored log-probability is 0, that of certainty.
+    Raises `InputError` for a prompt without one.
     """
 
     column: str = "demonstration"
@@ -25,11 +25,11 @@ class Demonstrated(Groups):
     def ask(self, prompts: PromptStream, count: int, weights: Tensor | None = None) -> list[Request]:
         requests = []
         for request in super().ask(prompts, count, weights):
-            written = request.prompt.columns.get(self.column)
-            if written is None:
+            completion = request.prompt.columns.get(self.column)
+            if completion is None:
                 raise InputError(
-                    f"Prompt {request.prompt.id} has no '{self.column}'; the data need that column, with a completion "
-                    "in every row, for a method that learns from demonstrations."
+                    f"Demonstrated.column must be a column of the data with a completion in every row, got "
+                    f"'{self.column}', which prompt {request.prompt.id} has not."
                 )
-            requests += [request, Request(request.prompt, 1, start=Completion(written), source=1)]
+            requests += [request, Request(request.prompt, 1, start=Completion(completion), source=1)]
         return requests

@@ -1,4 +1,4 @@
-"""Fixed groups, groups until enough of them teach something, and groups for prompts that teach most."""
+"""Fixed groups, groups until enough of them teach something, and groups for the prompts that teach most."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from stepwell.data.stream import PromptStream
-from stepwell.parts import Checked, NotNegative, Range, Share, Size
+from stepwell.planning.base import Planner
+from stepwell.ranges import Checked, NotNegative, Range, Share, Size
 from stepwell.sampling.request import Request
 from stepwell.trajectories import Trajectories
 
 
 @dataclass
-class Groups(Checked):
+class Groups(Checked, Planner):
     """`prompts` prompts a step, `size` samples each: the plain planner."""
 
     prompts: Size = 8
@@ -32,26 +33,15 @@ class Groups(Checked):
             return []
         return [Request(prompt, self.size) for prompt in prompts.take(count, weights)]
 
-    def keep(self, so_far: Trajectories) -> Tensor:
-        return torch.arange(len(so_far))
-
-    def learn(self, trajectories: Trajectories, signals: Mapping[str, float]) -> None:
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        return None
-
 
 @dataclass
 class DynamicSampling(Groups):
     """DAPO's dynamic sampling: groups whose rewards are all equal are replaced by those of further prompts.
 
-    It asks again until `prompts` groups differ within, or `limit` times that many prompts were tried; then it keeps
-    what there is. Refilling multiplies each prompt's expected gradient by 1 / (1 - p^G - (1-p)^G), p its success
-    rate (cards_objectives.md section 1.2). Source: DAPO, arXiv 2503.14476, section 3.2.
+    It asks again until the rewards of `prompts` groups differ within the group, or `limit` times that many prompts were
+    tried; then it keeps the groups that there are. With rewards of 0 and 1, refilling multiplies a prompt's expected
+    gradient by 1 / (1 - p^G - (1-p)^G): p is its success rate, G the group's size, and the denominator the chance that
+    its group is kept. Source: DAPO, arXiv 2503.14476, section 3.2.
     """
 
     limit: Annotated[float, Range("a number from 1 on", 1)] = 4.0
@@ -83,8 +73,9 @@ def _useful_prompts(rows: Trajectories) -> list[int]:
 class WeightedPrompts(Groups):
     """Prompts drawn by how much they can still teach: weight floor + 4 p (1 - p), p the running success rate.
 
-    p is the mean reward of a prompt's rows, mapped to [0, 1] by `low` and `high`, forgotten at `decay`; an unseen
-    prompt has p = 1/2. This samples another distribution of prompts on purpose: the objective is reweighted.
+    p is the mean reward of a prompt's rows, mapped to [0, 1] by `low` and `high`; the earlier p keeps the share `decay`
+    of each new one, and an unseen prompt has p = 1/2. Prompts are drawn from another distribution than the data's on
+    purpose: the objective is reweighted.
     """
 
     floor: NotNegative = 0.1
@@ -104,8 +95,8 @@ class WeightedPrompts(Groups):
         for prompt in trajectories.prompt.unique().tolist():
             mean = float(trajectories.reward[trajectories.prompt == prompt].double().mean())
             rate = min(max((mean - self.low) / (self.high - self.low), 0.0), 1.0)
-            known = self.rates.get(prompt)
-            self.rates[prompt] = rate if known is None else self.decay * known + (1 - self.decay) * rate
+            earlier = self.rates.get(prompt)
+            self.rates[prompt] = rate if earlier is None else self.decay * earlier + (1 - self.decay) * rate
 
     def state_dict(self) -> dict[str, Any]:
         return {"rates": {str(prompt): rate for prompt, rate in self.rates.items()}}

@@ -1,4 +1,4 @@
-"""Prompts that are asked again with a hint where nobody found the answer; what is learned is to do without it."""
+"""Prompts that are asked again with a hint where no sample succeeded, so that the policy learns to do without it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from stepwell.data.stream import PromptStream
-from stepwell.parts import Count
 from stepwell.planning.groups import Groups
+from stepwell.ranges import Count
 from stepwell.sampling.request import Request
 from stepwell.trajectories import Trajectories
 
@@ -20,10 +20,10 @@ HINTED = 1
 class Hinted(Groups):
     """Groups; a prompt all of whose rewards are at most `failure` is asked again under its hint, `hints` more times.
 
-    The data's `column` holds the prompt with its hint, in the form that prompts have; prompts without one are left.
-    Both kinds of rows stay in the group and are scored under the plain prompt, while the stored log-probability is
-    that of the hinted law they were drawn from: train with ratios against the `behaviour`. `hints` of 0 is as many
-    as the group has.
+    The data's `column` holds the prompt with its hint, in the form that prompts have; prompts without one are not asked
+    again. Both kinds of rows stay in the group and are scored under the plain prompt, while the stored log-probability
+    is that under the hinted prompt, which they were drawn from: train with ratios against the `behaviour`. `hints` of 0
+    is as many as the group has.
 
     Source: Guide (Nath et al. 2025, arXiv 2506.13923).
     """
@@ -38,9 +38,8 @@ class Hinted(Groups):
         if bool((so_far.source == HINTED).any()):
             return []
         assert so_far.reward is not None
-        found = so_far.prompt[so_far.reward > self.failure]
-        failed = so_far.prompt[~torch.isin(so_far.prompt, found)].unique().tolist()
-        by_id = {prompt.id: prompt for prompt in prompts.prompts}
-        hints = [(by_id[prompt], by_id[prompt].columns.get(self.column)) for prompt in failed]
+        solved = so_far.prompt[so_far.reward > self.failure]
+        failed = [prompts.by_id[i] for i in so_far.prompt[~torch.isin(so_far.prompt, solved)].unique().tolist()]
+        hints = [(prompt, prompt.columns.get(self.column)) for prompt in failed]
         count = self.hints or self.size
         return [Request(prompt, count, context=hint, source=HINTED) for prompt, hint in hints if hint is not None]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from stepwell.data.stream import PromptStream
-from stepwell.parts import Size
 from stepwell.planning.groups import Groups
+from stepwell.ranges import Size
 from stepwell.sampling.request import Branch, Request
 from stepwell.trajectories import Trajectories
 
@@ -21,8 +21,8 @@ MEASURE = 1
 class WithGreedy(Groups):
     """`size` samples of each prompt and its greedy answer, whose reward is noted as `greedy` (N,) on the samples.
 
-    Only the samples train. The greedy answer takes the likeliest action everywhere: `deterministic`, for a process
-    that has it. Source: ReMax, arXiv 2310.10505.
+    Only the samples train. The greedy answer takes the likeliest action at every step, for which the process needs
+    `deterministic` (`abilities.Likeliest`). Source: ReMax, arXiv 2310.10505.
     """
 
     size: Size = 1
@@ -46,9 +46,9 @@ class WithGreedy(Groups):
 class Vines(Groups):
     """`size` samples of each prompt, and `vines` rows from the state before each of their segments, which judge it.
 
-    A segment has `segment` steps. The vines of the root are drawn for the row too, and are no samples of the group.
-    `value_before`, `value_after` and `ends` (N, T) are noted on the samples: the mean reward of the vines before and
-    after the segment that a step belongs to, and whether the row ends with it. Source: VinePPO, arXiv 2410.01679.
+    A segment has `segment` steps. The vines of the root are drawn for each row too, and are no samples of the group.
+    Noted on the samples (N, T): `value_before` and `value_after`, the mean rewards of the vines before and after the
+    segment that a step belongs to, and `ends`, 1 where the row ends with it. Source: VinePPO, arXiv 2410.01679.
     """
 
     prompts: Size = 4
@@ -61,9 +61,8 @@ class Vines(Groups):
             return super().plan(step, so_far, prompts)
         if bool((so_far.source == MEASURE).any()):
             return []
-        by_id = {prompt.id: prompt for prompt in prompts.prompts}
         return [
-            Request(by_id[int(so_far.prompt[row])], self.vines, start=Branch(row, place), source=MEASURE)
+            Request(prompts.by_id[int(so_far.prompt[row])], self.vines, start=Branch(row, place), source=MEASURE)
             for row, place in self._places(so_far)
         ]
 

@@ -1,8 +1,7 @@
-"""Sampling and learning in one loop: samples under way move one step between any two updates."""
+"""Sampling and learning in one loop: unfinished samples move by one step between any two updates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stepwell.data.stream import PromptStream
-from stepwell.parts import Count, Size
 from stepwell.planning.groups import Groups
+from stepwell.ranges import Count, Size
 from stepwell.sampling.request import Request
 from stepwell.trajectories import Trajectories, from_tensors, to_tensors
 
@@ -23,8 +22,8 @@ class Queue(Groups):
     """`steps` cohorts of `prompts` times `size` rows, one step apart: each rollout moves all by one, and one ends.
 
     A row is drawn by as many versions of the parameters as it has steps. Only rows that end are judged and kept. The
-    first rollout draws every cohort up to where it belongs. Steps are counted from `first`, as many as a row has
-    before its first that asks the model: 1 for flows.
+    first rollout draws every cohort as far as its place in the queue. `first` is the number of steps before a row's
+    first that asks the model: 1 for flows.
 
     Source: the queue of Implicit Diffusion, Marion et al. 2024, arXiv 2402.05468, algorithm 3.
     """
@@ -45,20 +44,16 @@ class Queue(Groups):
         ]
         if self.waiting is None:
             return requests
-        by_id = {prompt.id: prompt for prompt in prompts.prompts}
         for row, length in enumerate(self.waiting.length.tolist()):
             start: Any = self.waiting[row : row + 1]
             ends = length + 1 == self.first + self.steps or not bool(start.truncated)  # a text may end before
-            prompt = by_id[int(start.prompt)]
+            prompt = prompts.by_id[int(start.prompt)]
             requests.append(Request(prompt, 1, start=start, horizon=length + 1, judged=ends))
         return requests
 
     def keep(self, so_far: Trajectories) -> Tensor:
-        self.waiting = _bare(so_far[~so_far.outcome])  # type: ignore[arg-type]
+        self.waiting = _bare(so_far[~so_far.outcome])
         return so_far.outcome.nonzero()[:, 0]
-
-    def learn(self, trajectories: Trajectories, signals: Mapping[str, float]) -> None:
-        return None
 
     def state_dict(self) -> dict[str, Any]:
         if self.waiting is None:
@@ -76,5 +71,5 @@ class Queue(Groups):
 
 
 def _bare(rows: Trajectories) -> Trajectories:
-    """Rows without what belongs to the rollout that they come from."""
+    """Rows without the fields that belong to the rollout that they come from."""
     return rows.replace(condition=None, reward=None, rewards=None)

@@ -1,48 +1,55 @@
-"""Trees of whole answers: rows part where a segment ends, and go on to their own ends."""
+"""Trees of whole answers: rows part where a segment ends, and go on to ends of their own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from stepwell.data.stream import PromptStream
 from stepwell.errors import InputError
-from stepwell.parts import Size
 from stepwell.planning.groups import Groups
+from stepwell.ranges import Range, Size
 from stepwell.sampling.request import Branch, Request
 from stepwell.trajectories import Trajectories
 
 
 @dataclass
-class SegmentTree(Groups):
+class Parted(Groups):
+    """Groups whose rows part into `branching`, as often as it takes for `size` of them."""
+
+    branching: Annotated[int, Range("a whole number, at least 2", 2, whole=True)] = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.depth < 1 or self.branching**self.depth != self.size:
+            raise InputError(
+                f"{type(self).__name__}.size must be a power of branching={self.branching}, at least "
+                f"{self.branching}, got {self.size}."
+            )
+
+    @property
+    def depth(self) -> int:
+        """The number of times that rows part."""
+        depth, leaves = 0, 1
+        while leaves < self.size:
+            depth, leaves = depth + 1, leaves * self.branching
+        return depth
+
+
+@dataclass
+class SegmentTree(Parted):
     """`size` leaves a prompt from a balanced tree: `branching` rows at the root, each parted again after a segment.
 
-    Every leaf is a whole answer, and has the law of a plain sample. A row that ended before a place of parting is
-    copied there, at the price of a reward call and of no step, so that all its states have the same number of leaves:
-    a tree that gives them fewer would weigh answers by their length. `size` is a power of `branching`; its exponent is
-    the tree's depth.
+    Every leaf is a whole answer with the distribution of a plain sample. A row that ended before a place of parting is
+    copied there, at the price of a reward call and of no step, so that all states of a level have the same number of
+    leaves: a tree that gave them fewer would weight answers by their length. `size` is a power of `branching`; its
+    exponent is the tree's depth.
 
     Source: TreePO, arXiv 2508.17445, without its choice of where to part by likelihood, its fallback of regrowing
     finished paths, and its random first width.
     """
 
-    size: Size = 8
-    branching: Size = 2
     segment: Size = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.branching < 2 or self.depth < 1 or self.branching**self.depth != self.size:
-            raise InputError(
-                f"A tree that parts into {self.branching} has a power of {self.branching} leaves, not {self.size}."
-            )
-
-    @property
-    def depth(self) -> int:
-        """How often rows part, the root included."""
-        depth, leaves = 0, 1
-        while leaves < self.size and self.branching > 1:
-            depth, leaves = depth + 1, leaves * self.branching
-        return depth
 
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
         if so_far is None:
@@ -52,9 +59,8 @@ class SegmentTree(Groups):
             level, rows = level + 1, rows * self.branching
         if level == self.depth:
             return []
-        by_id = {prompt.id: prompt for prompt in prompts.prompts}
         place = so_far.length.clamp(max=level * self.segment).tolist()
         return [
-            Request(by_id[prompt], self.branching - 1, start=Branch(row, place[row]))
+            Request(prompts.by_id[prompt], self.branching - 1, start=Branch(row, place[row]))
             for row, prompt in enumerate(so_far.prompt.tolist())
         ]

@@ -1,9 +1,9 @@
-"""Rollouts that are random, and trained, in a window of steps only; the window may move from rollout to rollout."""
+"""Rollouts that are random and trained in a window of steps only; the window may move from rollout to rollout."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from stepwell.data.stream import PromptStream
 from stepwell.errors import InputError
-from stepwell.parts import Count, NotNegative, Portion, Size
 from stepwell.planning.groups import Groups
+from stepwell.ranges import Count, NotNegative, Portion, Size
 from stepwell.rng import Rng
 from stepwell.sampling.request import Branch, Request
 from stepwell.trajectories import Trajectories
@@ -26,14 +26,14 @@ class Windows(Groups):
 
     Steps are counted from `first`, the first that can be random: 1 for flows, whose step 0 is the noise. schedule:
     `fixed`; `progressive`, `stride` steps on every `hold` rollouts; `random`, anywhere, anew each rollout; `decay`,
-    progressive with a hold that falls linearly from `hold` to max(hold / 4, 1) as the window moves on;
-    `exponential-decay`, hold exp(-rate max(0, position - free)), rounded up. A window that would reach beyond the last
-    step begins again at the start; `variant="published"` does so only after it has left the last step altogether, as
-    MixGRPO's code does: with 25 steps, a width of 4 and a hold of 25 a cycle has 650 rollouts, of which 75 train one to
-    three steps and 25 none at all. `roll_back=False` keeps the last window instead. `same_noise`: all rows of a
-    prompt share the noise they start from.
+    progressive with a hold of hold + (max(hold / 4, 1) - hold) p / steps, rounded up, at the position p of the window;
+    `exponential-decay`, progressive with a hold of hold exp(-rate max(0, p - free)), rounded up. A window that would
+    reach beyond the last step begins again at the start; `variant="published"` does so only after it has left the last
+    step altogether, as MixGRPO's code does: with 25 steps, a width of 4 and a hold of 25 a cycle has 650 rollouts, of
+    which 75 train one to three steps and 25 none at all. `roll_back=False` keeps the last window instead. `same_noise`:
+    all rows of a prompt share the noise they start from.
 
-    Source: MixGRPO, arXiv 2507.21802; the schedules of its code in cards_flow.md, A3.
+    Source: MixGRPO, arXiv 2507.21802, with the schedules of its code.
     """
 
     steps: Size = 10
@@ -51,9 +51,12 @@ class Windows(Groups):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.width <= self.steps or not 0 <= self.begin <= self.steps - self.width:
+        if not 1 <= self.width <= self.steps:
+            raise InputError(f"{type(self).__name__}.width must be from 1 to {self.steps}, got {self.width}.")
+        if not 0 <= self.begin <= self.steps - self.width:
             raise InputError(
-                f"A window of {self.width} steps from step {self.begin} on does not lie within {self.steps} steps."
+                f"{type(self).__name__}.begin must be from 0 to {self.steps - self.width} for {self.width} of "
+                f"{self.steps} steps, got {self.begin}."
             )
 
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
@@ -64,11 +67,9 @@ class Windows(Groups):
             return [Request(prompt, count, window=window) for prompt in prompts.take(self.prompts)]
         if not self.same_noise or self.size == 1 or len(so_far) >= self.prompts * self.size:
             return []
-        by_id = {prompt.id: prompt for prompt in prompts.prompts}
-        shared = enumerate(so_far.prompt.tolist())
         return [
-            Request(by_id[prompt], self.size - 1, start=Branch(row, self.first), window=window)
-            for row, prompt in shared
+            Request(prompts.by_id[prompt], self.size - 1, start=Branch(row, self.first), window=window)
+            for row, prompt in enumerate(so_far.prompt.tolist())
         ]
 
     def window(self, rollout: int, rng: Rng) -> tuple[int, int]:
@@ -82,7 +83,7 @@ class Windows(Groups):
         return begin, min(begin + self.width, self.steps)
 
     def _position(self, rollout: int) -> int:
-        """Where the window stands: it is moved on as often as the holds before this rollout allow."""
+        """The window's begin: it is moved on as often as the holds before this rollout allow."""
         last = self.steps - self.width if self.variant == "corrected" else self.steps
         position, left = self.begin, rollout
         while left >= self._hold(position):
@@ -105,11 +106,11 @@ class Windows(Groups):
 
 @dataclass
 class Tail(Windows):
-    """Windows after which another solver finishes the row: n steps left become max(1, `ratio` of them).
+    """Windows after which another solver finishes the row: n steps left become max(1, ratio n), rounded down.
 
-    `after`: the steps that follow those which can be random, 1 for flows, whose last step draws no noise.
+    `after`: the number of steps after those that can be random, 1 for flows, whose last step draws no noise.
 
-    MixGRPO-Flash (arXiv 2507.21802, section 3.3): DPM-Solver++ 2M for what is left after the window.
+    Source: MixGRPO-Flash, arXiv 2507.21802, section 3.3, with DPM-Solver++ 2M for the steps after the window.
     """
 
     solver: str = "dpmpp-2m"
@@ -122,17 +123,18 @@ class Tail(Windows):
         left = self.steps + self.after - end
         if left < 2:
             return requests
-        law = {"tail": (end, self.solver, max(1, int(left * self.ratio)))}
-        return [Request(r.prompt, r.count, start=r.start, window=r.window, sampler=law) for r in requests]
+        sampler = {"tail": (end, self.solver, max(1, int(left * self.ratio)))}
+        return [replace(request, sampler=sampler) for request in requests]
 
 
 @dataclass
 class Backward(Groups):
     """The last steps first: `size` rows branch off a shared beginning, and the part they train grows.
 
-    Each of `trunks` rows a prompt is drawn to its end; `size` more rows branch off it before its last `least` steps,
-    of `steps`, and every `hold` rollouts one step earlier. Only the branches train, on their own part. Source:
-    B2-DiffuRL (Hu et al. 2025, arXiv 2503.11240), whose stages grow by a rule of its scripts; here by one step.
+    Each of `trunks` rows a prompt is drawn to its end; `size` more rows branch off it before its last `least` of
+    `steps` steps, and every `hold` rollouts one step earlier. Only the branches train, on their own part.
+
+    Source: B2-DiffuRL (Hu et al. 2025, arXiv 2503.11240), whose stages grow by a rule of its scripts; here by one step.
     """
 
     size: Size = 3
@@ -148,12 +150,11 @@ class Backward(Groups):
         if len(so_far) > self.prompts * self.trunks:
             return []
         split = self.first + max(self.steps - self.least - step // self.hold, 0)
-        by_id = {prompt.id: prompt for prompt in prompts.prompts}
         requests = []
         for row, (prompt, length) in enumerate(zip(so_far.prompt.tolist(), so_far.length.tolist(), strict=True)):
             begin = min(split, length - 1)  # a text may be shorter
             window = (begin, self.first + self.steps)
-            requests.append(Request(by_id[prompt], self.size, start=Branch(row, begin), window=window))
+            requests.append(Request(prompts.by_id[prompt], self.size, start=Branch(row, begin), window=window))
         return requests
 
     def keep(self, so_far: Trajectories) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a process may also do, one protocol an ability; `ability` asks for one and says so where it is absent."""
+"""Optional abilities of a process, one protocol each; `ability` asks for one and raises where it is absent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepwell.distributions import Distribution
 from stepwell.errors import MissingAbility
-from stepwell.process.base import Process, State
+from stepwell.process.base import Process, Samples, State
 from stepwell.rng import Rng
 from stepwell.solver.path import Path
 from stepwell.trajectories import Trajectories
@@ -21,7 +21,7 @@ class Likeliest(Protocol):
     """Takes a step without randomness: the likeliest token, the step of the ODE. Windows need it outside."""
 
     def deterministic(self, state: Any) -> Distribution:
-        """A distribution of points, one a row; what no parameter has a part in (a flow's noise) may stay random."""
+        """A distribution of points, one a row; draws without a parameter (a flow's noise) may stay random."""
         ...
 
 
@@ -66,7 +66,7 @@ class Tokenised(Protocol):
     """Reads samples that were written elsewhere: demonstrations, stored answers."""
 
     def encode_completion(self, completion: Any) -> Tensor:
-        """(T, ...) the actions whose sample `completion` is; raises `InputError` for what it cannot have drawn."""
+        """(T, ...) the actions whose sample is `completion`; raises `InputError` for one that cannot be drawn."""
         ...
 
 
@@ -74,33 +74,37 @@ class Tokenised(Protocol):
 class Denoising(Protocol):
     """Draws data from noise along a path: flows, diffusions and pipelines."""
 
-    path: Path
-    sampler: Any  # stepwell.process.flow.sampler.SamplerSettings
+    @property
+    def path(self) -> Path: ...
+    @property
+    def sampler(self) -> Any: ...  # stepwell.process.flow.sampler.SamplerSettings
+    @property
+    def encode(self) -> Any: ...  # from prompts to the conditioning; None for an unconditional model
 
     def data_prediction(self, state: Any, x: Tensor) -> Tensor:
         """The data (N, *D) expected at states x (N, *D) put in the state's place, differentiable in x."""
         ...
 
     def decoded(self, x: Tensor) -> Tensor:
-        """(N, ...) what the user sees of final states x (N, *D), differentiable."""
+        """(N, ...) final states x (N, *D) as users and rewards see them, differentiable."""
         ...
 
 
 @runtime_checkable
 class LookAhead(Protocol):
-    """Says what a partial sample will probably become, without drawing it to its end."""
+    """Predicts the end of a partial sample without drawing it: an estimate that a reward can judge on the way."""
 
-    def look_ahead(self, state: Any) -> Any:
-        """Samples of the states' expected ends, one a row, at the cost of one evaluation of the model a row."""
+    def look_ahead(self, state: Any) -> Samples:
+        """The expected ends, one a row, as `finish` gives them, at one evaluation of the model a row."""
         ...
 
 
 @runtime_checkable
 class StartsAt(Protocol):
-    """Starts from given data part of the way: editing, inpainting, SDEdit."""
+    """Starts on the way, from given data: editing, inpainting, SDEdit."""
 
     def start_at(self, prompts: Sequence[Any], data: Tensor, step: int, rng: Rng) -> State:
-        """States after `step` steps of which `data` (N, *D) is the sample, drawn from the forward process."""
+        """One row a prompt after `step` steps: data (N, *D), final states of rows, noised by the forward process."""
         ...
 
 
@@ -109,7 +113,7 @@ class Renoising(Protocol):
     """Goes back to an earlier step by the forward process: restarts, resampling, local search."""
 
     def renoise(self, state: Any, step: int, rng: Rng) -> State:
-        """The states after `step` steps, an earlier one, noised from where they are."""
+        """The states after `step` steps, fewer than were taken, by the forward process from where they are."""
         ...
 
 
@@ -119,6 +123,19 @@ class Jumping(Protocol):
 
     def jump(self, state: Any, step: int) -> State:
         """The states after `step` steps, by one evaluation of the model a row."""
+        ...
+
+
+@runtime_checkable
+class Enumerable(Protocol):
+    """Lists everything that it can draw, with exact probabilities: the yardstick of checks."""
+
+    def strings(self) -> list[tuple[int, ...]]:
+        """Every complete sample."""
+        ...
+
+    def string_probabilities(self, prompt: Any = 0) -> Tensor:
+        """(strings,) the probability of each under one prompt, in the order of `strings`."""
         ...
 
 
@@ -151,6 +168,6 @@ A = TypeVar("A")
 def ability(process: object, protocol: type[A], asked_by: str) -> A:
     """The process as one that has an ability; raises `MissingAbility`, naming who asked and the methods it lacks."""
     if not isinstance(process, protocol):
-        names = sorted({*vars(protocol), *protocol.__annotations__} - {*vars(object), *vars(Protocol)})
+        names = sorted(name for name in vars(protocol) if not name.startswith("_") and not hasattr(process, name))
         raise MissingAbility(f"{asked_by} needs a process with {', '.join(names)}; {type(process).__name__} has none.")
     return process

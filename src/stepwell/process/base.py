@@ -42,9 +42,8 @@ class State(Protocol):
 class Steps:
     """Numbers of each step of finished rows; each field lists one tensor (T_i, ...) a row, or is None.
 
-    reward: what the step earned. segment: which sentence or turn it belongs to, whole numbers that rise along the
-    row. observation (T_i, *O): what the policy saw before the step; it comes back to `score` as
-    `trajectories.observed`.
+    reward: the step's own reward. segment: the number of its sentence or turn, rising along the row. observation
+    (T_i, *O): the policy's observation before the step; it comes back to `score` as `trajectories.observed`.
     """
 
     reward: list[Tensor] | None = None
@@ -64,8 +63,8 @@ class Steps:
 class Samples:
     """Finished rows as the user sees them: one value a row (a text, an image, an episode), and columns for rewards.
 
-    truncated: which rows the process cut short although they were not at their end; None for none. steps: numbers of
-    each step (`Steps`).
+    truncated: True for rows that the process cut short although they were not at their end; None for none. steps:
+    numbers of each step (`Steps`).
     """
 
     values: list[Any]
@@ -144,24 +143,26 @@ AT_POINTS = frozenset({"forward", "denoised", "sample", "pinned"})
 class Process(ABC):
     """A generative model that samples one step at a time.
 
-    `module` holds the parameters; `meter` counts what is spent. `start`, `propose`, `advance` and `finish` draw,
-    `score` says how probable given trajectories are; everything else has a default. Optional abilities (windows,
+    `module` holds the parameters; `meter` counts costs. `start`, `propose`, `advance` and `finish` draw, `score`
+    computes log-probabilities of given trajectories; everything else has a default. Optional abilities (windows,
     critics, demonstrations, ...) are methods by the names in `stepwell.process.abilities`.
 
     Invariants of every process, checked by `stepwell.check.process`: the log-probability stored while drawing equals
     `score` afterwards; a fork has the original's distribution, and neither the order nor the number of rows nor
     padding changes anything; rows that are done are absorbing; the same seed gives the same trajectories; the meter
-    counts what was spent. A state that is given is one that this process made: it may be of the process's own type.
+    counts every evaluation. States that a process is given are its own: they may be of any type that it likes.
 
     kind: whose methods train it (`language`, `flow`, or one of your own), None for any. offers: the scores besides
     `log_prob` that `score` computes, out of `NEEDS`. horizon: the largest number of steps of a row, None where there
-    is none. free_steps: how many steps at a row's beginning ask no model. any_prompt: prompts may be any values (class
-    numbers, None), and not only texts or chats.
+    is none. free_steps: the number of steps at a row's beginning that ask no model. any_prompt: prompts may be any
+    values (class numbers, None), and not only texts or chats. work: the units that the meter's `forward` and
+    `backward` count, as reports name them.
     """
 
     kind: ClassVar[str | None] = None
     free_steps: int = 0
     any_prompt: bool = True
+    work: ClassVar[str] = "tokens"
     module: nn.Module
     meter: Meter
     if TYPE_CHECKING:  # a subclass may have a class attribute, an attribute or a property of these names
@@ -186,7 +187,10 @@ class Process(ABC):
 
     @abstractmethod
     def propose(self, state: Any) -> Distribution:
-        """The distribution of each row's next action. Of rows that are done it may be anything that can be drawn."""
+        """The distribution of each row's next action.
+
+        Of rows that are done it may be anything that can be drawn, as long as advancing does not change it.
+        """
 
     @abstractmethod
     def advance(self, state: Any, action: Tensor, rng: Rng) -> State:
@@ -207,7 +211,7 @@ class Process(ABC):
         context: Columns | None = None,
         reference: Process | None = None,
     ) -> Scores:
-        """Log-probabilities (N, T) under the present parameters, and whatever else is needed (`NEEDS`).
+        """Log-probabilities (N, T) under the present parameters, and the other scores needed (`NEEDS`).
 
         `context` takes the place of `trajectories.condition`: what was drawn under one may be scored under another.
         `reference` is the process that `kl` is measured from; it is given where `kl` is among the needs.
@@ -237,8 +241,8 @@ class Process(ABC):
         return twin
 
     def describe(self) -> dict[str, Any]:
-        """How the process draws, besides its parameters, as values for JSON: what run.json says, and what has to be
-        the same for a run to resume.
+        """The settings that the process draws with, besides its parameters, as values for JSON: they are written to
+        run.json and must be the same for a run to resume.
 
         By default the class, a digest of the file it is written in, and the attributes that are plain values.
         """
@@ -256,7 +260,7 @@ class Process(ABC):
 
 
 def _is_plain(value: Any) -> bool:
-    """Numbers, texts and lists of them, which JSON holds as they are."""
+    """True for numbers, texts and lists of them, which JSON holds as they are."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     if isinstance(value, dict):
@@ -292,7 +296,7 @@ def check_needs(process: Process, needs: Collection[str], reference: Process | N
     for need in needs:
         if need not in process.offers:
             raise MissingAbility(
-                f"A method needs '{need}' of each step; {type(process).__name__} offers "
+                f"A method needs '{need}' of each step, but {type(process).__name__} offers "
                 f"{', '.join(sorted(process.offers)) or 'nothing but log_prob'}."
             )
     if "kl" in needs and reference is None:

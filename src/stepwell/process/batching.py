@@ -1,4 +1,4 @@
-"""Rows cut into batches by tokens: rows of like length together, so that little of a batch is padding."""
+"""Cut rows into batches by tokens: rows of like length together, so that little of a batch is padding."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def token_batches(lengths: Tensor | Sequence[int], tokens: int) -> list[Tensor]:
 
     `lengths` (N,) is the number of tokens of each row. A batch of n rows whose longest has L tokens takes n L
     tokens after padding, at most `tokens`; a row that is longer than that alone is a batch of its own. Rows of
-    equal length keep their order. Raises `InputError` where `tokens` is below 1.
+    equal length keep their order. Raises `InputError` for `tokens` below 1.
 
     Example:
         >>> [batch.tolist() for batch in token_batches([3, 9, 4, 4], 8)]
         [[1], [2, 3], [0]]
     """
     if tokens < 1:
-        raise InputError(f"A batch of {tokens} tokens holds no row; at least 1 is right.")
+        raise InputError(f"tokens must be at least 1, got {tokens}.")
     sizes = torch.as_tensor(lengths, dtype=torch.long).cpu()
     order = sizes.argsort(descending=True, stable=True)
     batches: list[list[int]] = []

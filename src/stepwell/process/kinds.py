@@ -1,4 +1,4 @@
-"""Kinds of process, which methods are made for. Each folder of processes registers its own; so does a user's class."""
+"""Kinds of process that methods are made for. Each folder of processes registers its own; so does a user's class."""
 
 from __future__ import annotations
 

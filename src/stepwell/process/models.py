@@ -23,7 +23,8 @@ _MISSING = {
 class Models:
     """The processes of a run by their role. None of them is written on; a run makes the twins that it needs.
 
-    policy: learns. reference: what a KL is measured from. teacher: what distillation learns from.
+    policy: the model that learns. reference: the one that a KL is measured from. teacher: the one that distillation
+    learns from.
     """
 
     policy: Process

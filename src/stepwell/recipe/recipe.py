@@ -1,4 +1,4 @@
-"""A method as data: the parts it is made of, which the loop runs and the registry describes."""
+"""A method as data: the parts it is made of, which the training loop runs and cards describe."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Literal
 from stepwell.errors import InputError, UnknownName
 from stepwell.objective.gradient import GradientTransform
 from stepwell.objective.term import Objective, Term
-from stepwell.parts import Checked
 from stepwell.planning.base import Planner
 from stepwell.planning.groups import Groups
+from stepwell.ranges import Checked, Size
 from stepwell.sampling.request import SamplerChanges
 from stepwell.steering.guide import RewardGuide
 from stepwell.writing import describe
@@ -20,23 +20,23 @@ from stepwell.writing import describe
 
 @dataclass(frozen=True)
 class Recipe(Checked):
-    """Everything that makes one method another.
+    """All the parts in which methods differ.
 
-    objective: a term or a sum of terms. planner: where a step's rollouts go. epochs: passes over a rollout;
-    minibatches: updates a pass. old: whether log pi_old is the sampler's (`rollout`) or scored anew before the first
-    update (`recomputed`). reference: `start`, the policy as training began; `synced`, replaced by the policy every
-    `sync_every` steps. transforms: what acts on the gradients before the optimiser. sampler: settings of the process
-    while it trains (a stochastic solver, fewer steps); it is evaluated as it was given. guide: what moves the random
-    steps of training rollouts towards reward; stored log-probabilities are then those of the guided law.
+    objective: a term or a sum of terms. planner: the plan of a step's rollouts. epochs: passes over a rollout;
+    minibatches: updates a pass. old: log pi_old is the sampler's (`rollout`), or scored anew before the first update
+    (`recomputed`). reference: `start`, the policy as training began; `synced`, replaced by the policy every
+    `sync_every` steps. transforms: changes of the gradients before the optimiser. sampler: settings of the process
+    while it trains (a stochastic solver, fewer steps); it is evaluated as it was given. guide: moves the random steps
+    of training rollouts towards reward; stored log-probabilities are then those of the guided distribution.
     """
 
     objective: Term | Objective
     planner: Planner = field(default_factory=Groups)
-    epochs: int = 1
-    minibatches: int = 1
+    epochs: Size = 1
+    minibatches: Size = 1
     old: Literal["rollout", "recomputed"] = "rollout"
     reference: Literal["start", "synced"] = "start"
-    sync_every: int = 1
+    sync_every: Size = 1
     transforms: tuple[GradientTransform, ...] = ()
     sampler: Mapping[str, Any] = field(default_factory=SamplerChanges)
     guide: RewardGuide | None = None
@@ -46,13 +46,11 @@ class Recipe(Checked):
         object.__setattr__(self, "sampler", SamplerChanges(self.sampler))
         for term in self.objective.terms if isinstance(self.objective, Objective) else (self.objective,):
             if not isinstance(term, Term):
-                raise InputError(f"The objective of a recipe is {term!r:.60}; a Term, such as Policy(), is right.")
-        if self.epochs < 1 or self.minibatches < 1 or self.sync_every < 1:
-            raise InputError(f"There are {self.epochs} epochs of {self.minibatches} minibatches; 1 or more is right.")
+                raise InputError(f"Recipe.objective must be made of terms, such as Policy(), got {term!r:.60}.")
 
     @property
     def whole(self) -> Objective:
-        """The objective as a sum, even of one term."""
+        """The objective as a sum, which may have one term."""
         return self.objective if isinstance(self.objective, Objective) else Objective((self.objective,))
 
     def replace(self, **changes: Any) -> Recipe:

@@ -1,4 +1,4 @@
-"""Rewards as functions that gradients pass through: what methods that backpropagate into the sample learn from."""
+"""Rewards as functions that gradients pass through, for methods that backpropagate into the sample."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepwell.data.columns import Given
 from stepwell.errors import RewardError, StepwellError
 from stepwell.meter import Meter
-from stepwell.reward.mixing import Rewards, with_data
+from stepwell.reward.mixing import Rewards
 from stepwell.sampling.request import Prompt
 
 
 class Judge:
     """The same reward functions, called on samples that carry a gradient; they have to return a tensor that does too.
 
-    A function gets `completions` as a list of tensors, one a row; `torch.stack(list(completions))` is their batch.
+    A function gets `completions` as a list of tensors, one a row; `torch.stack(completions)` is their batch.
     """
 
     def __init__(self, rewards: Rewards, prompts: Sequence[Prompt], meter: Meter):
@@ -33,16 +34,12 @@ class Judge:
         if not samples.requires_grad:
             raise RewardError(
                 "The samples carry no gradient, which this method needs: the network or the flow's `decode` runs under "
-                "torch.no_grad, detaches what it returns, or rounds it."
+                "torch.no_grad, or detaches or rounds its result."
             )
-        asked = [self.prompts[number] for number in prompts.tolist()]
+        rows = [self.prompts[number] for number in prompts.tolist()]
         total = samples.new_zeros(len(samples))
-        columns = {
-            "prompts": [prompt.value for prompt in asked],
-            "completions": list(samples.unbind(0)),
-            "truncated": [False] * len(samples),
-        }
-        keywords = self.rewards.keywords(with_data(columns, asked))
+        given = Given([prompt.value for prompt in rows], list(samples.unbind(0)), [False] * len(samples))
+        keywords = self.rewards.keywords(given.with_data(rows))
         functions = zip(self.rewards.names, self.rewards.functions, self.rewards.weights, keywords, strict=True)
         for name, function, weight, arguments in functions:
             returned = self._returned(name, function, arguments)
@@ -51,27 +48,27 @@ class Judge:
             self.meter.add(reward_calls=len(samples))
             if not isinstance(returned, Tensor) or not returned.requires_grad:
                 raise RewardError(
-                    f"The reward '{name}' is not differentiable: it returned {type(returned).__name__} without a "
-                    "gradient, where this method needs a tensor computed from the samples by torch."
+                    f"Reward '{name}' is not differentiable: it must return a tensor computed from the samples by "
+                    f"torch, got {type(returned).__name__} without a gradient."
                 )
             if returned.shape != (len(samples),):
                 raise RewardError(
-                    f"The reward '{name}' returned a tensor of shape {tuple(returned.shape)} for {len(samples)} "
-                    "samples; one number a row is right."
+                    f"Reward '{name}' must return one number a row, got a tensor of shape {tuple(returned.shape)} for "
+                    f"{len(samples)} samples."
                 )
             total = total + weight * returned.to(total.dtype)
         return total
 
     def _returned(self, name: str, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         try:
-            with warnings.catch_warnings():  # whoever takes numbers out of a tensor is told so by the error below
+            with warnings.catch_warnings():  # taking numbers out of a tensor raises an error of its own later
                 warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True")
                 return function(**arguments)
         except StepwellError:
             raise
         except Exception as error:
-            said = " ".join(str(error).split()).rstrip(".")
+            reason = " ".join(str(error).split()).rstrip(".")
             raise RewardError(
-                f"The reward '{name}' raised {type(error).__name__} ({said}) on samples that carry a gradient, which "
+                f"Reward '{name}' raised {type(error).__name__} ({reason}) on samples that carry a gradient, which "
                 "this method needs."
             ) from error

@@ -31,19 +31,20 @@ def load_reward(address: str) -> Callable[..., Any]:
 def load_function(address: str, kind: str = "reward", classes: bool = False) -> Callable[..., Any]:
     """The function at `path/to/file.py:name` or `package.module:name`; messages call it a `kind`.
 
-    With `classes` it may as well be a class, which makes what is called the kind.
+    With `classes` it may be a class as well, whose instances are of that kind.
 
     A file may import its neighbours: its folder is added at the end of `sys.path` (the working folder, for a
     module). A file that has not changed is run once, however many of its functions are loaded.
 
     Raises `InputError` for an address without a colon, a file or module that is not there or fails while it is
-    imported (naming its line), a name that is not in it (with the nearest one that is), and what cannot be called.
+    imported (naming its line), a name that is not in it (with the nearest one that is), and a value that cannot be
+    called.
     """
     place, colon, name = address.rpartition(":")
     sought = "class or function" if classes else "function"
     if not colon or not place or not name:
         example = f"my.py:{kind.capitalize() if classes else kind}"
-        raise InputError(f"The {kind} '{address}' has to name a file and a {sought} in it, such as '{example}'.")
+        raise InputError(f"The {kind} must name a file and a {sought} in it, such as '{example}', got '{address}'.")
     if place.endswith(".py") or "/" in place or os.sep in place or Path(place).is_file():
         module = _module_from_file(place, kind)
     else:
@@ -61,7 +62,7 @@ def load_function(address: str, kind: str = "reward", classes: bool = False) -> 
     if inspect.isclass(function) and not classes:
         raise InputError(f"'{name}' in {place} is a class; name a function, or an instance that can be called.")
     if not callable(function):
-        raise InputError(f"'{name}' in {place} is of type {type(function).__name__}; a {sought} is right.")
+        raise InputError(f"'{name}' in {place} must be a {sought}, got a value of type {type(function).__name__}.")
     return function
 
 
@@ -74,7 +75,7 @@ def _module_from_file(place: str, kind: str) -> ModuleType:
         raise InputError(f"There is no file '{place}'; {hint}")
     path = path.resolve()
     if path.suffix != ".py":
-        raise InputError(f"The {kind}'s file '{place}' is no Python file; its name has to end in .py.")
+        raise InputError(f"The {kind}'s file must be a Python file, whose name ends in .py, got '{place}'.")
     # The name holds the file's age: an edited file is run anew, an unchanged one (and the models it loads) is not.
     digest = hashlib.blake2b(f"{path}:{path.stat().st_mtime_ns}".encode(), digest_size=6).hexdigest()
     name = f"_stepwell_file_{path.stem}_{digest}"
@@ -116,15 +117,15 @@ def _importable_from(folder: Path) -> None:
 def _import_failure(place: str, path: str | None, error: BaseException, kind: str) -> InputError:
     """The line that failed: the deepest one inside the file, or the deepest one there is."""
     if isinstance(error, SyntaxError) and error.filename is not None:
-        where, line = error.filename, error.lineno
+        failed, line = error.filename, error.lineno
     else:
         frames = traceback.extract_tb(error.__traceback__)
-        where, line = next(
+        failed, line = next(
             ((frame.filename, frame.lineno) for frame in reversed(frames) if frame.filename == path),
             (frames[-1].filename, frames[-1].lineno),
         )
-    said = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split()).rstrip(".")
-    file = place if where == path else where
+    reason = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split()).rstrip(".")
+    file = place if failed == path else failed
     return InputError(
-        f"The {kind}'s file {file} failed at line {line} while it was imported: {type(error).__name__}: {said}."
+        f"The {kind}'s file {file} failed at line {line} while it was imported: {type(error).__name__}: {reason}."
     )

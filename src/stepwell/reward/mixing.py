@@ -1,4 +1,4 @@
-"""From samples to numbers: one or several reward functions, called with what they ask for and added up."""
+"""From samples to numbers: one or several reward functions, called with the columns they ask for and added up."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepwell.data.columns import Given
 from stepwell.errors import InputError, RewardError, StepwellError
 from stepwell.meter import Meter
 from stepwell.reward.verifiers import text_of
 from stepwell.sampling.record import Drawn
-from stepwell.sampling.request import Prompt
 
 RewardFunction = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What the reward functions say of N rows.
+    """The rewards of N rows.
 
     `total` (N,) float64: the weighted sum over the functions that apply to the row. `each` (N, K) float64: one
     column a function, unweighted, NaN where it does not apply. `names`: the K functions, no name twice.
@@ -47,7 +47,7 @@ class Rewards:
     other column of the data, each with one entry a row, and returns one number a row in a list, a tuple, a tensor
     or an array; None says that it does not apply to that row. A function without `**kwargs` is given only the
     keywords it names. Coroutine functions run side by side, on an event loop of Stepwell's own that lives as long as
-    the process, so clients they hold open stay usable, and a notebook's running loop is no hindrance.
+    the interpreter, so clients they hold open stay usable, and a notebook's running loop is no hindrance.
 
     Raises `InputError` for functions and weights that do not match, for columns whose name is taken, and for a
     function that asks for a column there is not; `RewardError` for a function that fails or returns anything but
@@ -74,30 +74,30 @@ class Rewards:
 
     def __init__(self, functions: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None = None):
         if isinstance(functions, str) or not (callable(functions) or isinstance(functions, Iterable)):
-            raise InputError(f"A reward has to be a function, or several in a list, not {functions!r}.")
+            raise InputError(f"A reward must be a function, or several in a list, got {functions!r:.60}.")
         self.functions = (functions,) if callable(functions) else tuple(functions)
         if not self.functions:
             raise InputError("Rewards needs at least one reward function; none was given.")
         for function in self.functions:
             if not callable(function) or inspect.isclass(function):
-                raise InputError(f"A reward has to be a function or a callable object, not {function!r}.")
+                raise InputError(f"A reward must be a function or a callable object, got {function!r:.60}.")
         self.names = _names(self.functions)
         self.weights = (1.0,) * len(self.functions) if weights is None else tuple(float(weight) for weight in weights)
         if len(self.weights) != len(self.functions):
             raise InputError(
-                f"There are {len(self.weights)} reward weights for {len(self.functions)} functions "
-                f"({', '.join(self.names)}); one each is right."
+                f"Reward weights must be as many as the functions ({', '.join(self.names)}), got {len(self.weights)} "
+                f"for {len(self.functions)}."
             )
         if not all(math.isfinite(weight) for weight in self.weights):
-            raise InputError(f"Reward weights have to be finite numbers, not {list(self.weights)}.")
+            raise InputError(f"Reward weights must be finite numbers, got {list(self.weights)}.")
 
     def __call__(self, drawn: Drawn, meter: Meter) -> Scored:
-        """Every function's word on every row; the meter counts rows times functions as reward calls."""
+        """The rewards of all rows by all functions; the meter counts rows times functions as reward calls."""
         if len(drawn) == 0:
             nothing = torch.zeros(0, len(self.functions), dtype=torch.float64)
             return Scored(nothing.sum(1), nothing, self.names)
         columns = _columns(drawn)
-        # Every function is asked for before the first is called: a missing column costs no reward call.
+        # All keywords are put together before the first call: a missing column costs no reward call.
         keywords = self.keywords(columns)
         returned = self._call(keywords, drawn, meter)
         numbers = [_numbers(*pair, drawn) for pair in zip(self.names, returned, strict=True)]
@@ -112,11 +112,11 @@ class Rewards:
         return Scored(total, each, self.names)
 
     def keywords(self, columns: dict[str, list[Any]]) -> list[dict[str, list[Any]]]:
-        """What each function is called with, out of all the columns there are."""
+        """The keywords that each function is called with, out of all columns."""
         return [_keywords(*pair, columns) for pair in zip(self.functions, self.names, strict=True)]
 
     def _call(self, keywords: Sequence[dict[str, list[Any]]], drawn: Drawn, meter: Meter) -> list[Any]:
-        """What each function returned; awaitables are awaited together, after the plain functions have run."""
+        """The values that the functions return; awaitables are awaited together, after the plain functions have run."""
         returned: list[Any] = []
         try:
             for function, name, arguments in zip(self.functions, self.names, keywords, strict=True):
@@ -124,7 +124,7 @@ class Rewards:
                 try:
                     returned.append(function(**arguments))
                 except StepwellError:
-                    raise  # it already says what to mend, such as a column that a verifier misses
+                    raise  # its message already says how to mend it, such as a column that a verifier misses
                 except (Exception, SystemExit) as error:  # a reward may not end the run without a word
                     raise _failure(function, name, error, drawn) from error
         except BaseException:
@@ -134,13 +134,13 @@ class Rewards:
             raise
         waiting = [place for place, value in enumerate(returned) if inspect.isawaitable(value)]
         if waiting:
-            answers = _await_together([returned[place] for place in waiting])
-            for place, answer in zip(waiting, answers, strict=True):
-                if isinstance(answer, StepwellError):
-                    raise answer
-                if isinstance(answer, BaseException):
-                    raise _failure(self.functions[place], self.names[place], answer, drawn) from answer
-                returned[place] = answer
+            results = _await_together([returned[place] for place in waiting])
+            for place, result in zip(waiting, results, strict=True):
+                if isinstance(result, StepwellError):
+                    raise result
+                if isinstance(result, BaseException):
+                    raise _failure(self.functions[place], self.names[place], result, drawn) from result
+                returned[place] = result
         return returned
 
 
@@ -159,37 +159,21 @@ def _names(functions: Iterable[RewardFunction]) -> tuple[str, ...]:
 
 
 def _columns(drawn: Drawn) -> dict[str, list[Any]]:
-    """All that a reward function may ask for, one entry a row; a column that a row's prompt lacks is None there."""
-    rows = drawn.trajectories
-    columns = {
-        "prompts": [prompt.value for prompt in drawn.prompts],
-        "completions": list(drawn.samples.values),
-        "truncated": rows.truncated.tolist(),
-    }
+    """All columns that a reward function may ask for, one entry a row."""
+    rows, ids = drawn.trajectories, None
     if rows.action.dim() == 2 and not rows.action.is_floating_point():
         pairs = zip(rows.action.tolist(), rows.length.tolist(), strict=True)
-        columns["completion_ids"] = [tokens[:length] for tokens, length in pairs]
-    return with_data(columns | drawn.samples.columns, drawn.prompts)  # a process knows its own completion_ids best
-
-
-def with_data(columns: dict[str, list[Any]], prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
-    """These columns and those of the data, one entry a row; raises `InputError` where both have one of a name."""
-    columns = dict(columns)
-    for name in dict.fromkeys(name for prompt in prompts for name in prompt.columns):
-        if name in columns:
-            raise InputError(
-                f"The data has a column '{name}', which is what reward functions are given under that name anyway; "
-                "rename the column."
-            )
-        columns[name] = [prompt.columns.get(name) for prompt in prompts]
-    return columns
+        ids = [tokens[:length] for tokens, length in pairs]
+    prompts = [prompt.value for prompt in drawn.prompts]
+    given = Given(prompts, list(drawn.samples.values), rows.truncated.tolist(), ids)
+    return given.with_data(drawn.prompts, drawn.samples.columns)  # a process knows its own completion_ids best
 
 
 def _keywords(function: RewardFunction, name: str, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """The columns that the function accepts, in lists of its own: it may change them without harm to the next."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some functions written in C do not tell
+    except (TypeError, ValueError):  # some functions written in C have no signature
         return {column: list(values) for column, values in columns.items()}
     for parameter in parameters:
         required = parameter.default is parameter.empty and parameter.kind not in (
@@ -216,11 +200,11 @@ def _numbers(name: str, returned: Any, drawn: Drawn) -> list[float]:
     batch = f"the batch of {len(drawn)} rows that begins with {_prompt(drawn, 0)}"
     if not isinstance(values, list | tuple):
         raise RewardError(
-            f"Reward '{name}' returned a value of type {type(returned).__name__} for {batch}; "
-            "a list with one number or None a row is right."
+            f"Reward '{name}' must return a list with one number or None a row, got a value of type "
+            f"{type(returned).__name__} for {batch}."
         )
     if len(values) != len(drawn):
-        raise RewardError(f"Reward '{name}' returned {len(values)} values for {batch}; one a row is right.")
+        raise RewardError(f"Reward '{name}' must return one value a row, got {len(values)} for {batch}.")
     numbers: list[float] = []
     for row, value in enumerate(values):
         if value is None:
@@ -230,9 +214,8 @@ def _numbers(name: str, returned: Any, drawn: Drawn) -> list[float]:
             value = value.item()
         if not isinstance(value, Real):
             raise RewardError(
-                f"Reward '{name}' returned a value of type {type(value).__name__} for row {row}, "
-                f"{_prompt(drawn, row)}; "
-                "a number, or None where the reward does not apply, is right."
+                f"Reward '{name}' must return a number, or None where it does not apply, got a value of type "
+                f"{type(value).__name__} for row {row}, {_prompt(drawn, row)}."
             )
         try:
             number = float(value)
@@ -240,30 +223,30 @@ def _numbers(name: str, returned: Any, drawn: Drawn) -> list[float]:
             number = math.inf
         if not math.isfinite(number):
             raise RewardError(
-                f"Reward '{name}' returned {number} for row {row}, {_prompt(drawn, row)}; "
-                "a finite number, or None where the reward does not apply, is right."
+                f"Reward '{name}' must return a finite number, or None where it does not apply, got {number} for row "
+                f"{row}, {_prompt(drawn, row)}."
             )
         numbers.append(number)
     return numbers
 
 
 def _failure(function: RewardFunction, name: str, error: BaseException, drawn: Drawn) -> RewardError:
-    """What is raised in place of a reward function's own exception."""
+    """The error that takes the place of a reward function's own exception."""
     inner = function.func if isinstance(function, functools.partial) else function
     code = getattr(inspect.unwrap(inner), "__code__", None) or getattr(type(inner).__call__, "__code__", None)
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if code and frame.filename == code.co_filename
     ]
     where = f" at {os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}," if frames else ""
-    said = _shortened(str(error), 200).rstrip(".")
+    reason = _shortened(str(error), 200).rstrip(".")
     return RewardError(
-        f"Reward '{name}' raised {type(error).__name__}{f' ({said})' if said else ''}{where} "
+        f"Reward '{name}' raised {type(error).__name__}{f' ({reason})' if reason else ''}{where} "
         f"in the batch of {len(drawn)} rows that begins with {_prompt(drawn, 0)}."
     )
 
 
 def _prompt(drawn: Drawn, row: int) -> str:
-    """How a message names the prompt of a row."""
+    """The words that name the prompt of a row in a message."""
     value = drawn.prompts[row].value
     try:
         text = text_of(value)
@@ -291,16 +274,17 @@ def _run(coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
     future = asyncio.run_coroutine_threadsafe(coroutine, _event_loop(os.getpid()))
     try:
         return future.result()
-    except BaseException:  # Ctrl-C here must also end what runs over there
+    except BaseException:  # Ctrl-C in this thread must also end the coroutines in the other
         future.cancel()
         raise
 
 
 @functools.cache
 def _event_loop(process: int) -> asyncio.AbstractEventLoop:
-    """The loop that coroutine rewards run on, in a thread of its own; threads do not survive a fork, hence `process`.
+    """The loop that coroutine rewards run on, in a thread of its own, one for each operating system process.
 
-    One loop for good, because clients with open connections (httpx, openai) cannot move from loop to loop.
+    Threads do not survive a fork, hence the number `process`. It is one loop for good, because clients with open
+    connections (httpx, openai) cannot move from loop to loop.
     """
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="stepwell-rewards", daemon=True).start()

@@ -39,8 +39,8 @@ def text_of(completion: Any) -> str:
             parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
             return "".join(part for part in parts if isinstance(part, str))
     raise InputError(
-        f"Text is a string or a list of chat messages with a role and a content, "
-        f"not of type {type(completion).__name__}."
+        f"Text must be a string or a list of chat messages with a role and a content, got a value of type "
+        f"{type(completion).__name__}."
     )
 
 
@@ -69,11 +69,11 @@ class ExactMatch:
 
 @dataclass(frozen=True)
 class RegularExpression:
-    """1.0 where what the pattern finds last in the text is the answer; with `column=None`, where it finds anything.
+    """1.0 where the pattern's last match in the text is the answer; with `column=None`, where there is any match.
 
-    What counts is the pattern's first group, or the whole match where it has none, apart from white space at both
-    ends. With `whole`, the pattern has to match the whole text. Flags go into the pattern: `(?s)` lets `.` match
-    new lines, `(?i)` ignores case. Raises `InputError` for a pattern that is no regular expression.
+    The pattern's first group is compared, or the whole match where it has none, apart from white space at both ends.
+    With `whole`, the pattern has to match the whole text. Flags go into the pattern: `(?s)` lets `.` match new lines,
+    `(?i)` ignores case. Raises `InputError` for a pattern that is no regular expression.
 
     Example:
         >>> boxed = regular_expression(r"<answer>(.*?)</answer>")
@@ -92,12 +92,14 @@ class RegularExpression:
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise InputError(f"'{self.pattern}' is no regular expression: {error}.") from error
+            raise InputError(
+                f"RegularExpression.pattern must be a regular expression, got '{self.pattern}': {error}."
+            ) from error
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
         if self.column is None:
             return [float(self._found(text_of(completion)) is not None) for completion in completions]
-        answers = _answers(self.__name__, self.column, columns, "; column=None asks only whether the pattern is found")
+        answers = _answers(self.__name__, self.column, columns, "; with column=None no answer is read")
         return _judge(completions, answers, lambda text, answer: self._found(text) == str(answer).strip())
 
     def _found(self, text: str) -> str | None:
@@ -121,10 +123,10 @@ _NUMBER = re.compile(rf"(?<![\w.)])[-+]?(?:{_DIGITS})(?:[eE][-+]?\d+)?(?:/\d+)?|
 class Numeric:
     """1.0 where the last number in the text is the last number in the answer.
 
-    Numbers are compared exactly, as decimals, unless a relative `tolerance` is given. Understood are signs,
-    thousands separated by commas, powers of ten (1.5e-3) and plain fractions (3/4); units and percent signs are
-    not looked at. An answer such as GSM8K's, with its reasoning before `#### 72`, can be used as it is.
-    A text without a number gets 0.0; an answer without one raises `InputError`.
+    Numbers are compared exactly, as decimals, unless a relative `tolerance` is given. Signs, thousands separated by
+    commas, powers of ten (1.5e-3) and plain fractions (3/4) are read; units and percent signs are ignored. An answer
+    such as GSM8K's, with its reasoning before `#### 72`, can be used as it is. A text without a number gets 0.0; an
+    answer without one raises `InputError`.
 
     Example:
         >>> numeric(completions=["It is 1,234.50 dollars.", "1/2", "none"], answer=["1234.5", 0.5, 3])
@@ -147,11 +149,11 @@ class Numeric:
         return _judge(completions, wanted, self._equal)
 
     def _equal(self, text: str, wanted: Decimal) -> bool:
-        found = _last_number(text)
-        if found is None:
+        number = _last_number(text)
+        if number is None:
             return False
         try:
-            return found == wanted or abs(found - wanted) <= Decimal(self.tolerance) * abs(wanted)
+            return number == wanted or abs(number - wanted) <= Decimal(self.tolerance) * abs(wanted)
         except ArithmeticError:  # a difference beyond the range of decimals
             return False
 
@@ -177,8 +179,8 @@ class MathEqual:
     """1.0 where the text's final mathematical expression equals the answer, judged by `math-verify`.
 
     The answer is an expression, with or without dollars or `\\boxed{}`, a number, or GSM8K's reasoning with `#### 72`
-    at its end. What cannot be parsed gets 0.0. `timeout` (whole seconds, for each expression) is kept by a signal
-    and so works only in the main thread; in other threads there is none.
+    at its end. A text that cannot be parsed gets 0.0. `timeout` (whole seconds, for each expression) is kept by a
+    signal and so works only in the main thread; in other threads there is none.
     Raises `InputError` where `math-verify` (`pip install 'stepwell[math]'`) is missing.
 
     Example:
@@ -221,9 +223,9 @@ def _marked(answer: str) -> str:
 def _answers(name: str, column: str, columns: Mapping[str, Any], mend: str = "") -> Sequence[Any]:
     """The column of answers, or an error that names the columns there are."""
     if column not in columns:
-        there = ", ".join(sorted(columns)) or "none"
+        listed = ", ".join(sorted(columns)) or "none"
         raise InputError(
-            f"Reward '{name}' reads the column '{column}', which the data has not; there are: {there}{mend}."
+            f"Reward '{name}' reads the column '{column}', which the data do not have; there are: {listed}{mend}."
         )
     return columns[column]
 

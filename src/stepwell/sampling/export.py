@@ -22,7 +22,7 @@ ABOUT = "samples.json"
 
 
 def format_for(values: Sequence[Any], wanted: str | None = None) -> str:
-    """How samples are written: as `wanted`, else `png` for images, `npy` for other tensors, `json` for the rest.
+    """The format that samples are written in: `wanted`, else `png` for images, `npy` for other tensors, else `json`.
 
     An image is a tensor (H, W) or (C, H, W) of one or three channels with nothing outside [0, 1]. Raises `InputError`
     where the samples cannot be written as `wanted`.
@@ -37,13 +37,13 @@ def format_for(values: Sequence[Any], wanted: str | None = None) -> str:
     if len(tensors) < len(values) or not values:
         if wanted not in (None, "json"):
             kind = type(values[0]).__name__ if values else "none"
-            raise InputError(f"Only tensors are written as {wanted}, and these samples are {kind}; leave it out.")
+            raise InputError(f"Samples must be tensors to be written as {wanted}, got {kind}; leave the format out.")
         return "json"
     images = all(pictures.is_image(value) and bool(((value >= 0) & (value <= 1)).all()) for value in tensors)
     if wanted == "png" and not images:
         raise InputError(
-            f"These samples, of shape {tuple(tensors[0].shape)}, are not images with values from 0 to 1; write them "
-            "as npy or safetensors."
+            f"Samples must be images with values from 0 to 1 to be written as png, got shape "
+            f"{tuple(tensors[0].shape)}; write them as npy or safetensors."
         )
     return wanted or ("png" if images else "npy")
 
@@ -58,7 +58,7 @@ def write_samples(
     """Write samples into a folder of their own, all or nothing, and return the files.
 
     Images are `sample-0000.png`, ... and `grid.png`; other tensors one array (N, *shape) in `samples.npy` or under the
-    name `samples` in `samples.safetensors`. `samples.json` has the prompts, what is said `about` them, and samples that
+    name `samples` in `samples.safetensors`. `samples.json` has the prompts, the entries of `about`, and samples that
     are no tensors. Raises `InputError` for a folder that holds anything already, and where nothing can be written.
     """
     target = check_place(folder)
@@ -92,6 +92,7 @@ def check_place(folder: str | os.PathLike[str]) -> Path:
 
 
 def _files(values: Sequence[Any], format: str) -> dict[str, bytes]:
+    """The content of every file of samples, by name; none for JSON."""
     if format == "json":
         return {}
     if format == "png":

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from stepwell.process.base import Process, Samples
+from stepwell.errors import InputError
+from stepwell.process.base import Process, Samples, Steps
 from stepwell.sampling.request import Begun, Prompt, Request
 from stepwell.trajectories import Trajectories, concatenate, make
 
@@ -43,9 +46,9 @@ class Drawn:
 class Record:
     """The steps of rows while they are drawn. Rows come and go, so every step lists its rows.
 
-    `owner` (N,) is the request that each row answers. Call `add` once for every step of every row, in the order of
-    steps; `weigh` where rows were drawn from another distribution than the process's; `end` once for every row that is
-    judged; and `drawn` at last. A row that an engine drew whole is put on record by `add_rows`.
+    `owner` (N,) is the request that each row answers. Call `add` once for every step, in the order of steps, with the
+    rows that take it; `weigh` where rows were drawn from another distribution than the process's; `end` once for every
+    row that is judged; and `drawn` at last. Rows that an engine drew whole are put on record by `add_rows`.
 
     Example:
         >>> from stepwell.process.exact import markov
@@ -60,10 +63,9 @@ class Record:
     def __init__(self, requests: Sequence[Request], owner: Tensor):
         rows = len(owner)
         self.requests, self.owner = list(requests), owner
-        self.steps: list[tuple[Tensor, int, Tensor, Tensor, Tensor]] = []
-        self.position = torch.zeros(rows, dtype=torch.long)  # (N,) the next step of each row
-        self.log_weight = torch.zeros(rows, dtype=torch.float64)
-        self.truncated = torch.zeros(rows, dtype=torch.bool)
+        self.truncated = torch.zeros(rows, dtype=torch.bool)  # rows that were cut at their horizon
+        self._steps: list[tuple[Tensor, int, Tensor, Tensor, Tensor]] = []
+        self._log_weight = torch.zeros(rows, dtype=torch.float64)
         self._ended: list[tuple[Tensor, Samples]] = []
         self._begun: Begun | None = None
 
@@ -74,121 +76,136 @@ class Record:
         if prefix is None:
             return
         window = self.requests[0].window if begun.windowed else None
-        self.log_weight += prefix.weight.double().cpu()
+        self._log_weight += prefix.weight.double().cpu()
         for step in range(begun.steps):
             trained = prefix.mask[:, step].cpu() & (window is None or window[0] <= step < window[1])
             self.add(everyone, step, prefix.action[:, step], prefix.log_prob[:, step], trained)
 
     def add(self, rows: Tensor, step: int, action: Tensor, log_prob: Tensor, random: Tensor) -> None:
         """Step number `step` of `rows` (M,): action (M, ...), its log-probability under the distribution it was drawn
-        from (M,), and whether it was random (M,) bool, so that it may be trained."""
-        self.steps.append((rows, step, action, log_prob, random))
+        from (M,), and random (M,) bool: True where it may be trained."""
+        self._steps.append((rows, step, action, log_prob, random))
 
     def add_rows(
         self, action: Sequence[Tensor], log_prob: Sequence[Tensor], random: Sequence[Tensor] | None = None
     ) -> None:
         """All steps of all rows: action (T_i, ...), log_prob (T_i,) and random (T_i,) bool, True unless given."""
-        longest = max(len(row) for row in action)
-        for step in range(longest):
-            here = [row for row, steps in enumerate(action) if step < len(steps)]
-            drawn, log_p = (torch.stack([column[row][step] for row in here]) for column in (action, log_prob))
-            every = torch.ones(len(here), dtype=torch.bool)
-            trained = every if random is None else torch.stack([random[row][step] for row in here]).cpu()
-            self.add(torch.tensor(here), step, drawn, log_p, trained)
+        lengths = torch.tensor([len(row) for row in action])
+        trained = [torch.ones(len(row), dtype=torch.bool) for row in action] if random is None else random
+        actions, log_probs, flags = (
+            pad_sequence(list(column), batch_first=True) for column in (action, log_prob, trained)
+        )
+        for step in range(int(lengths.max())):
+            rows = (lengths > step).nonzero()[:, 0]
+            self.add(rows, step, actions[rows, step], log_probs[rows, step], flags[rows, step].cpu())
 
     def weigh(self, rows: Tensor, log_ratio: Tensor) -> None:
         """Add log p - log q (M,) of a step that was drawn from q in place of the process's own p."""
-        self.log_weight[rows] += log_ratio.double().cpu()
+        self._log_weight[rows] += log_ratio.double().cpu()
 
     def end(self, rows: Tensor, samples: Samples) -> None:
         """The samples of rows (M,) that are at their end."""
         self._ended.append((rows, samples))
 
     def drawn(self, process: Process, *, version: int = 0, first_node: int = 0) -> Drawn:
-        """Everything on record. New nodes are numbered from `first_node`."""
+        """Everything on record. New nodes are numbered from `first_node`.
+
+        Raises `InputError` where a sample's numbers of each step (`Samples.steps`) are not one for each step.
+        """
         requests, owner, total = self.requests, self.owner, len(self.owner)
-        action, log_prob, mask = self._table(total)
+        length = torch.zeros(total, dtype=torch.long)
+        for rows, step, *_ in self._steps:
+            length[rows] = step + 1
+        action, log_prob, mask = self._table(total, int(length.max()))
         node = first_node + torch.arange(mask.numel()).reshape(mask.shape)
-        node = node.masked_fill(torch.arange(mask.shape[1]) >= self.position[:, None], -1)
+        node = node.masked_fill(torch.arange(mask.shape[1]) >= length[:, None], -1)
         if self._begun is not None and self._begun.node is not None:
             node[:, : self._begun.node.shape[1]] = self._begun.node.cpu()
-        samples = self._samples(total)
-        cut = torch.zeros(total, dtype=torch.bool) if samples.truncated is None else torch.tensor(samples.truncated)
+        ended, samples = self._samples()
+        truncated = self.truncated.clone()
+        if samples.truncated is not None:
+            truncated[ended] |= torch.tensor(samples.truncated)
         condition = process.condition([request.prompt.value for request in requests])
         trajectories = make(
             action,
             log_prob,
             mask,
-            length=self.position,
+            length=length,
             prompt=torch.tensor([requests[i].prompt.id for i in owner.tolist()]),
             node=node,
-            truncated=self.truncated | cut,
+            truncated=truncated,
             outcome=torch.tensor([requests[i].judged for i in owner.tolist()]),
-            weight=self.log_weight.to(log_prob.dtype),
+            weight=self._log_weight.to(log_prob.dtype),
             source=torch.tensor([requests[i].source for i in owner.tolist()]),
             version=torch.full((total,), version),
             condition=None if condition is None else condition[owner],
-            **self._steps(samples, log_prob),
+            **self._by_step(ended, samples.steps, length, log_prob),
         )
         if trajectories.mask.device != action.device:
             trajectories = trajectories.to(action.device)
-        return Drawn(trajectories, samples, [requests[i].prompt for i in owner.tolist()])
+        values = _spread(samples.values, ended, total)
+        columns = {name: _spread(column, ended, total) for name, column in samples.columns.items()}
+        return Drawn(trajectories, Samples(values, columns), [requests[i].prompt for i in owner.tolist()])
 
-    def _table(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _table(self, rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """action (N, T, ...), log_prob (N, T), mask (N, T)."""
-        for row, step, *_ in self.steps:
-            self.position[row] = step + 1
-        width = int(self.position.max())
-        if not self.steps:  # every row was done at its start
+        if not self._steps:  # every row was done at its start
             return torch.zeros(rows, 0, dtype=torch.long), torch.zeros(rows, 0), torch.zeros(rows, 0).bool()
-        first, kinds = self.steps[0][2], [(step[2].dtype, step[3].dtype) for step in self.steps]
+        first, kinds = self._steps[0][2], [(step[2].dtype, step[3].dtype) for step in self._steps]
         action_kind, log_prob_kind = (reduce(torch.promote_types, column) for column in zip(*kinds, strict=True))
-        if all(len(row) == rows for row, *_ in self.steps):  # nobody left before the end
-            mask = torch.stack([random for *_, random in self.steps], 1)
-            log_prob = torch.stack([log_p.to(log_prob_kind) for *_, log_p, _ in self.steps], 1)
-            action = torch.stack([drawn.to(action_kind) for _, _, drawn, *_ in self.steps], 1)
+        if all(len(row) == rows for row, *_ in self._steps):  # nobody left before the end
+            mask = torch.stack([random for *_, random in self._steps], 1)
+            log_prob = torch.stack([log_p.to(log_prob_kind) for *_, log_p, _ in self._steps], 1)
+            action = torch.stack([drawn.to(action_kind) for _, _, drawn, *_ in self._steps], 1)
             return action, log_prob.masked_fill(~mask.to(log_prob.device), 0.0), mask
         action = torch.zeros(rows, width, *first.shape[1:], dtype=action_kind, device=first.device)
         log_prob = torch.zeros(rows, width, dtype=log_prob_kind, device=first.device)
         mask = torch.zeros(rows, width, dtype=torch.bool)
-        for row, step, drawn, log_p, random in self.steps:
+        for row, step, drawn, log_p, random in self._steps:
             action[row, step], mask[row, step] = drawn.to(action_kind), random
             log_prob[row, step] = log_p.to(log_prob_kind).masked_fill(~random.to(log_p.device), 0.0)
         return action, log_prob, mask
 
-    def _samples(self, total: int) -> Samples:
-        """The samples in the order of the rows; None for rows that were not judged."""
+    def _samples(self) -> tuple[Tensor, Samples]:
+        """The rows that are at their end, in the order in which they came there, and their samples."""
         if not self._ended:
-            return Samples([None] * total)
-        joined = self._ended[0][1]
-        for _, part in self._ended[1:]:
-            joined = joined + part
-        place = torch.cat([rows for rows, _ in self._ended])
-        if len(place) == total:
-            return joined[place.argsort().tolist()]
-        blank = {name: [None] * total for name in joined.columns}
-        values, columns = [None] * total, {**blank}
-        for at, row in enumerate(place.tolist()):
-            values[row] = joined.values[at]
-            for name, column in joined.columns.items():
-                columns[name][row] = column[at]
-        return Samples(values, columns)
+            return torch.zeros(0, dtype=torch.long), Samples([])
+        samples = self._ended[0][1]
+        for _, later in self._ended[1:]:
+            samples = samples + later
+        return torch.cat([rows for rows, _ in self._ended]), samples
 
-    def _steps(self, samples: Samples, log_prob: Tensor) -> dict[str, Tensor]:
+    def _by_step(self, ended: Tensor, steps: Steps, length: Tensor, log_prob: Tensor) -> dict[str, Tensor]:
         """`segment`, `step_reward` (N, T) and `observed` (N, T, *O), where the process or the rows' start has them."""
-        steps, fields = samples.steps, {}
-        found = (("segment", steps.segment, torch.long), ("step_reward", steps.reward, log_prob.dtype))
-        for name, rows, kind in (*found, ("observed", steps.observation, None)):
+        fields = {}
+        given = (
+            ("segment", "segment", steps.segment, torch.long),
+            ("step_reward", "reward", steps.reward, log_prob.dtype),
+            ("observed", "observation", steps.observation, None),
+        )
+        for field, name, rows, kind in given:
             if rows is None:
                 continue
-            wide = [torch.as_tensor(row, dtype=kind, device=log_prob.device) for row in rows]
-            table = torch.zeros(*log_prob.shape, *wide[0].shape[1:], dtype=wide[0].dtype, device=log_prob.device)
-            for row, numbers in enumerate(wide):
-                table[row, : len(numbers)] = numbers
-            fields[name] = table
-        prefix = None if self._begun is None else self._begun.prefix
-        if "segment" not in fields and prefix is not None and prefix.segment is not None:
-            width = log_prob.shape[1]
-            if prefix.segment.shape[1] == width:
-                fields["segment"] = prefix.segment.to(log_prob.device)
+            numbers = [torch.as_tensor(row, dtype=kind, device=log_prob.device) for row in rows]
+            table = torch.zeros(*log_prob.shape, *numbers[0].shape[1:], dtype=numbers[0].dtype, device=log_prob.device)
+            for row, entries in zip(ended.tolist(), numbers, strict=True):
+                if len(entries) != length[row]:
+                    raise InputError(
+                        f"Samples.steps.{name} must have an entry for each of the {int(length[row])} steps of row "
+                        f"{row}, got {len(entries)}."
+                    )
+                table[row, : len(entries)] = entries
+            fields[field] = table
+        begun = self._begun
+        prefix = None if begun is None or bool((length != begun.steps).any()) else begun.prefix
+        if prefix is not None and prefix.segment is not None:  # of rows that went on only the process can tell
+            fields["segment"] = prefix.segment[:, : log_prob.shape[1]].to(log_prob.device)
         return fields
+
+
+def _spread(column: Sequence[Any], rows: Tensor, total: int) -> list[Any]:
+    """The entries at their rows (M,) of a list of `total`; None elsewhere."""
+    spread: list[Any] = [None] * total
+    for row, entry in zip(rows.tolist(), column, strict=True):
+        spread[row] = entry
+    return spread

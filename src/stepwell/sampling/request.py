@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from stepwell.errors import InputError
 from stepwell.process.abilities import ReadsColumns, Tokenised, ability
 from stepwell.process.base import Process, State
 from stepwell.rng import Rng
-from stepwell.trajectories import Trajectories, make, together
+from stepwell.trajectories import Trajectories, concatenate, make
 
 
 @dataclass(frozen=True)
@@ -78,22 +78,22 @@ class Begun:
 
 
 class Start(ABC):
-    """Where the rows of a request start. Requests whose starts have one `key` begin side by side."""
+    """The place where the rows of a request start. Requests whose starts have one `key` begin side by side."""
 
     @property
     def key(self) -> Hashable:
         """Equal for starts of one kind that are equally far along."""
         return type(self)
 
-    def taken(self, process: Process, request: Request) -> Request:
-        """The request as it can be drawn: with a start that this process knows."""
+    def prepared(self, process: Process, request: Request) -> Request:
+        """The request in the form in which it is drawn, which may have another start."""
         return request
 
     @abstractmethod
     def begin(
         self, process: Process, requests: Sequence[Request], owner: Tensor, rng: Rng, so_far: Trajectories | None
     ) -> Begun:
-        """The rows of requests whose starts are all of this kind; `owner` (N,) is the request of each row."""
+        """The rows of requests whose starts all have this one's key; `owner` (N,) is the request of each row."""
 
 
 @dataclass(frozen=True)
@@ -120,24 +120,24 @@ class Branch(Start):
     def begin(
         self, process: Process, requests: Sequence[Request], owner: Tensor, rng: Rng, so_far: Trajectories | None
     ) -> Begun:
-        sources = torch.tensor([_branch(request).row for request in requests])
-        state = started(process, requests, rng)
-        outside = so_far is None or int(sources.min()) < 0 or int(sources.max()) >= len(so_far) or self.step < 0
-        if so_far is None or outside or bool((so_far.length[sources] < self.step).any()):
-            raise InputError(
-                f"A request branches at rows {sources.tolist()}, step {self.step}, which were not all drawn."
-            )
-        prefix = so_far[sources]
-        for request, prompt, row in zip(requests, prefix.prompt.tolist(), sources.tolist(), strict=True):
+        origin = [start.row for start in _starts(requests, Branch)]
+        lengths = [] if so_far is None else so_far.length.tolist()
+        for request, row in zip(requests, origin, strict=True):
+            if not 0 <= row < len(lengths) or not 0 <= self.step <= lengths[row]:
+                raise InputError(
+                    f"Branch must start at a row and a step that were drawn, got row {row}, step {self.step} "
+                    f"(prompt {request.prompt.id}, {len(lengths)} rows so far)."
+                )
+        assert so_far is not None
+        prefix = so_far[torch.tensor(origin)]
+        for request, row, prompt in zip(requests, origin, prefix.prompt.tolist(), strict=True):
             if request.prompt.id != prompt:
                 raise InputError(
-                    f"A request for prompt {request.prompt.id} branches at row {row}, which answers prompt {prompt}."
+                    f"Branch.row must be a row of the request's own prompt, {request.prompt.id}; got row {row}, "
+                    f"which answers prompt {prompt}."
                 )
-        for step in range(self.step):
-            state = process.advance(state, prefix.action[:, step], rng)
+        state = _replayed(process, requests, prefix, self.step, rng)
         prefix = prefix[owner]
-        if bool((prefix.weight != 0).any()):
-            raise InputError("Rows with importance weights cannot be branched at a step; continue a Snapshot instead.")
         return Begun(state[owner], prefix, self.step, prefix.node[:, : self.step], windowed=True)
 
 
@@ -155,9 +155,9 @@ class Snapshot(Start):
     def begin(
         self, process: Process, requests: Sequence[Request], owner: Tensor, rng: Rng, so_far: Trajectories | None
     ) -> Begun:
-        everywhere, steps = torch.zeros(len(owner), dtype=torch.long), int(self.trajectory.length[0])
-        prefix = self.trajectory[everywhere]
-        return Begun(self.state[everywhere], prefix, steps, prefix.node[:, :steps], windowed=True)
+        first, steps = torch.zeros(len(owner), dtype=torch.long), int(self.trajectory.length[0])
+        prefix = self.trajectory[first]
+        return Begun(self.state[first], prefix, steps, prefix.node[:, :steps], windowed=True)
 
 
 @dataclass(frozen=True)
@@ -168,46 +168,40 @@ class Continuation(Start):
 
     @property
     def key(self) -> Hashable:
-        fields = frozenset(name for name, _ in self.row.present())
-        return Continuation, int(self.row.length[0]), "segment" in fields
+        return Continuation, int(self.row.length[0]), frozenset(name for name, _ in self.row.present())
 
     def begin(
         self, process: Process, requests: Sequence[Request], owner: Tensor, rng: Rng, so_far: Trajectories | None
     ) -> Begun:
-        state = started(process, requests, rng)
-        rows = together([_continued(request).row for request in requests])
-        if bool((rows.weight != 0).any()):
-            raise InputError("Rows with importance weights cannot be gone on with; continue a Snapshot instead.")
+        rows = concatenate([start.row for start in _starts(requests, Continuation)])
         steps = int(self.row.length[0])
-        for step in range(steps):
-            state = process.advance(state, rows.action[:, step], rng)
-        return Begun(state[owner], rows[owner], steps)
+        return Begun(_replayed(process, requests, rows, steps, rng)[owner], rows[owner], steps)
 
 
 @dataclass(frozen=True)
 class Completion(Start):
     """A sample written elsewhere, such as a demonstration: a whole row that nothing is drawn for.
 
-    Its stored log-probability is 0, that of whoever wrote it with certainty. `mask` (T,) says which of its steps are
-    trained, all unless given; `segments` (T,) which sentence, step or turn each belongs to.
+    Its stored log-probability is 0, as of one who wrote it with certainty. `mask` (T,): which of its steps are trained,
+    all unless given. `segments` (T,): the sentence, step or turn that each step belongs to.
     """
 
     value: Any
     mask: Sequence[bool] | None = None
     segments: Sequence[int] | None = None
 
-    def taken(self, process: Process, request: Request) -> Request:
+    def prepared(self, process: Process, request: Request) -> Request:
+        """The request with a `Continuation` of all the completion's steps."""
         action = ability(process, Tokenised, "A completion that is given").encode_completion(self.value)[None]
         steps = action.shape[1]
         for name, entries in (("mask", self.mask), ("segments", self.segments)):
             if entries is not None and len(entries) != steps:
                 raise InputError(
                     f"Completion.{name} must have {steps} entries, one for each step of {self.value!r:.60}, got "
-                    f"{len(entries)}."
+                    f"{len(entries)} (prompt {request.prompt.id})."
                 )
         mask = torch.ones(1, steps, dtype=torch.bool) if self.mask is None else torch.tensor([list(self.mask)]).bool()
-        length = torch.tensor([steps])
-        row = make(action, torch.zeros(action.shape[:2], device=action.device), mask, length=length)
+        row = make(action, torch.zeros(1, steps, device=action.device), mask, length=torch.tensor([steps]))
         if self.segments is not None:
             row = row.replace(segment=torch.tensor([list(self.segments)]))
         return replace(request, start=Continuation(row), horizon=steps)
@@ -215,43 +209,54 @@ class Completion(Start):
     def begin(
         self, process: Process, requests: Sequence[Request], owner: Tensor, rng: Rng, so_far: Trajectories | None
     ) -> Begun:
-        taken = [request.start.taken(process, request) for request in requests]
-        return taken[0].start.begin(process, taken, owner, rng, so_far)
+        ready = [request.start.prepared(process, request) for request in requests]
+        return ready[0].start.begin(process, ready, owner, rng, so_far)
 
 
 def started(process: Process, requests: Sequence[Request], rng: Rng) -> State:
-    """One row a request, at its prompt or at what takes the prompt's place."""
+    """One row a request, at its prompt or at the context that takes the prompt's place."""
     values = [request.prompt.value if request.context is None else request.context for request in requests]
     if isinstance(process, ReadsColumns):
         return process.start_on(values, [request.prompt.columns for request in requests], rng)
     return process.start(values, rng)
 
 
-def _branch(request: Request) -> Branch:
-    assert isinstance(request.start, Branch)
-    return request.start
+def _replayed(process: Process, requests: Sequence[Request], rows: Trajectories, steps: int, rng: Rng) -> State:
+    """The states of the requests after the first `steps` actions of `rows`, one row a request.
+
+    Raises `InputError` for weighted rows: no part of a row's weight is known to belong to its first steps.
+    """
+    state = started(process, requests, rng)
+    if bool((rows.weight != 0).any()):
+        raise InputError("Rows with importance weights cannot be gone through again; continue a Snapshot instead.")
+    for step in range(steps):
+        state = process.advance(state, rows.action[:, step], rng)
+    return state
 
 
-def _continued(request: Request) -> Continuation:
-    assert isinstance(request.start, Continuation)
-    return request.start
+S = TypeVar("S", bound=Start)
+
+
+def _starts(requests: Sequence[Request], kind: type[S]) -> list[S]:
+    """The starts of requests that all start in this way."""
+    return [request.start for request in requests if isinstance(request.start, kind)]
 
 
 @dataclass(frozen=True)
 class Request:
     """`count` samples for one prompt.
 
-    context: takes the prompt's place while drawing (a hint, a prefix); the rows are scored under the prompt unless
-    told otherwise. start: where the rows begin, a `Start`; None is `Root()`, a pair (row, step) is `Branch(row,
-    step)`, and one row of trajectories is a `Continuation`. horizon: the most steps of a row, those before its start
-    included. proposal: maps the process's distribution, the state and each row's prompt to the distribution drawn
-    from; the row's log weight keeps the account. source: a number that the rows carry, for methods that tell
-    behaviours apart. judged: rows that are not have no outcome; they are there to branch from. reward: the rows'
-    judgement where the data have it; no reward function is asked then.
+    context: takes the prompt's place while drawing (a hint, a prefix); the rows' condition stays the prompt. start:
+    where the rows begin, a `Start`; None is `Root()`, a pair (row, step) is `Branch(row, step)`, and one row of
+    trajectories is a `Continuation`. horizon: the most steps of a row, those before its start included. proposal: maps
+    the process's distribution, the state and each row's prompt to the distribution drawn from; the row's log weight
+    keeps the account. source: a number that the rows carry, for methods that tell behaviours apart. judged: False for
+    rows to branch from, which have no outcome. reward: the rows' judgement where the data have it; no reward function
+    is asked then.
 
-    window (begin, end): only steps begin..end-1 are drawn at random and trained. Before its start a row keeps what
-    it was drawn with, and elsewhere it takes the process's `deterministic` step: the likeliest token, the ODE's step.
-    sampler: settings of the process for these rows alone (`with_sampler`), which hold for the steps outside the
+    window (begin, end): only steps begin..end-1 are drawn at random and trained. Before its start a row keeps the
+    steps it was drawn with, and elsewhere it takes the process's `deterministic` step: the likeliest token, the ODE's
+    step. sampler: settings of the process for these rows alone (`with_sampler`), which hold for the steps outside the
     window, since trained steps are scored under the sampler that all rows share.
     """
 

@@ -1,1 +1,1 @@
-"""How a step of a flow or diffusion is computed: path, grid and table, over one exponential integrator."""
+"""Solvers of flows and diffusions: path, grid and table of a step, over one exponential integrator."""

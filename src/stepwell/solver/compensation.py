@@ -2,7 +2,7 @@
 
 Zhao et al. 2024 (arXiv 2409.03755). A corrector changes the state but not the prediction made before it; compensation
 moves that prediction, along the polynomial in t through the last three, to the time r t + (1 - r) t_previous. The
-ratios are part of a `Table` (`compensation`), so that a fitted solver is printed, saved and used like any other.
+ratios are part of a `Table` (`compensation`), so that a fitted solver is printed, saved and used like any other one.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def fit(
     """
     _check(table)
     if len(reference) != len(times):
-        raise InputError(f"The reference has {len(reference)} states, but the grid has {len(times)} times.")
+        raise InputError(
+            f"reference must have {len(times)} states, one for each time of the grid, got {len(reference)}."
+        )
     x, history, ratios = reference[0], History(), [1.0] * (len(times) - 1)
     for step in range(len(times) - 1):
         raw = predict(x, float(times[step]))
@@ -70,31 +72,35 @@ def fit(
         def trial(ratio: float, step: int = step, x: Tensor = x, raw: Tensor = raw, past: History = history) -> float:
             solver = table.replace(compensation=(*ratios[:step], float(ratio), *ratios[step + 1 :]))
             target = float(times[step + 1])
-            law, following = integrate.propose(_said(raw), x, step, times, path, solver, past, output=output)
-            state = law.sample(Rng(0))
+            distribution, following = integrate.propose(
+                _answering(raw), x, step, times, path, solver, past, output=output
+            )
+            state = distribution.sample(Rng(0))
             if following.correction is not None:
                 newest = path.convert(predict(state, target), state, target, output, following.correction.predicts)
                 state = following.corrected(state, newest)
             return float((state - reference[step + 1]).double().square().mean())
 
         if len(history.times) + 1 >= COMPENSATED:
-            found = minimize_scalar(trial, bracket=(1.0, 1.1))
-            if found.fun < trial(1.0):
-                ratios[step] = float(found.x)
+            best = minimize_scalar(trial, bracket=(1.0, 1.1))
+            if best.fun < trial(1.0):
+                ratios[step] = float(best.x)
         solver = table.replace(compensation=tuple(ratios))
-        law, history = integrate.propose(_said(raw), x, step, times, path, solver, history, output=output)
-        x = law.sample(Rng(0))
+        distribution, history = integrate.propose(_answering(raw), x, step, times, path, solver, history, output=output)
+        x = distribution.sample(Rng(0))
     return table.replace(name=f"{table.name} compensated", compensation=tuple(ratios))
 
 
-def _said(raw: Tensor) -> Callable[[Tensor, float], Tensor]:
-    """A model that has been asked already."""
+def _answering(raw: Tensor) -> Callable[[Tensor, float], Tensor]:
+    """A model whose prediction is known already."""
     return lambda _x, _t: raw
 
 
 def _check(table: Table) -> None:
     if table.stochastic:
-        raise InputError(f"Solver '{table.name}' draws noise; a reference is followed by a deterministic solver.")
+        raise InputError(
+            f"table must be a deterministic solver, to follow a reference; got '{table.name}', which draws noise."
+        )
 
 
 @dataclass(frozen=True)
@@ -108,13 +114,13 @@ class Regression:
     numbers: tuple[tuple[tuple[float, ...], ...], ...]
 
     @staticmethod
-    def fit(known: Mapping[tuple[float, int], Sequence[float]], degree: int) -> Regression:
-        """From the compensation (n,) fitted at each (guidance, n). Ratios of exactly 1 were not fitted and left out.
+    def fit(fitted: Mapping[tuple[float, int], Sequence[float]], degree: int) -> Regression:
+        """From the compensation (n,) fitted at each (guidance, n), without ratios of exactly 1, which were not fitted.
 
         Raises `InputError` where they do not determine the coefficients.
         """
         rows, ratios = [], []
-        for (guidance, steps), compensation in known.items():
+        for (guidance, steps), compensation in fitted.items():
             for step, ratio in enumerate(compensation):
                 if ratio != 1.0:
                     rows.append(_monomials(step, steps, guidance, degree).ravel())
@@ -123,8 +129,8 @@ class Regression:
         matrix = np.array(rows).reshape(-1, size)
         if np.linalg.matrix_rank(matrix) < size:
             raise InputError(
-                f"{len(rows)} fitted ratios do not determine the {size} numbers of a regression of degree {degree}; it "
-                "takes three guidance scales, each at three numbers of steps, and more than `degree` ratios in each."
+                f"{len(rows)} fitted ratios do not determine the {size} numbers of a regression of degree {degree}; "
+                "give three guidance scales, each at three numbers of steps, and more than `degree` ratios in each."
             )
         solution = np.linalg.lstsq(matrix, np.array(ratios), rcond=None)[0].reshape(degree + 1, 3, 3)
         return Regression(tuple(tuple(map(tuple, plane)) for plane in solution.tolist()))
@@ -132,8 +138,8 @@ class Regression:
     def compensation(self, guidance: float, steps: int) -> tuple[float, ...]:
         """A ratio for each step; 1 in the first two, which have nothing to interpolate through."""
         numbers, degree = np.array(self.numbers), len(self.numbers) - 1
-        found = [float((numbers * _monomials(step, steps, guidance, degree)).sum()) for step in range(steps)]
-        return (1.0,) * min(COMPENSATED - 1, steps) + tuple(found[COMPENSATED - 1 :])
+        ratios = [float((numbers * _monomials(step, steps, guidance, degree)).sum()) for step in range(steps)]
+        return (1.0,) * min(COMPENSATED - 1, steps) + tuple(ratios[COMPENSATED - 1 :])
 
 
 def _monomials(step: int, steps: int, guidance: float, degree: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from stepwell.solver.table import Table
 
 @dataclass(frozen=True)
 class Coefficients:
-    """x' = state x + sum_j weights[j] m_j + noise z, the newest prediction first; `predicts` says what the m_j are."""
+    """x' = state x + sum_j weights[j] m_j + noise z, the newest prediction first; `predicts` is the kind of the m_j."""
 
     state: float
     weights: tuple[float, ...]
@@ -44,7 +44,7 @@ class Coefficients:
 
 
 def moments(count: int, z: float, rule: str = "exact") -> list[float]:
-    """M_i = int_0^1 z exp(-z (1 - v)) v^i dv for i < count, or what the rule of a table puts in their place.
+    """M_i = int_0^1 z exp(-z (1 - v)) v^i dv for i < count, or the replacements that a table's rule makes.
 
     M_0 = 1 - exp(-z) and M_i = 1 - (i / z) M_{i-1}; a series where that would cancel. z is positive for data, and
     negative for noise predictions.
@@ -71,12 +71,12 @@ def interpolation_weights(nodes: Sequence[float], integrals: Sequence[float]) ->
     """w with sum_j w_j nodes_j^i = integrals_i: integrates the polynomial through the nodes."""
     if len(nodes) == 1:
         return [integrals[0]]
-    answer: list[float] = np.linalg.solve(np.vander(nodes, increasing=True).T, np.asarray(integrals)).tolist()
-    return answer
+    weights: list[float] = np.linalg.solve(np.vander(nodes, increasing=True).T, np.asarray(integrals)).tolist()
+    return weights
 
 
 def retention(path: Path, table: Table, time: float, target: float) -> float:
-    """r in [0, 1]: what a step keeps of the old noise; the fresh noise has q = sigma' sqrt(1 - r^2)."""
+    """r in [0, 1]: the factor of the old noise that a step keeps; the fresh noise has q = sigma' sqrt(1 - r^2)."""
     if table.noise in ("none", "flow", "dance") or not _in_window(table, time):
         return 1.0
     if table.noise == "cps":  # q = sigma' sin(eta pi / 2)
@@ -129,7 +129,9 @@ def _coefficients(
         weights = interpolation_weights(nodes, moments(len(times), -h, table.weights))
         return Coefficients(path.alpha(target) / path.alpha(time), tuple(scale * w for w in weights), 0.0, "noise")
     if retained == 0.0:
-        raise InputError(f"Solver '{table.name}' keeps nothing of the old noise, which needs order 1.")
+        raise InputError(
+            f"Solver '{table.name}' keeps nothing of the old noise, so its order must be 1, got {len(times)}."
+        )
     weights = interpolation_weights(nodes, moments(len(times), h - math.log(retained), table.weights))
     return Coefficients(state, tuple(path.alpha(target) * weight for weight in weights), noise, "data")
 

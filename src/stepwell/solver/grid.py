@@ -1,7 +1,7 @@
 """Grids of times: n + 1 decreasing times for n steps, from noise to t = 0, with both ends asserted.
 
 Every function here returns a tuple of floats that `check_grid` has passed, so that a grid which stops before the noise
-is gone, or which starts where the data still shows, is refused where it is made.
+is gone, or which starts where data is left, is refused where it is made.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ TERMINAL = 0.1
 def check_order(times: Sequence[float]) -> None:
     """Raise `InputError` unless the times fall, strictly, within [0, 1]."""
     if len(times) < 2:
-        raise InputError(f"A grid needs at least two times, a start and an end, not {len(times)}.")
+        raise InputError(f"times must be at least two, a start and an end, got {len(times)}.")
     for step, (time, target) in enumerate(itertools.pairwise(times)):
         if not 0.0 <= target < time <= 1.0:
             raise InputError(
-                f"Times have to fall from 1 (noise) to 0 (data); step {step} goes from {time} to {target}."
+                f"times must fall from 1 (noise) to 0 (data), got {time} and then {target} in step {step}."
             )
 
 
 def check_grid(times: Sequence[float], path: Path, terminal: float = TERMINAL) -> tuple[float, ...]:
     """The times as a tuple, if they fall from (almost) pure noise to exactly zero noise; else `InputError`.
 
-    `terminal` is the largest alpha / sigma allowed at the first time: samples start there from pure noise, and what
-    of the data should have been left is lost (Lin et al. 2024, arXiv 2305.08891). `math.inf` allows any start.
+    `terminal` is the largest alpha / sigma allowed at the first time: samples start there from pure noise, without
+    the data that the path has left there (Lin et al. 2024, arXiv 2305.08891). `math.inf` allows any start.
     """
     check_order(times)
     if times[-1] != 0.0:
         raise InputError(
-            f"A grid has to end at t = 0, without noise; this one ends at {times[-1]:.6g}, where sigma is "
+            f"times must end at 0, without noise, got {times[-1]:.6g} as the last, where sigma is "
             f"{path.sigma(float(times[-1])):.4g}."
         )
     ratio = path.alpha(float(times[0])) / path.sigma(float(times[0]))
     if not ratio <= terminal:
         raise InputError(
-            f"A grid has to start at noise; this one starts at t = {times[0]:.6g} of the {path.name} path, where "
-            f"alpha / sigma is {ratio:.3g}, above {terminal:.3g}."
+            f"times must start at noise, got {times[0]:.6g} as the first, where alpha / sigma of the {path.name} path "
+            f"is {ratio:.3g}, above {terminal:.3g}."
         )
     return tuple(float(time) for time in times)
 
@@ -119,23 +119,25 @@ def leading(steps: int, path: Path, training_steps: int = 1000, terminal: float 
 
 def _positive(steps: int, limit: int | None = None) -> None:
     if steps < 1 or (limit is not None and steps > limit):
-        raise InputError(f"A grid has between 1 and {limit or 'any number of'} steps, not {steps}.")
+        most = "" if limit is None else f" and at most {limit}"
+        raise InputError(f"steps must be at least 1{most}, got {steps}.")
 
 
 def _places(steps: int) -> list[float]:
     """n equally spaced numbers from 0 to 1."""
     if steps < 2:
-        raise InputError(f"A grid between two noise levels needs at least 2 steps, not {steps}.")
+        raise InputError(f"steps must be at least 2 between two noise levels, got {steps}.")
     return [step / (steps - 1) for step in range(steps)]
 
 
 def _ratios(path: Path, smallest: float, largest: float) -> None:
     if not 0.0 < smallest < largest:
-        raise InputError(f"A grid needs noise levels 0 < smallest < largest, not {smallest} and {largest}.")
+        raise InputError(f"Noise levels must be 0 < smallest < largest, got smallest={smallest} and largest={largest}.")
     alpha, sigma = path.alpha(1.0), path.sigma(1.0)
     if largest * alpha > sigma * (1.0 + 1e-9):
         raise InputError(
-            f"The {path.name} path has noise levels up to {sigma / alpha:.4g}; {largest:.4g} is above that."
+            f"largest must be at most {sigma / alpha:.4g}, the last noise level of the {path.name} path, got "
+            f"{largest:.4g}."
         )
 
 

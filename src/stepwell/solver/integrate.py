@@ -1,6 +1,6 @@
-"""Steps and trajectories: the law of the next state, given what the model has said so far.
+"""Steps and trajectories: the distribution of the next state, given the model's predictions so far.
 
-The coefficients come from `exponential.coefficients`; here they meet the model, the corrector and the history.
+The coefficients come from `exponential.coefficients`; here they are applied to predictions, corrector and history.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ Predict = Callable[[Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class History:
-    """What a solver remembers: earlier predictions, the newest first, and the step that led here, for its corrector.
+    """The memory of a solver: earlier predictions, the newest first, and the step that led here, for its corrector.
 
     That step is corrected by its own `correction`, so that a table may change from one step to the next. Where it drew
     noise, `mean` is kept too: the corrected state has the same noise around the corrected mean, hence is a function of
-    the state and the history, and the law of the next state is Gaussian still. `history[index]` forks along with the
-    rows of a state.
+    the state and the history, and the next state is Gaussian still. `history[index]` forks along with the rows of a
+    state.
     """
 
     times: tuple[float, ...] = ()
     predictions: tuple[Tensor, ...] = ()  # (N, *D) each, of the table's kind
     origin: Tensor | None = None  # (N, *D) where the last step began
     used: int = 0  # predictions that its correction uses besides the new one
-    mean: Tensor | None = None  # (N, *D) what the last step drew its noise around
+    mean: Tensor | None = None  # (N, *D) the mean that the last step drew its noise around
     correction: Coefficients | None = None
 
     def __getitem__(self, index: Any) -> History:
@@ -66,11 +66,12 @@ def propose(
     *,
     output: str = "velocity",
 ) -> tuple[Gaussian | Point, History]:
-    """The law of the state at times[step + 1], given x (N, *D) at times[step], and the history to go on with.
+    """The distribution of the state at times[step + 1], given x (N, *D) at times[step], and the history after it.
 
-    `output` is what `predict` returns (`path.PREDICTIONS`). A deterministic step is a `Point`; a stochastic one is
-    exactly Gaussian given x and the history. The model is called `table.evaluations` times, or once where the step
-    has only one order to use. Raises `InputError` for a prediction of another shape than x or with NaNs.
+    `output` is the kind of prediction that `predict` returns (`path.PREDICTIONS`). A deterministic step is a `Point`;
+    a stochastic one is exactly Gaussian given x and the history. The model is called `table.evaluations` times, or
+    once where the step can use one prediction only. Raises `InputError` for a prediction of another shape than x or
+    with NaNs.
     """
     history = history or History()
     time, target = float(times[step]), float(times[step + 1])
@@ -84,32 +85,34 @@ def propose(
     if history.correction is not None:
         wanted = history.correction.predicts
         x = history.corrected(x, current if wanted == kind else path.convert(raw, x, time, output, wanted))
-    known, predictions = (time, *history.times), (current, *history.predictions)
+    nodes, predictions = (time, *history.times), (current, *history.predictions)
     if table.compensation:
-        current = _compensated(table, step, len(times) - 1, known, predictions)
+        current = _compensated(table, step, len(times) - 1, nodes, predictions)
         predictions = (current, *history.predictions)
-    order = _order(path, table, target, step, len(times) - 1, known)
+    order = _order(path, table, target, step, len(times) - 1, nodes)
     if table.inner is not None and order == 2:
         mean = _singlestep(predict, x, current, time, target, path, table, output)
         return Point(mean), History()
-    numbers = coefficients(path, table, known[:order], target)
+    numbers = coefficients(path, table, nodes[:order], target)
     newest = current if numbers.predicts == kind else path.convert(raw, x, time, output, numbers.predicts)
     mean = numbers.mean(x, (newest, *predictions[1:order]))
-    law = Gaussian(mean, mean.new_tensor(numbers.noise)) if numbers.noise > 0.0 else Point(mean)
+    distribution = Gaussian(mean, mean.new_tensor(numbers.noise)) if numbers.noise > 0.0 else Point(mean)
     if not finite:
-        return law, History()
-    kept = History(known[: table.memory], predictions[: table.memory])
+        return distribution, History()
+    kept = History(nodes[: table.memory], predictions[: table.memory])
     if not table.corrector or target == 0.0:  # there is no prediction at t = 0 to correct with
-        return law, kept
-    used = _corrector_order(table, order, step, len(times) - 1, known) - 1
-    correction = coefficients(path, table, (target, *known[:used]), target, time)
-    return law, replace(kept, origin=x, used=used, mean=mean if numbers.noise > 0.0 else None, correction=correction)
+        return distribution, kept
+    used = _corrector_order(table, order, step, len(times) - 1, nodes) - 1
+    correction = coefficients(path, table, (target, *nodes[:used]), target, time)
+    return distribution, replace(
+        kept, origin=x, used=used, mean=mean if numbers.noise > 0.0 else None, correction=correction
+    )
 
 
 def _checked(prediction: Tensor, x: Tensor, time: float) -> Tensor:
     if prediction.shape != x.shape:
         raise InputError(
-            f"The model returned a prediction of shape {tuple(prediction.shape)} for states of {tuple(x.shape)}."
+            f"The model must return a prediction of its states' shape, {tuple(x.shape)}, got {tuple(prediction.shape)}."
         )
     # a sum of finite numbers is finite but for overflow, and takes a fifth of the time
     if not math.isfinite(float(prediction.detach().sum())) and not bool(torch.isfinite(prediction).all()):
@@ -118,10 +121,10 @@ def _checked(prediction: Tensor, x: Tensor, time: float) -> Tensor:
 
 
 COMPENSATED = 3
-"""How many predictions DC-Solver interpolates through: its dc_order of 2, and one."""
+"""The number of predictions that DC-Solver interpolates through: its dc_order of 2, and one."""
 
 
-def _compensated(table: Table, step: int, steps: int, known: Sequence[float], predictions: Sequence[Tensor]) -> Tensor:
+def _compensated(table: Table, step: int, steps: int, times: Sequence[float], predictions: Sequence[Tensor]) -> Tensor:
     """The newest prediction, moved along the polynomial in t through the last three, to r t + (1 - r) t_previous.
 
     DC-Solver's dynamic compensation (arXiv 2409.03755, as in its published code). Ratio 1, and steps with a shorter
@@ -129,12 +132,13 @@ def _compensated(table: Table, step: int, steps: int, known: Sequence[float], pr
     """
     if len(table.compensation) != steps:
         raise InputError(
-            f"Solver '{table.name}' has compensation for {len(table.compensation)} steps, but the grid has {steps}."
+            f"The compensation of solver '{table.name}' must have {steps} entries, one for each step of the grid, got "
+            f"{len(table.compensation)}."
         )
     ratio = table.compensation[step]
-    if ratio == 1.0 or len(known) < COMPENSATED:
+    if ratio == 1.0 or len(times) < COMPENSATED:
         return predictions[0]
-    nodes = [(node - known[0]) / (known[1] - known[0]) for node in known[:COMPENSATED]]
+    nodes = [(time - times[0]) / (times[1] - times[0]) for time in times[:COMPENSATED]]
     weights = interpolation_weights(nodes, [(1.0 - ratio) ** power for power in range(COMPENSATED)])
     moved = weights[0] * predictions[0]
     for weight, prediction in zip(weights[1:], predictions[1:COMPENSATED], strict=True):
@@ -142,26 +146,26 @@ def _compensated(table: Table, step: int, steps: int, known: Sequence[float], pr
     return moved
 
 
-def _order(path: Path, table: Table, target: float, step: int, steps: int, known: Sequence[float]) -> int:
-    """How many predictions the step can use: order one where lambda is infinite at either end."""
+def _order(path: Path, table: Table, target: float, step: int, steps: int, nodes: Sequence[float]) -> int:
+    """The number of predictions that the step can use: one where lambda is infinite at either end."""
     wanted = table.order
     if table.lower_final and table.inner is None:
         wanted = min(wanted, steps - step)
     if target == 0.0 and (table.predicts != "velocity" or table.inner is not None):
         return 1
-    if table.predicts != "velocity" and not math.isfinite(path.log_snr(known[0])):
+    if table.predicts != "velocity" and not math.isfinite(path.log_snr(nodes[0])):
         return 1
-    return wanted if table.inner is not None else min(wanted, len(known))
+    return wanted if table.inner is not None else min(wanted, len(nodes))
 
 
-def _corrector_order(table: Table, order: int, step: int, steps: int, known: Sequence[float]) -> int:
-    """How many predictions the corrector of this step will use, the coming one included."""
+def _corrector_order(table: Table, order: int, step: int, steps: int, nodes: Sequence[float]) -> int:
+    """The number of predictions that the corrector of this step will use, the coming one included."""
     if table.corrector_order is None:
         return order + 1
     wanted = table.corrector_order
     if table.lower_final:
         wanted = min(wanted, steps - step + 1)
-    return min(wanted, len(known) + 1)
+    return min(wanted, len(nodes) + 1)
 
 
 def _singlestep(
@@ -185,7 +189,7 @@ def _singlestep(
 
 @dataclass(frozen=True)
 class Sampled:
-    """What `sample` drew: n + 1 states (N, *D), log_prob (N, n), random (n,) bool, evaluations of the model."""
+    """The result of `sample`: n + 1 states (N, *D), log_prob (N, n), random (n,) bool, evaluations of the model."""
 
     states: tuple[Tensor, ...]
     log_prob: Tensor
@@ -225,25 +229,26 @@ def sample(
     """
     check_order(times)
     if times[-1] != 0.0 and not partial:
-        raise InputError(
-            f"The grid ends at t = {times[-1]:.6g}, where noise is left; end it at 0, or say partial=True."
-        )
+        raise InputError(f"times must end at 0, got {times[-1]:.6g}, where noise is left; partial=True allows that.")
 
-    def law(counted: Predict, state: Tensor, step: int, memory: History | None) -> tuple[Gaussian | Point, History]:
+    def proposed(
+        counted: Predict, state: Tensor, step: int, memory: History | None
+    ) -> tuple[Gaussian | Point, History]:
         return propose(counted, state, step, times, path, table, memory, output=output)
 
-    return walk(law, predict, x, len(times) - 1, rng, history)
+    return walk(proposed, predict, x, len(times) - 1, rng, history)
 
 
 def walk(
-    law: Callable[[Predict, Tensor, int, Any], tuple[Gaussian | Point, Any]],
+    proposed: Callable[[Predict, Tensor, int, Any], tuple[Gaussian | Point, Any]],
     predict: Predict,
     x: Tensor,
     steps: int,
     rng: Rng,
     memory: Any = None,
 ) -> Sampled:
-    """All steps from x (N, *D): `law(predict, state, step, memory)` gives each step's law and what to remember."""
+    """All steps from x (N, *D): `proposed(predict, state, step, memory)` is a step's distribution and the memory after
+    it."""
     calls = 0
 
     def counted(state: Tensor, time: float) -> Tensor:
@@ -253,8 +258,8 @@ def walk(
 
     states, log_probs, random = [x], [], []
     for step in range(steps):
-        drawn_from, memory = law(counted, states[-1], step, memory)
-        states.append(drawn_from.sample(rng))
-        log_probs.append(drawn_from.log_prob(states[-1]))
-        random.append(isinstance(drawn_from, Gaussian))
+        distribution, memory = proposed(counted, states[-1], step, memory)
+        states.append(distribution.sample(rng))
+        log_probs.append(distribution.log_prob(states[-1]))
+        random.append(isinstance(distribution, Gaussian))
     return Sampled(tuple(states), torch.stack(log_probs, 1), torch.tensor(random), calls)

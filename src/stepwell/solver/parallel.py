@@ -1,4 +1,4 @@
-"""Steps in parallel: Picard iteration on a sliding window, which ends at the trajectory that one-by-one sampling has.
+"""Steps in parallel: Picard iteration on a sliding window, which ends at the trajectory of one-by-one sampling.
 
 All states of a window are guessed, the model is asked about all of them in one batch, each step is taken from its
 guess, and the guesses move to where the steps lead. What no longer changes is done, and the window slides past it.
@@ -69,13 +69,15 @@ def sample_parallel(
     """
     check_order(times)
     if times[-1] != 0.0 and not partial:
-        raise InputError(
-            f"The grid ends at t = {times[-1]:.6g}, where noise is left; end it at 0, or say partial=True."
-        )
+        raise InputError(f"times must end at 0, got {times[-1]:.6g}, where noise is left; partial=True allows that.")
     if table.evaluations != 1:
-        raise InputError(f"Solver '{table.name}' asks the model {table.evaluations} times a step; parallel steps once.")
+        raise InputError(
+            f"table must be a solver of one evaluation a step, got '{table.name}', of {table.evaluations}."
+        )
     if window < 1 or not tolerance >= 0.0:
-        raise InputError(f"Parallel steps need a window of at least 1 and a tolerance >= 0, not {window}, {tolerance}.")
+        raise InputError(
+            f"window must be at least 1 and tolerance at least 0, got window={window} and tolerance={tolerance}."
+        )
     count, steps = len(x), len(times) - 1
     scales = [
         coefficients(path, TABLES["ddpm"], (float(time),), float(target)).noise ** 2
@@ -86,13 +88,13 @@ def sample_parallel(
     begin = rounds = evaluations = 0
     while begin < steps:
         end = min(begin + window, steps)
-        first, said = begin, _ask(predict, states[begin:end], times[begin:end])
+        first, predictions = begin, _ask(predict, states[begin:end], times[begin:end])
         rounds, evaluations = rounds + 1, evaluations + end - begin
         moved, settled = states[begin], True
         for step in range(first, end):
-            old, answer = states[step], said[step - first]
-            law, histories[step + 1] = propose(
-                lambda _, __, answer=answer: answer,  # type: ignore[misc]
+            old, prediction = states[step], predictions[step - first]
+            distribution, histories[step + 1] = propose(
+                lambda _, __, prediction=prediction: prediction,  # type: ignore[misc]
                 old,
                 step,
                 times,
@@ -101,12 +103,12 @@ def sample_parallel(
                 histories[step],
                 output=output,
             )
-            reached = law.mean if isinstance(law, Gaussian) else law.value
-            if isinstance(law, Gaussian):
+            reached = distribution.mean if isinstance(distribution, Gaussian) else distribution.value
+            if isinstance(distribution, Gaussian):
                 if step not in noise:
                     noise[step] = rng.normal(*x.shape, dtype=x.dtype).to(x.device)
-                reached = reached + law.standard_deviation * noise[step]
-            log_probs[step], random[step] = law.log_prob(reached), isinstance(law, Gaussian)
+                reached = reached + distribution.standard_deviation * noise[step]
+            log_probs[step], random[step] = distribution.log_prob(reached), isinstance(distribution, Gaussian)
             # in this order nothing is lost to rounding where the guess was right
             states[step], moved = moved, reached + (moved - old)
             if settled:
@@ -123,9 +125,10 @@ def _ask(predict: Predict, states: Sequence[Tensor], times: Sequence[float]) -> 
     together, count = torch.cat(list(states)), len(states[0])
     at = torch.tensor([float(time) for time in times], dtype=together.dtype, device=together.device)
     at = at.repeat_interleave(count).reshape(-1, *[1] * (together.dim() - 1))
-    said = predict(together, at)
-    if said.shape != together.shape:
+    predictions = predict(together, at)
+    if predictions.shape != together.shape:
         raise InputError(
-            f"The model returned a prediction of shape {tuple(said.shape)} for states of {tuple(together.shape)}."
+            f"The model must return a prediction of its states' shape, {tuple(together.shape)}, got "
+            f"{tuple(predictions.shape)}."
         )
-    return list(said.split(count))
+    return list(predictions.split(count))

@@ -1,10 +1,10 @@
-"""The path from data to noise, and what a network may predict along it.
+"""The path from data to noise, and the predictions that a network may make along it.
 
 A path is x_t = alpha(t) x_0 + sigma(t) e with e ~ N(0, 1). Time runs from **t = 0, data, to t = 1, noise**, on every
-path and everywhere in this room. `log_snr` is lambda = log(alpha / sigma), half the logarithm of the signal-to-noise
+path and everywhere in this folder. `log_snr` is lambda = log(alpha / sigma), half the logarithm of the signal-to-noise
 ratio: it rises as noise is removed, from `log_snr(1)` (minus infinity where alpha(1) = 0) to infinity at t = 0.
 
-Four predictions say the same thing, and `Path.convert` turns each into any other:
+Four predictions are equivalent, and `Path.convert` turns each into any other:
 
     data      D = E[x_0 | x_t]
     noise     E = E[e | x_t] = (x - alpha D) / sigma
@@ -34,12 +34,12 @@ def _library(t: Any) -> Any:
 
 @dataclass(frozen=True)
 class Path:
-    """What all paths share. Times are floats, or tensors that broadcast against the states, e.g. (N, 1) for (N, D)."""
+    """The base of all paths. Times are floats, or tensors that broadcast against the states, e.g. (N, 1) for (N, D)."""
 
     name = ""
 
     def alpha(self, t: Time) -> Time:
-        """How much of the data is left at time t: 1 at t = 0."""
+        """The factor of the data at time t: 1 at t = 0."""
         raise NotImplementedError
 
     def sigma(self, t: Time) -> Time:
@@ -74,8 +74,8 @@ class Path:
     def convert(self, prediction: Tensor, x: Tensor, t: Time, source: str, target: str) -> Tensor:
         """A prediction at (x, t) of kind `source` as one of kind `target`; all tensors (N, *D), t broadcastable.
 
-        Raises `InputError` where the answer does not exist: a noise or score says nothing of the data where
-        alpha = 0, and nothing says the noise, the score or (but for itself) the velocity where sigma = 0.
+        Raises `InputError` where it does not exist: a noise or score prediction does not determine the data where
+        alpha = 0, and no prediction determines the noise, the score or (but for itself) the velocity where sigma = 0.
         """
         for kind in (source, target):
             if kind not in PREDICTIONS:
@@ -87,8 +87,8 @@ class Path:
             raise InputError(f"At t = 0 there is no noise, so a {source} cannot be turned into a {target} there.")
         if source in ("noise", "score") and target not in ("noise", "score") and _any_zero(alpha):
             raise InputError(
-                f"At t = 1 of the {self.name} path nothing of the data is left, so a {source} prediction "
-                f"says nothing of the {target} there; start later, or predict data or velocity."
+                f"At t = 1 of the {self.name} path nothing of the data is left, so a {source} prediction does not "
+                f"determine the {target} there; start later, or predict data or velocity."
             )
         if target == "score":
             return -self.convert(prediction, x, t, source, "noise") / sigma
@@ -292,5 +292,5 @@ def shift_time(t: Time, factor: float) -> Time:
         0.75
     """
     if not 0.0 < factor < math.inf:
-        raise InputError(f"A time shift has a positive factor, not {factor}.")
+        raise InputError(f"The factor of a time shift must be positive and finite, got {factor}.")
     return factor * t / (1.0 + (factor - 1.0) * t)

@@ -54,7 +54,7 @@ class PhaseSpace:
     def __post_init__(self) -> None:
         if not (self.beta > 0.0 and self.kappa > 0.0 and min(self.gamma, self.nu) >= 0.0 and self.gamma != self.nu):
             raise InputError(
-                "Phase space needs beta > 0, kappa > 0, and gamma and nu that are not negative and differ, not "
+                "beta and kappa must be positive, gamma and nu must be at least 0 and differ, got "
                 f"beta={self.beta}, gamma={self.gamma}, nu={self.nu}, kappa={self.kappa}."
             )
 
@@ -89,7 +89,7 @@ class PhaseSpace:
         return self.stationary + moved @ (start - self.stationary) @ moved.mT
 
     def transition(self, start: float, end: float) -> Tensor:
-        """exp((end - start) drift): what the mean is multiplied by from `start` to `end`."""
+        """exp((end - start) drift): the factor of the mean from `start` to `end`."""
         return self._moved(torch.tensor([end - start], dtype=torch.float64))[0]
 
     def covariance(self, t: float, position: float = 0.0) -> Tensor:
@@ -114,7 +114,7 @@ class PhaseSpace:
         return apply(self.drift, z) - 0.5 * apply(self.diffusion, score)
 
     def kernel(self, start: float, end: float, matrix: Tensor) -> Tensor:
-        """int_start^end exp((s - end) (matrix - drift)) diffusion / 2 L_s^-T ds: what a constant noise adds to a step.
+        """int_start^end exp((s - end) (matrix - drift)) diffusion / 2 L_s^-T ds: a constant noise's part of a step.
 
         By Gauss-Legendre in sqrt(s), in which L_s^-T, which is as s^-1/2 near the data, is smooth.
         """
@@ -176,12 +176,12 @@ def conjugate(space: PhaseSpace, noise: Score, matrix: Tensor | None = None) -> 
 
 
 def reverse(space: PhaseSpace, score: Score, z: Tensor, time: float, target: float) -> Gaussian:
-    """The Euler-Maruyama step of the reverse SDE: the law of z at `target`, exactly Gaussian given z.
+    """The Euler-Maruyama step of the reverse SDE: the distribution of z at `target`, exactly Gaussian given z.
 
     Raises `InputError` where gamma or nu is 0: the step then has no density.
     """
     if space.gamma == 0.0 or space.nu == 0.0:
-        raise InputError("A reverse step needs noise in position and momentum; gamma and nu have to be positive.")
+        raise InputError("gamma and nu must be positive: a reverse step needs noise in position and momentum.")
     drift = apply(space.drift, z) - apply(space.diffusion, score(z, time))
     scale = ((time - target) * space.diffusion.diagonal()).sqrt().to(z)
     return Gaussian(z + (target - time) * drift, scale.view(2, *(1,) * (z.dim() - 2)))

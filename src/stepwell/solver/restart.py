@@ -39,14 +39,16 @@ class Restart:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.lower < self.upper <= 1.0:
-            raise InputError(f"A restart goes from a time up to a later one in (0, 1], not {self.lower}..{self.upper}.")
+            raise InputError(f"lower and upper must be 0 < lower < upper <= 1, got {self.lower} and {self.upper}.")
         if self.repeats < 0 or self.steps < 1:
-            raise InputError(f"A restart has repeats >= 0 and steps >= 1, not {self.repeats} and {self.steps}.")
+            raise InputError(f"repeats must be at least 0 and steps at least 1, got {self.repeats} and {self.steps}.")
 
     def way_back(self, path: Path) -> tuple[float, ...]:
         """The times from `upper` down to `lower`, both included."""
         if path.alpha(self.upper) == 0.0:
-            raise InputError(f"At t = {self.upper} nothing of the data is left, so that a restart would forget all.")
+            raise InputError(
+                f"upper must be a time at which data is left, got {self.upper}; a restart there would forget all."
+            )
         if self.steps == 1:
             return self.upper, self.lower
         smallest, largest = (path.sigma(time) / path.alpha(time) for time in (self.lower, self.upper))
@@ -65,7 +67,7 @@ class Segment:
 def plan(times: Sequence[float], restarts: Sequence[Restart], path: Path) -> tuple[Segment, ...]:
     """The segments of a grid with restarts, in the order in which a sampler comes to them.
 
-    What follows the last way back of an interval belongs to its segment, so that solvers keep their history. Without
+    The steps after the last way back of an interval belong to its segment, so that solvers keep their history. Without
     repeats the only segment is the grid itself. Raises `InputError` where a restart's `lower` is no time of the grid.
 
     Example:
@@ -81,7 +83,9 @@ def plan(times: Sequence[float], restarts: Sequence[Restart], path: Path) -> tup
     for restart in restarts:
         if restart.lower not in times[1:-1]:
             nearest = min(times[1:-1] or times, key=lambda time: abs(time - restart.lower))
-            raise InputError(f"A restart at t = {restart.lower:.6g} is at no time of the grid; {nearest!r} is nearest.")
+            raise InputError(
+                f"lower of a restart must be a time of the grid, got {restart.lower:.6g}; {nearest!r} is nearest."
+            )
     for time in times[1:]:
         current.append(float(time))
         for restart in restarts:
@@ -92,10 +96,10 @@ def plan(times: Sequence[float], restarts: Sequence[Restart], path: Path) -> tup
 
 
 def renoised(path: Path, x: Tensor, time: float, target: float) -> Gaussian:
-    """The forward process from x (N, *D) at `time` up to `target`: the law of x_target given x_time, on any path.
+    """The forward process from x (N, *D) at `time` up to `target`: the distribution of x_target given x_time.
 
-    Its mean is r x and its variance sigma(target)^2 - r^2 sigma(time)^2, with r = alpha(target) / alpha(time). No
-    parameter moves it.
+    On any path its mean is r x and its variance sigma(target)^2 - r^2 sigma(time)^2, r = alpha(target) / alpha(time).
+    No parameter moves it.
     """
     ratio = path.alpha(target) / path.alpha(time)
     scale = math.sqrt(path.sigma(target) ** 2 - (ratio * path.sigma(time)) ** 2)
@@ -126,8 +130,8 @@ def sample(
         random.append(drawn.random)
         evaluations += drawn.evaluations
         if following is not None:
-            law = renoised(path, states[-1], segment.times[-1], following.times[0])
-            states.append(law.sample(rng))
-            log_probs.append(law.log_prob(states[-1])[:, None])
+            jump = renoised(path, states[-1], segment.times[-1], following.times[0])
+            states.append(jump.sample(rng))
+            log_probs.append(jump.log_prob(states[-1])[:, None])
             random.append(torch.tensor([True]))
     return Sampled(tuple(states), torch.cat(log_probs, 1), torch.cat(random), evaluations)

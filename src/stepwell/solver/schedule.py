@@ -1,7 +1,7 @@
 """A schedule: the times of a grid and the table of each step, as a search finds them and a user prints and saves them.
 
-`integrate.propose` takes the steps. Where the table changes from one step to the next, the history is told anew from
-what the model said, so that a step may interpolate noise where the one before it interpolated data.
+`integrate.propose` takes the steps. Where the table changes from one step to the next, the history is written anew from
+the model's own predictions, so that a step may interpolate noise where the one before it interpolated data.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ LONGEST = 4
 
 
 @dataclass(frozen=True)
-class Past:
-    """What a schedule remembers, the newest first: states (N, *D), the model's own predictions there, and the history.
+class ScheduleHistory:
+    """The memory of a schedule, the newest first: states (N, *D), the model's own predictions there, and its solver's.
 
-    `past[index]` forks along with the rows of a state.
+    `history[index]` forks along with the rows of a state.
     """
 
-    history: History = field(default_factory=History)
+    solver: History = field(default_factory=History)
     times: tuple[float, ...] = ()
     states: tuple[Tensor, ...] = ()
     predictions: tuple[Tensor, ...] = ()
 
-    def __getitem__(self, index: Any) -> Past:
+    def __getitem__(self, index: Any) -> ScheduleHistory:
         states, predictions = (tuple(value[index] for value in values) for values in (self.states, self.predictions))
-        return Past(self.history[index], self.times, states, predictions)
+        return ScheduleHistory(self.solver[index], self.times, states, predictions)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Schedule:
         check_order(self.times)
         if len(self.tables) != len(self.times) - 1:
             raise InputError(
-                f"Schedule '{self.name}' has {len(self.times) - 1} steps and needs a table for each, not "
+                f"The tables of schedule '{self.name}' must be {len(self.times) - 1}, one for each step, got "
                 f"{len(self.tables)}."
             )
 
@@ -93,7 +93,7 @@ class Schedule:
         return "\n".join([self.name, *lines])
 
     def save(self, file: str | FilePath) -> None:
-        """Write it as JSON, times to the last bit."""
+        """Write it as JSON, with times to the last bit."""
         write_whole(file, json.dumps(asdict(self), indent=2) + "\n")
 
     def propose(
@@ -102,56 +102,58 @@ class Schedule:
         x: Tensor,
         step: int,
         path: Path,
-        past: Past | None = None,
+        history: ScheduleHistory | None = None,
         *,
         output: str = "velocity",
-    ) -> tuple[Gaussian | Point, Past]:
-        """The law of the state at times[step + 1], given x (N, *D) at times[step], and the past to go on with.
+    ) -> tuple[Gaussian | Point, ScheduleHistory]:
+        """The distribution of the state at times[step + 1], given x (N, *D) at times[step], and the history after it.
 
         As `integrate.propose`, whose errors it has.
         """
-        past, table, said = past or Past(), self.tables[step], []
-        start, time, history = x, self.times[step], past.history
+        history, table, predicted = history or ScheduleHistory(), self.tables[step], []
+        start, time, own = x, self.times[step], history.solver
 
-        def heard(state: Tensor, time: float) -> Tensor:
-            said.append(predict(state, time))
-            return said[-1]
+        def recorded(state: Tensor, time: float) -> Tensor:
+            predicted.append(predict(state, time))
+            return predicted[-1]
 
         if step == 0 or table == self.tables[step - 1]:
-            law, history = propose(heard, x, step, self.times, path, table, history, output=output)
+            distribution, own = propose(recorded, x, step, self.times, path, table, own, output=output)
         else:
             kind, before = table.predicts, self.tables[step - 1].predicts
-            raw = heard(x, time)
+            raw = recorded(x, time)
             current = path.convert(raw, x, time, output, kind)
-            if history.correction is not None and kind != before:  # it is stated in the kind before
-                x = history.corrected(x, path.convert(raw, x, time, output, history.correction.predicts))
-                history = History(history.times, history.predictions)
+            if own.correction is not None and kind != before:  # it is stated in the kind before
+                x = own.corrected(x, path.convert(raw, x, time, output, own.correction.predicts))
+                own = History(own.times, own.predictions)
 
             def translated(state: Tensor, at: float) -> Tensor:
                 return current if at == time else path.convert(predict(state, at), state, at, output, kind)
 
-            history = _translated(history, past, before, path, output, kind)
-            law, history = propose(translated, x, step, self.times, path, table, history, output=kind)
-        times, states = (time, *past.times)[:LONGEST], (start, *past.states)[:LONGEST]
-        return law, Past(history, times, states, (said[0], *past.predictions)[:LONGEST])
+            own = _translated(own, history, before, path, output, kind)
+            distribution, own = propose(translated, x, step, self.times, path, table, own, output=kind)
+        times, states = (time, *history.times)[:LONGEST], (start, *history.states)[:LONGEST]
+        return distribution, ScheduleHistory(own, times, states, (predicted[0], *history.predictions)[:LONGEST])
 
     def sample(self, predict: Predict, x: Tensor, path: Path, rng: Rng, *, output: str = "velocity") -> Sampled:
         """All steps, from x (N, *D) at times[0]; see `integrate.sample`, which it equals where the tables are one."""
 
-        def law(counted: Predict, state: Tensor, step: int, past: Past | None) -> tuple[Gaussian | Point, Past]:
-            return self.propose(counted, state, step, path, past, output=output)
+        def proposed(
+            counted: Predict, state: Tensor, step: int, history: ScheduleHistory | None
+        ) -> tuple[Gaussian | Point, ScheduleHistory]:
+            return self.propose(counted, state, step, path, history, output=output)
 
-        return walk(law, predict, x, self.steps, rng)
+        return walk(proposed, predict, x, self.steps, rng)
 
 
-def _translated(history: History, past: Past, before: str, path: Path, output: str, kind: str) -> History:
-    """The history in another kind of prediction, and as long as the past allows."""
-    known = dict(zip(history.times, history.predictions, strict=True)) if kind == before else {}
-    for time, state, prediction in zip(past.times, past.states, past.predictions, strict=True):
-        if time not in known and (kind == "velocity" or math.isfinite(path.log_snr(time))):
-            known[time] = path.convert(prediction, state, time, output, kind)
-    times = tuple(sorted(known))
-    return replace(history, times=times, predictions=tuple(known[time] for time in times))
+def _translated(own: History, history: ScheduleHistory, before: str, path: Path, output: str, kind: str) -> History:
+    """The solver's history in another kind of prediction, as long as the schedule's history allows."""
+    converted = dict(zip(own.times, own.predictions, strict=True)) if kind == before else {}
+    for time, state, prediction in zip(history.times, history.states, history.predictions, strict=True):
+        if time not in converted and (kind == "velocity" or math.isfinite(path.log_snr(time))):
+            converted[time] = path.convert(prediction, state, time, output, kind)
+    times = tuple(sorted(converted))
+    return replace(own, times=times, predictions=tuple(converted[time] for time in times))
 
 
 def load_schedule(file: str | FilePath) -> Schedule:

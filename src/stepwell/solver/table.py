@@ -4,7 +4,7 @@ Every solver here moves x by numbers that depend on times alone,
 
     x' = (coefficient) x + sum_j (weight_j) m_j + (noise) z,        m_j the newest predictions, z ~ N(0, 1),
 
-so a row says how those numbers come about (`exponential.coefficients`), and nothing else.
+and a row holds the choices that these numbers come from (`exponential.coefficients`), and nothing else.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ FIRSTS = ("corrected", "published")
 class Table:
     """One solver.
 
-    name         what it is called.
-    predicts     what is interpolated between times: `data` and `noise` in lambda, under the exponential kernel;
-                 `velocity` in t, under a flat kernel (Runge-Kutta and Adams in their textbook form).
-    order        how many predictions a step uses; multistep solvers begin with fewer.
-    inner        singlestep solvers: where in the step, in (0, 1] of it, the second prediction is made; else None.
+    name         the solver's name.
+    predicts     the prediction that is interpolated between times: `data` and `noise` in lambda, under the exponential
+                 kernel; `velocity` in t, under a flat kernel (Runge-Kutta and Adams in their textbook form).
+    order        the number of predictions that a step uses; multistep solvers begin with fewer.
+    inner        singlestep solvers: the place in the step, in (0, 1], of the second prediction; None for the others.
     weights      the moments M_i of the kernel (`exponential.moments`): `exact`; or, with two predictions, M_1 replaced
                  by M_0 / 2 (`half`: DPM-Solver-2 and ++ midpoint, UniPC bh2) or by h / 2 (`half-linear`: bh1, SA); or
                  `half` and, with three, M_2 halved (`short-second`: DPM-Solver++ 3M as libraries have it, order 2).
     corrector    use each new prediction to correct the step that led to it, at no further evaluation (UniC). A step
                  that drew noise is corrected in its mean, around the same noise (SA-Solver).
-    corrector_order  how many predictions that correction uses, the new one included; None: one more than its step did.
+    corrector_order  the number of predictions that the correction uses, the new one included; None: one more than its
+                 step did.
     compensation DC-Solver's ratio for each step of the grid, 1 for no change (`compensation.fit`); () for none at all.
     conjugate    the rate of lambda-DDIM (`exponential.conjugated`), which predicts noise; 0 is DDIM itself.
     lower_final  use no more predictions than there are steps left, this one included.
-    noise, level how much fresh noise a step draws: `none`; `eta`, DDIM's, 1 for ancestral; `tau`, the SDE whose noise
+    noise, level the fresh noise that a step draws: `none`; `eta`, DDIM's, 1 for ancestral; `tau`, the SDE whose noise
                  is tau^2 times the reverse SDE's; `cps`; `flow` and `dance`, stochastic Euler with
                  g = a sqrt(t / (1 - t)) and g = a.
     window       noise is drawn only in steps that start at a time in [window[0], window[1]]; ODE steps elsewhere.
@@ -50,7 +51,7 @@ class Table:
                  next time, which leaves a variance of 1 + a^4 / 4 however many steps; `corrected` takes the exact
                  Gaussian step, DDIM's with eta = a. The steps after it still converge slowly, as g^2 |dt| is a^2 / k
                  in step k of a uniform grid; `sde-flow` is the same SDE with its linear part solved exactly.
-    source       where the formula is from.
+    source       the origin of the formula.
 
     Example:
         >>> table("unipc-2").replace(weights="half-linear").weights
@@ -80,8 +81,8 @@ class Table:
     def __post_init__(self) -> None:
         object.__setattr__(self, "window", tuple(self.window))
         object.__setattr__(self, "compensation", tuple(self.compensation))
-        known = {"predicts": PREDICTS, "weights": WEIGHTS, "noise": NOISES, "first": FIRSTS}
-        for setting, names in known.items():
+        choices = {"predicts": PREDICTS, "weights": WEIGHTS, "noise": NOISES, "first": FIRSTS}
+        for setting, names in choices.items():
             if getattr(self, setting) not in names:
                 raise UnknownName(f"'{setting}' of a solver", getattr(self, setting), names)
         wrong = self._wrong()
@@ -89,17 +90,17 @@ class Table:
             raise InputError(f"Solver '{self.name}': {wrong}")
 
     def _wrong(self) -> str | None:
-        """What contradicts itself, in a sentence, or None."""
+        """The first contradiction among the entries, in a sentence, or None."""
         if not 1 <= self.order <= 4:
-            return f"order is between 1 and 4, not {self.order}."
+            return f"order must be 1 to 4, got {self.order}."
         if self.inner is not None and not (0.0 < self.inner <= 1.0 and self.order == 2):
-            return "a singlestep solver has order 2 and its inner time in (0, 1] of the step."
+            return "a singlestep solver must have order 2 and its inner time in (0, 1] of the step."
         if self.corrector and (self.inner is not None or self.predicts == "noise"):
             return "a corrector goes with multistep solvers that predict data or velocity."
         if self.corrector and self.noise in ("flow", "dance"):
             return "stochastic Euler has no corrector."
         if self.corrector_order is not None and not (self.corrector and 1 <= self.corrector_order <= 5):
-            return "corrector_order is between 1 and 5, and goes with corrector=True."
+            return "corrector_order must be 1 to 5, beside corrector=True."
         if self.compensation and (self.inner is not None or self.predicts != "data"):
             return "compensation goes with multistep solvers that predict data."
         if self.conjugate != 0.0 and (self.predicts != "noise" or self.order != 1):
@@ -113,14 +114,14 @@ class Table:
         if self.noise in ("eta", "tau", "cps") and self.predicts != "data":
             return f"noise '{self.noise}' goes with predicting data."
         if (self.noise == "none") != (self.level == 0.0) or self.level < 0.0:
-            return f"noise '{self.noise}' with level {self.level}: a level above 0 goes with noise, 0 with none."
+            return f"level must be above 0 with noise and 0 without, got {self.level} with noise '{self.noise}'."
         if self.noise in ("eta", "cps") and self.level > 1.0:
-            return f"the level of noise '{self.noise}' is at most 1, not {self.level}."
-        return None if self.window[0] <= self.window[1] else "its window ends before it begins."
+            return f"level must be at most 1 for noise '{self.noise}', got {self.level}."
+        return None if self.window[0] <= self.window[1] else "window must begin before it ends."
 
     @property
     def _midpoint(self) -> bool:
-        """Whether this is DPM-Solver's own second-order step, which predicts noise inside the step."""
+        """True for DPM-Solver's own second-order step, which predicts noise inside the step."""
         return self.predicts == "noise" and self.inner is not None and self.weights == "half"
 
     @property
@@ -129,7 +130,7 @@ class Table:
 
     @property
     def deterministic(self) -> Table:
-        """The table of the same family without noise: for the ODE's steps outside a window. Itself if it draws none.
+        """The table of the same family without noise, for the ODE's steps outside a window; itself if it draws none.
 
         Example:
             >>> table("sde-euler").deterministic == table("euler"), table("ddpm").deterministic.stochastic
@@ -143,12 +144,12 @@ class Table:
 
     @property
     def remembers(self) -> bool:
-        """Whether a step depends on earlier ones, through the `History`: multistep solvers and correctors do."""
+        """True where a step depends on earlier ones, through the `History`: multistep solvers and correctors do."""
         return self.corrector or bool(self.compensation) or (self.order > 1 and self.inner is None)
 
     @property
     def memory(self) -> int:
-        """How many predictions the `History` keeps for the steps to come."""
+        """The number of predictions that the `History` keeps for the steps to come."""
         return max(self.order, (self.corrector_order or 1) - 1, 2 if self.compensation else 0)
 
     @property

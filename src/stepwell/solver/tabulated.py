@@ -17,7 +17,7 @@ from stepwell.solver.path import Path, Time
 class Tabulated(Path):
     """A variance-preserving path known at T training times only: alpha^2 = alphas_cumprod[k] at t = (k + 1) / T.
 
-    Networks trained on T discrete steps, the Stable Diffusion family's, were shown these noise levels and no others;
+    Networks trained on T discrete steps, the Stable Diffusion family's, have seen these noise levels and no others;
     step k of theirs is t = (k + 1) / T here, so that the grids `trailing` and `leading` fall on training times. Between
     them lambda is linear in t, as k-diffusion and diffusers have it. Below the first, sigma / alpha falls linearly to
     0; and where the last level is pure noise (alpha = 0, Lin et al. 2024, arXiv 2305.08891), alpha / sigma does in the
@@ -39,12 +39,12 @@ class Tabulated(Path):
         levels = tuple(float(level) for level in self.alphas_cumprod)
         object.__setattr__(self, "alphas_cumprod", levels)
         if len(levels) < 2:
-            raise InputError(f"A tabulated path needs at least two levels of alphas_cumprod, not {len(levels)}.")
+            raise InputError(f"alphas_cumprod must have at least two levels, got {len(levels)}.")
         for place, (level, following) in enumerate(itertools.pairwise(levels)):
             if not 1.0 > level > following >= 0.0:
                 raise InputError(
-                    f"alphas_cumprod has to fall from below 1 to 0 or above; entries {place} and {place + 1} are "
-                    f"{level:.6g} and {following:.6g}."
+                    f"alphas_cumprod must fall from below 1 to 0 or above, got {level:.6g} and {following:.6g} as "
+                    f"entries {place} and {place + 1}."
                 )
 
     @property

@@ -33,13 +33,13 @@ def epsilon_scaled(predict: Predict, path: Path, *, base: float, slope: float = 
     Epsilon scaling (Ning et al. 2023, arXiv 2308.15321, lambda(t) = k t + b; their t counts steps, so that their k is
     `slope` over the number of training steps). It undoes a model that overstates the noise by that factor, as models
     do on their own samples; the authors' scripts have values from 1.0012 to 1.017. Where nothing of the data is left
-    the noise is x / sigma whatever the model says, and the prediction stays as it is.
+    the noise is x / sigma whatever the model predicts, and the prediction stays as it is.
     """
 
     def corrected(x: Tensor, t: Any) -> Tensor:
         divisor = base + slope * t
         if bool(torch.as_tensor(divisor <= 0.0).any()):
-            raise InputError(f"Epsilon scaling divides by base + slope t, which has to be positive, not {divisor}.")
+            raise InputError(f"base + slope t must be positive, since epsilon scaling divides by it; got {divisor}.")
         prediction = predict(x, t)
         noise = path.convert(prediction, x, t, output, "noise")
         return prediction + _effect(path, t, output) * (1.0 / divisor - 1.0) * noise
@@ -54,10 +54,10 @@ def _known(output: str) -> None:
 
 
 def _effect(path: Path, t: Any, kind: str) -> Any:
-    """How much a prediction of this kind changes with the noise prediction, at the same x; 0 where alpha is 0."""
+    """The change of a prediction of this kind with the noise prediction, at the same x; 0 where alpha is 0."""
     alpha, sigma = path.alpha(t), path.sigma(t)
-    here = torch.as_tensor(alpha != 0.0)
-    alpha = torch.where(here, torch.as_tensor(alpha), 1.0) if isinstance(t, Tensor) else alpha or 1.0
+    some = torch.as_tensor(alpha != 0.0)  # of the data is left
+    alpha = torch.where(some, torch.as_tensor(alpha), 1.0) if isinstance(t, Tensor) else alpha or 1.0
     if kind == "noise":
         effect = 1.0 + 0.0 * alpha
     elif kind == "data":
@@ -66,12 +66,12 @@ def _effect(path: Path, t: Any, kind: str) -> Any:
         effect = -1.0 / sigma
     else:
         effect = path.sigma_rate(t) - path.alpha_rate(t) * sigma / alpha
-    return torch.where(here, torch.as_tensor(effect), 0.0) if isinstance(t, Tensor) else effect * float(here)
+    return torch.where(some, torch.as_tensor(effect), 0.0) if isinstance(t, Tensor) else effect * float(some)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """By how much a model is off on average: `offsets` (K, *D) at K falling times, of predictions of kind `output`."""
+    """The mean error of a model: `offsets` (K, *D) at K falling times, of predictions of kind `output`."""
 
     times: tuple[float, ...]
     offsets: Tensor
@@ -80,7 +80,9 @@ class Calibration:
     def __post_init__(self) -> None:
         _known(self.output)
         if len(self.times) != len(self.offsets) or list(self.times) != sorted(set(self.times), reverse=True):
-            raise InputError(f"A calibration has one offset at each of its falling times, not {len(self.offsets)}.")
+            raise InputError(
+                f"offsets must be one at each of {len(self.times)} falling times, got {len(self.offsets)}."
+            )
 
     def at(self, t: Any) -> Tensor:
         """The offset at t, linear between the times: (*D) for a float, (N, *D) for N times. Refuses times outside."""
@@ -88,8 +90,8 @@ class Calibration:
         wanted = torch.as_tensor(t, dtype=torch.float64, device="cpu").reshape(-1)
         if bool((wanted < times[0]).any()) or bool((wanted > times[-1]).any()):
             raise InputError(
-                f"The calibration goes from t = {self.times[0]:.6g} to {self.times[-1]:.6g}; it knows nothing of "
-                f"t = {float(wanted.min()):.6g} to {float(wanted.max()):.6g}."
+                f"t must be between the calibration's times, {self.times[-1]:.6g} and {self.times[0]:.6g}, got "
+                f"{float(wanted.min()):.6g} to {float(wanted.max()):.6g}."
             )
         offsets = self.offsets.flip(0)
         if len(times) == 1:
@@ -124,13 +126,13 @@ def load_calibration(file: str | FilePath) -> Calibration:
 def calibrate(
     predict: Predict, data: Tensor, times: Sequence[float], path: Path, rng: Rng, *, output: str
 ) -> Calibration:
-    """The mean of (prediction - what is true) at each time, over data (N, *D) noised with drawn noise.
+    """The mean of (prediction - truth) at each time, over data (N, *D) noised with drawn noise.
 
     Calibrated DPM (Pang et al. 2023, arXiv 2302.10688): the exact score has mean zero at every time, so a model's mean
     score is error, and taking it away lowers the score-matching loss by half its square. The other kinds follow: the
     mean noise prediction is zero, the mean data prediction that of the data. Each noise is used with both signs, so
-    that what is estimated is exact, without sampling error in the noise, for predictions that are affine in x. It
-    costs 2 N evaluations of a row at each time.
+    that the estimate is exact, without sampling error in the noise, for predictions that are affine in x. It costs
+    2 N evaluations of a row at each time.
     """
     _known(output)
     offsets = []
@@ -163,18 +165,18 @@ def time_shifted(
     coordinates of a row; ties go to the smallest shift. Not at t = 1, where x is noise by construction, nor at times
     up to `cutoff`. The published rule has data_variance = 0: it takes x for larger than noise alone, so that it moves
     t upwards even where x is exactly right. Give the data's variance within a row to remove that, but where
-    alpha^2 data_variance + sigma^2 does not depend on t (variance-preserving path, variance 1) nothing can be told.
+    alpha^2 data_variance + sigma^2 does not depend on t (variance-preserving path, variance 1) no time can be found.
 
     `window` and `cutoff` are fractions of the training time. The authors' code was run on CIFAR-10 with 1000 steps
     with (window, cutoff) of (0.005, 0.55) for 100 steps of F-PNDM, (0.03, 0.3) for 5 of DPM-Solver, (0.01, 0.9) for 5
-    of DEIS, and (0.08, 0.3) for 5 of DDIM on the ADM network: they are searched for each case. What the model says at
-    the shifted time is used as its prediction at t, of the same kind; the authors' is a noise prediction.
+    of DEIS, and (0.08, 0.3) for 5 of DDIM on the ADM network: they are searched for each case. The model's prediction
+    at the shifted time is used as its prediction at t, of the same kind; the authors' is a noise prediction.
 
     The wrapped model is given a tensor of times (N, 1, ..., 1), or the float where no row is shifted.
     """
     if not (window >= 0.0 and spacing > 0.0 and 0.0 <= cutoff <= 1.0):
         raise InputError(
-            f"A time shift has window >= 0, spacing > 0 and a cutoff in [0, 1], not {window}, {spacing}, {cutoff}."
+            f"window must be >= 0, spacing > 0 and cutoff in [0, 1], got {window}, {spacing} and {cutoff}."
         )
     steps = int(window / (2.0 * spacing) + 1e-9)
     shifts = sorted((spacing * step for step in range(-steps, steps + 1)), key=lambda shift: (abs(shift), shift))
@@ -186,7 +188,7 @@ def time_shifted(
             return predict(x, t)
         rows = x.flatten(1).double()
         if rows.shape[1] < 2:
-            raise InputError("A time shift needs the variance over a row's coordinates, of which there is only one.")
+            raise InputError("x must have two coordinates a row or more: a time shift needs the variance over them.")
         places = times + torch.tensor(shifts, dtype=torch.float64, device=x.device)[:, None]  # (candidates, N)
         expected = path.alpha(places) ** 2 * data_variance + path.sigma(places) ** 2
         gaps = (rows.var(1) - expected).abs()

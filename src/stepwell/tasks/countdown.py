@@ -9,17 +9,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepwell.errors import InputError
-from stepwell.process.base import Process
-from stepwell.reward.mixing import Rewards
-from stepwell.rng import Rng
-from stepwell.sampling.request import Prompt
 from stepwell.tasks import warm_start
 from stepwell.tasks.cache import cached_folder
 from stepwell.tasks.registry import Task, task
 from stepwell.tasks.warm_start import WarmStart
+
+if TYPE_CHECKING:  # tasks are listed without torch
+    from stepwell.process.base import Process
+    from stepwell.sampling.request import Prompt
 
 CHARACTERS = "0123456789+-* =:"
 _EXPRESSION = re.compile(r"(?:0|[1-9][0-9]{0,5})(?:[+*-](?:0|[1-9][0-9]{0,5})){0,15}")
@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Problem:
+class CountdownProblem:
     """Numbers in ascending order, the target, and every expression that solves it."""
 
     numbers: tuple[int, ...]
@@ -43,10 +43,10 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        """As the model reads it.
+        """The text that the model reads.
 
         Example:
-            >>> Problem((2, 5, 9), 47, ("5*9+2",)).prompt
+            >>> CountdownProblem((2, 5, 9), 47, ("5*9+2",)).prompt
             '2 5 9=47:'
         """
         return f"{' '.join(map(str, self.numbers))}={self.target}:"
@@ -71,7 +71,7 @@ def value_of(expression: str) -> int | None:
 
 
 def verdict(expression: str, numbers: Sequence[int], target: int) -> str:
-    """Why an expression does not solve the problem, or '' where it does.
+    """The reason that an expression does not solve the problem, or '' where it does.
 
     The rules: an expression as `value_of` reads it, which uses each of the numbers exactly as often as it is given
     and equals the target.
@@ -101,39 +101,43 @@ def well_formed(completions: Sequence[str], numbers: Sequence[Sequence[int]]) ->
 
 
 def show(prompt: Prompt, completion: str) -> str:
-    """A completion with what is wrong about it, as a report prints it."""
+    """A completion with its mistake, as a report prints it."""
     wrong = verdict(completion, prompt.columns["numbers"], prompt.columns["target"])
     if not wrong:
         return f"{completion} = {prompt.columns['target']}"
     return f"{completion} {wrong}" if wrong.startswith("=") else f"{completion} ({wrong})"
 
 
-def all_problems(count: int, largest: int, highest: int) -> list[Problem]:
+def all_problems(count: int, largest: int, highest: int) -> list[CountdownProblem]:
     """Every solvable problem of `count` numbers from 1 to `largest` with a target from 1 to `highest`, in order.
 
-    All expressions are written down, so each problem knows all of its solutions. Raises `InputError` where they
-    would be more than two millions.
+    All expressions are enumerated, so each problem knows all of its solutions. Raises `InputError` for more than two
+    million expressions.
     """
-    if count < 2 or largest < 2 or highest < 1:
-        raise InputError(f"Countdown needs 2 numbers up to 2 and a target up to 1, not {count}, {largest}, {highest}.")
+    for name, given, least in (("numbers", count, 2), ("largest", largest, 2), ("highest", highest, 1)):
+        if given < least:
+            raise InputError(f"{name} of task countdown must be at least {least}, got {given}.")
     expressions = largest**count * 3 ** (count - 1)
     if expressions > _MOST_EXPRESSIONS:
-        raise InputError(f"{count} numbers up to {largest} make {expressions} expressions; ask for fewer or smaller.")
-    found: dict[tuple[tuple[int, ...], int], list[str]] = {}
+        raise InputError(
+            f"numbers and largest of task countdown must make at most {_MOST_EXPRESSIONS} expressions, got "
+            f"{expressions} from {count} numbers up to {largest}."
+        )
+    solutions: dict[tuple[tuple[int, ...], int], list[str]] = {}
     for numbers in itertools.product(range(1, largest + 1), repeat=count):
         key = tuple(sorted(numbers))
         for signs in itertools.product("+-*", repeat=count - 1):
             expression = str(numbers[0]) + "".join(f"{s}{n}" for s, n in zip(signs, numbers[1:], strict=True))
             value = value_of(expression)
             if value is not None and 1 <= value <= highest:
-                found.setdefault((key, value), []).append(expression)
-    return [Problem(*key, tuple(solutions)) for key, solutions in sorted(found.items())]
+                solutions.setdefault((key, value), []).append(expression)
+    return [CountdownProblem(*key, tuple(expressions)) for key, expressions in sorted(solutions.items())]
 
 
-def warm_model(start: WarmStart, problems: Sequence[Problem]) -> Path:
+def warm_model(start: WarmStart, problems: Sequence[CountdownProblem]) -> Path:
     """The folder of a model that imitated one solution of each problem: the last in alphabetical order.
 
-    Always the same one, so that little is left to guess and imitation is quick: `9*6+2` rather than `2+6*9`.
+    It is always the same one, `9*6+2` rather than `2+6*9`, so that little is left to guess and imitation is quick.
     """
     pairs = [(problem.prompt, max(problem.solutions)) for problem in problems]
     shown = hashlib.blake2b(repr(pairs).encode(), digest_size=16).hexdigest()
@@ -153,18 +157,25 @@ def countdown(
 ) -> Task:
     """Combine numbers with + - * into a target: a 0.3 M transformer, warm-started in half a minute, then cached.
 
-    `numbers` of them, from 1 to `largest`; targets from 1 to `highest`; `evaluation` problems are held out from the
-    demonstrations and from training. `seed` draws the held-out problems, the model's weights and the demonstrations.
+    `numbers` are given, each from 1 to `largest`; targets go from 1 to `highest`; `evaluation` problems are held out
+    from the demonstrations and from training. `seed` draws the held-out problems, the model's weights and the
+    demonstrations.
     """
+    from stepwell.reward.mixing import Rewards
+    from stepwell.rng import Rng
+
     problems = all_problems(numbers, largest, highest)
     if not 0 < evaluation < len(problems):
-        raise InputError(f"{evaluation} of {len(problems)} countdown problems cannot be held out; some have to remain.")
+        raise InputError(
+            f"evaluation of task countdown must be from 1 to {len(problems) - 1}, got {evaluation}: there are "
+            f"{len(problems)} problems."
+        )
     order = Rng(seed).split("countdown").permutation(len(problems)).tolist()
     held_out, rest = ([problems[i] for i in sorted(part)] for part in (order[:evaluation], order[evaluation:]))
     start = WarmStart(steps=warm_steps, seed=seed)
 
     def process() -> Process:
-        from stepwell.process.language.process import language
+        from stepwell.process.language.build import language
 
         folder = warm_model(start, rest)
         return language(folder, max_new_tokens=numbers * (len(str(largest)) + 1) + 2)
@@ -187,5 +198,7 @@ def countdown(
     )
 
 
-def _prompt(number: int, problem: Problem) -> Prompt:
+def _prompt(number: int, problem: CountdownProblem) -> Prompt:
+    from stepwell.sampling.request import Prompt
+
     return Prompt(number, problem.prompt, {"numbers": list(problem.numbers), "target": problem.target})

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import os
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from stepwell.errors import InputError, UnknownName
-from stepwell.figures.pictures import described
-from stepwell.process.base import Process
-from stepwell.recipe.card import check_options
-from stepwell.reward.mixing import Rewards
-from stepwell.sampling.request import Prompt
 
-Measure = Callable[[list[Prompt], list[Any]], float]
+if TYPE_CHECKING:  # tasks are listed without torch: what builds them is imported when one is built
+    from stepwell.process.base import Process
+    from stepwell.reward.mixing import Rewards
+    from stepwell.sampling.request import Prompt
+
+Measure: TypeAlias = "Callable[[list[Prompt], list[Any]], float]"
 """measure(prompts, samples): one number for a set of samples, with the prompt that each of them answers."""
 
 
@@ -25,10 +27,15 @@ def plainly(prompt: Prompt, completion: Any) -> str:
     """A completion as it is, the content of its chat message, a conversation line by line, or a tensor in a few words.
 
     Example:
+        >>> from stepwell.sampling.request import Prompt
         >>> said = [{"role": "assistant", "content": "?c"}, {"role": "user", "content": ":7"}]
         >>> plainly(Prompt(0, None), said[:1]), plainly(Prompt(0, None), said)
         ('?c', 'assistant: ?c\\nuser: :7')
     """
+    from torch import Tensor
+
+    from stepwell.figures.pictures import described
+
     if isinstance(completion, Tensor):
         return str(described(completion))
     if isinstance(completion, list) and completion and all(isinstance(message, Mapping) for message in completion):
@@ -40,21 +47,20 @@ def plainly(prompt: Prompt, completion: Any) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """What methods are compared on.
+    """A problem to compare methods on: a start, prompts, a reward, and held-out prompts to be judged by.
 
     `process()` gives a fresh process each time, always from the same start. The score of a completion is its reward,
-    and `unit` says what that counts (of `solved`, a mean of 0.4 reads 40 %). No prompt is in both `prompts` and
+    and `unit` says what that counts (with `solved`, a mean of 0.4 reads 40 %). No prompt is in both `prompts` and
     `evaluation`, except with `same_prompts`: a generator of few classes has no others to hold out, and is judged on
     samples from random numbers that training does not draw; the report says so. `settings` are the training settings
-    that fit the task, by field of `stepwell.training.settings`; `show(prompt, completion)` is how a report prints a
-    completion that is no image. `threads`: how many the processor should use, where the model is so small that more of
-    them only wait for each other.
+    that fit the task, by field of `stepwell.training.settings`; `show(prompt, completion)` is a completion as a report
+    prints it, unless it is an image. `threads` limits the processor's threads: for a small model more of them only
+    wait for each other.
 
-    `measures`: further numbers of the held-out samples, taken of those from before and from after each trial's
-    training, by a name that says which way is better where one is. `figure(start, ends)` draws the report's picture of
-    the whole comparison as an `<svg>` (see `stepwell.figures.charts.svg`): of the start's samples, a list, and of each
-    method's by its label, all of the first seed; `caption` says what is to be seen there. Both get the samples that the
-    reward gets.
+    `measures` are further numbers of the held-out samples, taken before and after each trial's training, by a name that
+    says which way is better where one is. `figure(start, ends)` draws the report's picture of the whole comparison as
+    an `<svg>` (see `stepwell.figures.charts.svg`) from the samples of the first seed: the start's, a list, and each
+    method's by its label; `caption` explains it. Both get the samples that the reward gets.
     """
 
     name: str
@@ -76,18 +82,21 @@ class Task:
     def __post_init__(self) -> None:
         for kind, prompts in (("prompts", self.prompts), ("evaluation", self.evaluation)):
             if not prompts:
-                raise InputError(f"Task '{self.name}' has no {kind}; at least one prompt is needed there.")
+                raise InputError(f"Task.{kind} must hold at least one prompt, got none (task '{self.name}').")
         if self.same_prompts:
             return
         held_out = {repr(prompt.value) for prompt in self.evaluation}
         for prompt in self.prompts:
             if repr(prompt.value) in held_out:
-                raise InputError(f"Task '{self.name}' trains on the held-out prompt {prompt.value!r}; keep them apart.")
+                raise InputError(
+                    f"Task.evaluation must hold no prompt that is trained on, got {prompt.value!r} in both (task "
+                    f"'{self.name}'); keep them apart, or set same_prompts."
+                )
 
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """A task that can be built: its name, one line about it, and the function that builds it."""
+    """A task in the registry: its name, one line about it, and the function that builds it."""
 
     name: str
     summary: str
@@ -105,14 +114,16 @@ _TASKS: dict[str, TaskEntry] = {}
 def task(name: str) -> Callable[[Callable[..., Task]], Callable[..., Task]]:
     """Register a function that builds a `Task`; its parameters are the task's options and all have defaults.
 
-    A user's own task registers in the user's own file in the same way. The first line of the docstring is what a
-    listing shows. Raises `InputError` for a name that another file has taken.
+    A user's own task registers in the user's own file in the same way. `stepwell tasks` shows the first line of the
+    docstring. Raises `InputError` for a name that another file has taken.
     """
 
     def register(build: Callable[..., Task]) -> Callable[..., Task]:
         taken = _TASKS.get(name)
         if taken is not None and taken.build.__code__.co_filename != build.__code__.co_filename:
-            raise InputError(f"There is a task '{name}' already; give yours another name.")
+            raise InputError(
+                f"There is a task '{name}' already, from {taken.build.__code__.co_filename}; rename yours."
+            )
         for option, parameter in inspect.signature(build).parameters.items():
             if parameter.default is inspect.Parameter.empty:
                 raise InputError(f"Option '{option}' of task '{name}' has no default; every option needs one.")
@@ -128,15 +139,21 @@ def forget_task(name: str) -> None:
     _TASKS.pop(name, None)
 
 
+@functools.cache
+def _find() -> None:
+    """Import every module of this folder, and every folder in it, whose `__init__` imports its task, once."""
+    for module in pkgutil.iter_modules([os.fspath(Path(__file__).parent)], "stepwell.tasks."):
+        importlib.import_module(module.name)
+
+
 def tasks() -> list[TaskEntry]:
     """All tasks, sorted by name: those that come with Stepwell and those registered since."""
-    for own in ("countdown", "digits.task", "mixture", "tools"):
-        importlib.import_module(f"stepwell.tasks.{own}")
+    _find()
     return [_TASKS[name] for name in sorted(_TASKS)]
 
 
 def source_of(name: str) -> str:
-    """The file of a registered task that a user wrote, or `stepwell`."""
+    """The file that a user's own task is written in, or `stepwell`."""
     build = next(entry.build for entry in tasks() if entry.name == name)
     return "stepwell" if build.__module__.startswith("stepwell.") else build.__code__.co_filename
 
@@ -145,8 +162,10 @@ def get_task(name: str, **options: Any) -> Task:
     """Build a task by name. Raises `UnknownName`, with the nearest one, for an unknown task or option, and
     `InputError` for an option of another kind than its default.
     """
-    known = {entry.name: entry for entry in tasks()}
-    if name not in known:
-        raise UnknownName("task", name, known)
-    check_options(f"task {name}", options, known[name].build)
-    return known[name].build(**options)
+    from stepwell.recipe.card import check_options
+
+    entries = {entry.name: entry for entry in tasks()}
+    if name not in entries:
+        raise UnknownName("task", name, entries)
+    check_options(f"task {name}", options, entries[name].build)
+    return entries[name].build(**options)

@@ -1,4 +1,4 @@
-"""The tools task: look values up and have sums done, in a tiny protocol of turns, before giving the answer."""
+"""The tools task: look values up and use a calculator, in a tiny protocol of turns, before giving the answer."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepwell.errors import InputError
-from stepwell.process.base import Process
-from stepwell.process.conversation import environment_return
-from stepwell.reward.mixing import Rewards
-from stepwell.rng import Rng
-from stepwell.sampling.request import Prompt
 from stepwell.tasks import warm_start
 from stepwell.tasks.cache import cached_folder
 from stepwell.tasks.countdown import value_of
 from stepwell.tasks.registry import Task, task
 from stepwell.tasks.warm_start import Piece, WarmStart
+
+if TYPE_CHECKING:  # tasks are listed without torch
+    from stepwell.process.base import Process
+    from stepwell.rng import Rng
+    from stepwell.sampling.request import Prompt
 
 LETTERS = "abcdefgh"
 CHARACTERS = LETTERS + "0123456789+-*?=!:;"
@@ -34,18 +34,18 @@ SETTINGS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Problem:
-    """An expression in names, and the value of each name that the model cannot know."""
+class ToolsProblem:
+    """An expression in names, and the value of each name, which the model cannot know."""
 
     expression: str
     values: Mapping[str, int]
 
     @property
     def prompt(self) -> str:
-        """As the model reads it.
+        """The text that the model reads.
 
         Example:
-            >>> problem = Problem("c*a-f", {"c": 7, "a": 3, "f": 12})
+            >>> problem = ToolsProblem("c*a-f", {"c": 7, "a": 3, "f": 12})
             >>> problem.prompt, problem.in_numbers, problem.answer
             ('c*a-f;', '7*3-12', 9)
         """
@@ -53,15 +53,17 @@ class Problem:
 
     @property
     def names(self) -> list[str]:
-        """In the order of the expression."""
+        """The names, in the order of the expression."""
         return [letter for letter in self.expression if letter in self.values]
 
     @property
     def in_numbers(self) -> str:
+        """The expression with values in place of names."""
         return "".join(str(self.values.get(letter, letter)) for letter in self.expression)
 
     @property
     def answer(self) -> int:
+        """The value of the expression."""
         value = value_of(self.in_numbers)
         assert value is not None
         return value
@@ -71,7 +73,7 @@ class Problem:
 class Desk:
     """The environment: `?name` looks a value up, `=7*3-12` computes, `!9` answers and ends; every call costs `cost`.
 
-    Whatever cannot be done gets a question mark. The answer earns 1 if it is right.
+    The reply to anything else is a question mark. The right answer earns 1.
 
     Example:
         >>> desk = Desk(cost=0.1)
@@ -88,18 +90,18 @@ class Desk:
         self.values, self.answer = values, answer
 
     def step(self, message: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        order, said = message[:1], message[1:]
+        order, text = message[:1], message[1:]
         if order == "!":
-            return "", float(said == str(self.answer)), True, False, {}
-        found = self.values.get(said) if order == "?" else value_of(said) if order == "=" else None
-        return f":{'?' if found is None else found};", 0.0 - self.cost, False, False, {}
+            return "", float(text == str(self.answer)), True, False, {}
+        value = self.values.get(text) if order == "?" else value_of(text) if order == "=" else None
+        return f":{'?' if value is None else value};", 0.0 - self.cost, False, False, {}
 
 
-def demonstration(problem: Problem, guessed: Mapping[str, int]) -> list[Piece]:
-    """How a problem is solved, in pieces; names in `guessed` are not looked up but taken to have that value.
+def demonstration(problem: ToolsProblem, guessed: Mapping[str, int]) -> list[Piece]:
+    """The solution of a problem, in pieces; names in `guessed` are not looked up but taken to have that value.
 
     Example:
-        >>> pieces = demonstration(Problem("c*a-f", {"c": 7, "a": 3, "f": 12}), {"a": 5})
+        >>> pieces = demonstration(ToolsProblem("c*a-f", {"c": 7, "a": 3, "f": 12}), {"a": 5})
         >>> "".join(text for text, _ in pieces).replace("<end>", " ")
         'c*a-f;?c :7;?f :12;=7*5-12 :23;!23 '
     """
@@ -107,13 +109,13 @@ def demonstration(problem: Problem, guessed: Mapping[str, int]) -> list[Piece]:
     for name in problem.names:
         if name not in guessed:
             pieces += [(f"?{name}{END}", True), (f":{problem.values[name]};", False)]
-    believed = Problem(problem.expression, {**problem.values, **guessed})
+    believed = ToolsProblem(problem.expression, {**problem.values, **guessed})
     pieces += [(f"={believed.in_numbers}{END}", True), (f":{believed.answer};", False)]
     return [*pieces, (f"!{believed.answer}{END}", True)]
 
 
 def all_expressions(names: int) -> list[str]:
-    """Every expression of so many different names with + - * between them, in order.
+    """Every expression of `names` different names with + - * between them, in order.
 
     Example:
         >>> all_expressions(2)[:4], len(all_expressions(2))
@@ -121,14 +123,17 @@ def all_expressions(names: int) -> list[str]:
     """
     chosen = itertools.permutations(LETTERS, names)
     signs = list(itertools.product("*+-", repeat=names - 1))
-    return ["".join(itertools.chain.from_iterable(zip(some, (*s, ""), strict=True))) for some in chosen for s in signs]
+    return ["".join(itertools.chain.from_iterable(zip(each, (*s, ""), strict=True))) for each in chosen for s in signs]
 
 
-def problems_for(expressions: Sequence[str], highest: int, rng: Rng) -> list[Problem]:
+def problems_for(expressions: Sequence[str], highest: int, rng: Rng) -> list[ToolsProblem]:
     """Each expression with values from 1 to `highest` drawn for its names."""
     names = [[letter for letter in expression if letter in LETTERS] for expression in expressions]
-    values = iter(_numbers(sum(len(some) for some in names), highest, rng))
-    return [Problem(e, {name: next(values) for name in some}) for e, some in zip(expressions, names, strict=True)]
+    values = iter(_numbers(sum(map(len, names)), highest, rng))
+    return [
+        ToolsProblem(expression, {name: next(values) for name in own})
+        for expression, own in zip(expressions, names, strict=True)
+    ]
 
 
 def demonstrations(expressions: Sequence[str], highest: int, haste: float, count: int, rng: Rng) -> list[list[Piece]]:
@@ -158,8 +163,10 @@ def warm_model(start: WarmStart, expressions: Sequence[str], highest: int, haste
     key |= {"code": code.hexdigest(), "highest": highest, "haste": haste, "count": count}
 
     def make(folder: Path) -> None:
-        made = demonstrations(expressions, highest, haste, count, Rng(start.seed).split("tools"))
-        warm_start.imitate(folder, start, CHARACTERS, made)
+        from stepwell.rng import Rng
+
+        rng = Rng(start.seed).split("tools")
+        warm_start.imitate(folder, start, CHARACTERS, demonstrations(expressions, highest, haste, count, rng))
 
     return cached_folder("tools", key, make)
 
@@ -176,18 +183,29 @@ def tools(
 ) -> Task:
     """Sums of unknowns, with a table to look them up in and a calculator: turns, and tool output that is not trained.
 
-    `names` unknowns from 1 to `highest`; `cost` of every call of a tool. The 0.3 M transformer is warm-started, once,
-    on demonstrations that guess an unknown instead of looking it up with probability `haste`. `evaluation` expressions
-    are held out from the demonstrations and from training. `seed` draws them, the values, and the model's start.
+    Each of the `names` unknowns has a value from 1 to `highest`; `cost` is what every call of a tool costs. The 0.3 M
+    transformer is warm-started, once, on demonstrations that guess an unknown instead of looking it up with probability
+    `haste`. `evaluation` expressions are held out from the demonstrations and from training. `seed` draws them, the
+    values, and the model's start.
     """
-    if not 2 <= names <= 4 or highest < 2 or not 0 <= haste <= 1 or cost < 0:
-        raise InputError(
-            f"The tools task takes 2 to 4 names, values up to 2 or more, a haste from 0 to 1 and a cost from 0, not "
-            f"{names}, {highest}, {haste}, {cost}."
-        )
+    from stepwell.process.conversation.environment import environment_return
+    from stepwell.reward.mixing import Rewards
+    from stepwell.rng import Rng
+
+    for name, given, holds, right in (
+        ("names", names, 2 <= names <= 4, "2, 3 or 4"),
+        ("highest", highest, highest >= 2, "at least 2"),
+        ("haste", haste, 0 <= haste <= 1, "from 0 to 1"),
+        ("cost", cost, cost >= 0, "0 or more"),
+    ):
+        if not holds:
+            raise InputError(f"{name} of task tools must be {right}, got {given}.")
     expressions = all_expressions(names)
     if not 0 < evaluation < len(expressions):
-        raise InputError(f"{evaluation} of {len(expressions)} expressions cannot be held out; some have to remain.")
+        raise InputError(
+            f"evaluation of task tools must be from 1 to {len(expressions) - 1}, got {evaluation}: there are "
+            f"{len(expressions)} expressions."
+        )
     order = Rng(seed).split("tools").permutation(len(expressions)).tolist()
     held_out, rest = ([expressions[i] for i in sorted(part)] for part in (order[:evaluation], order[evaluation:]))
     digits = len(str(highest))
@@ -195,11 +213,12 @@ def tools(
     start = WarmStart(steps=warm_steps, batch=64, seed=seed, positions=max(64, longest + 2 * names))
 
     def process() -> Process:
-        from stepwell.process.language.process import language
+        from stepwell.process.conversation.build import conversation
+        from stepwell.process.language.build import language
 
         folder = warm_model(start, rest, highest, haste, start.steps * start.batch)
         model = language(folder, max_new_tokens=longest)
-        return model.turns(lambda: Desk(cost), max_turns=names + 3)
+        return conversation(model, lambda: Desk(cost), max_turns=names + 3)
 
     problems = problems_for([*rest, *held_out], highest, Rng(seed).split("values"))
     prompts = [_prompt(number, problem) for number, problem in enumerate(problems)]
@@ -207,7 +226,7 @@ def tools(
         name="tools",
         title="Tools",
         description=(
-            f"Given an expression of {names} names, look each value up (`?c`), have the sum done (`=7*3-12`) and "
+            f"Given an expression of {names} names, look each value up (`?c`), compute (`=7*3-12`) and "
             f"answer (`!9`). {len(rest)} expressions to learn on, {len(held_out)} held out."
         ),
         process=process,
@@ -222,13 +241,14 @@ def tools(
 
 
 def show(prompt: Prompt, completion: str) -> str:
-    """A conversation with what is wrong about it, as a report prints it."""
-    answer = completion.rpartition("!")[2] if "!" in completion else None
+    """A conversation with its mistake, as a report prints it."""
     right = prompt.columns["answer"]
-    return (
-        completion if answer == str(right) else f"{completion} ({'no answer' if answer is None else f'it is {right}'})"
-    )
+    if "!" not in completion:
+        return f"{completion} (no answer)"
+    return completion if completion.rpartition("!")[2] == str(right) else f"{completion} (it is {right})"
 
 
-def _prompt(number: int, problem: Problem) -> Prompt:
+def _prompt(number: int, problem: ToolsProblem) -> Prompt:
+    from stepwell.sampling.request import Prompt
+
     return Prompt(number, problem.prompt, {"values": dict(problem.values), "answer": problem.answer})

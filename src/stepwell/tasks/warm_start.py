@@ -1,4 +1,4 @@
-"""A small transformer and its character tokenizer, made on the spot and taught by demonstrations, then kept."""
+"""A small transformer and its character tokenizer, taught by demonstrations when they are first needed, then cached."""
 
 from __future__ import annotations
 
@@ -6,22 +6,17 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-
-from stepwell.process.language.loading import quiet
-from stepwell.rng import Rng
+if TYPE_CHECKING:  # tasks are listed without torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """The size of the transformer and how long it imitates: `steps` batches of `batch` demonstrations, AdamW.
+    """The size of the transformer and the length of its imitation: `steps` batches of `batch` demonstrations, AdamW.
 
-    The learning rate does not fall towards the end: the start that comes of it is rough, as a start should be that
-    methods have to improve upon.
+    The learning rate does not fall towards the end, so the model stays rough: methods need something to improve.
     """
 
     layers: int = 2
@@ -55,7 +50,10 @@ def character_tokenizer(characters: str) -> Any:
 
 def small_transformer(start: WarmStart, tokenizer: Any) -> Any:
     """An untrained causal transformer of the Llama kind for this tokenizer, its weights drawn from `start.seed`."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from stepwell.rng import Rng
 
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -80,13 +78,13 @@ def small_transformer(start: WarmStart, tokenizer: Any) -> Any:
 
 
 Piece = tuple[str, bool]
-"""A stretch of a demonstration, and whether it is to be learnt."""
+"""A stretch of a demonstration, and True where the model learns it."""
 
 
 def demonstrate(folder: Path, start: WarmStart, characters: str, pairs: Sequence[tuple[str, str]]) -> None:
     """Teach a new model the (prompt, completion) pairs, drawn at random, and save it in the folder.
 
-    Only the completion and the end token after it are learnt; the folder loads like any model of `transformers`.
+    The model learns the completion and the end token after it; the folder loads like any model of `transformers`.
     """
     end = f"{character_tokenizer(characters).eos_token}"
     imitate(folder, start, characters, [((prompt, False), (completion + end, True)) for prompt, completion in pairs])
@@ -95,11 +93,16 @@ def demonstrate(folder: Path, start: WarmStart, characters: str, pairs: Sequence
 def imitate(folder: Path, start: WarmStart, characters: str, demonstrations: Sequence[Sequence[Piece]]) -> None:
     """Teach a new model demonstrations in pieces, drawn at random, and save it in the folder.
 
-    One core does the work: for a model this small a second one is no gain, and on a machine that others use the two
-    would mostly wait for each other.
+    On one core: for a model this small a second one is no gain, and on a shared machine the two would mostly wait for
+    each other.
     """
+    import torch
     from rich.console import Console
     from rich.progress import track
+    from torch.nn.functional import cross_entropy
+
+    from stepwell.process.language.loading import quiet
+    from stepwell.rng import Rng
 
     tokenizer = character_tokenizer(characters)
     model = small_transformer(start, tokenizer)
@@ -110,7 +113,7 @@ def imitate(folder: Path, start: WarmStart, characters: str, demonstrations: Seq
     screen = Console(stderr=True)
     bar = track(
         range(start.steps),
-        "Warm start of the model (once, then kept)",
+        "Warm start of the model (once, then cached)",
         console=screen,
         transient=True,
         disable=not screen.is_terminal,
@@ -131,7 +134,9 @@ def imitate(folder: Path, start: WarmStart, characters: str, demonstrations: Seq
 
 
 def _encoded(tokenizer: Any, demonstrations: Sequence[Sequence[Piece]]) -> tuple[Tensor, Tensor]:
-    """Token ids (rows, T), padded on the right, and the same as labels, -100 where nothing is to be learnt."""
+    """Token ids (rows, T), padded on the right, and the same as labels, -100 where nothing is learnt."""
+    import torch
+
     texts = sorted({text for pieces in demonstrations for text, _ in pieces})
     tokens = dict(zip(texts, tokenizer(texts)["input_ids"], strict=True))
     width = max(sum(len(tokens[text]) for text, _ in pieces) for pieces in demonstrations)
@@ -149,7 +154,9 @@ def _encoded(tokenizer: Any, demonstrations: Sequence[Sequence[Piece]]) -> tuple
 
 @contextlib.contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """As many threads as the count says (None: as they are) for what is computed inside."""
+    """Use `count` threads inside, or as many as before where it is None."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -1,4 +1,4 @@
-"""Everything the next step depends on, in a folder that is there whole or not at all.
+"""Checkpoints: everything that the next step depends on, in a folder that is there whole or not at all.
 
 A checkpoint is written beside its place and renamed into it. Tensors are safetensors, the rest is JSON, and a manifest
 with the hash of every file comes last, so that a damaged checkpoint is recognised before anything is loaded.
@@ -56,7 +56,7 @@ def write(folder: Path, state: Any, tensors: Mapping[str, Mapping[str, Tensor]])
 
 
 def read(folder: Path) -> tuple[Any, dict[str, dict[str, Tensor]]]:
-    """The state and the groups of tensors of a checkpoint; CheckpointError where it is damaged."""
+    """The state and the groups of tensors of a checkpoint; raises `CheckpointError` where it is damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -65,10 +65,10 @@ def read(folder: Path) -> tuple[Any, dict[str, dict[str, Tensor]]]:
         ) from error
     for name, expected in manifest.items():
         path = folder / name
-        found = path.read_bytes() if path.is_file() else b""
-        if len(found) != expected["bytes"] or hashlib.sha256(found).hexdigest() != expected["sha256"]:
+        data = path.read_bytes() if path.is_file() else b""
+        if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
             raise CheckpointError(
-                f"'{path}' is damaged: {len(found)} bytes that do not match the manifest's {expected['bytes']}; "
+                f"'{path}' is damaged: {len(data)} bytes that do not match the manifest's {expected['bytes']}; "
                 "remove its folder to resume from an earlier checkpoint."
             )
     groups = {Path(name).stem: load_file(folder / name) for name in manifest if name.endswith(".safetensors")}
@@ -79,22 +79,22 @@ def read(folder: Path) -> tuple[Any, dict[str, dict[str, Tensor]]]:
 def newest(parent: Path) -> Path | None:
     """The newest complete checkpoint in a folder of them.
 
-    Where a run was killed while it wrote a checkpoint anew, the one it was to take the place of is put back.
+    Where a run was killed while it replaced a checkpoint, the old one is put back.
     """
     for before in parent.glob(".update-*.replaced"):
-        with contextlib.suppress(OSError):  # the new one is there, or another process was faster
+        with contextlib.suppress(OSError):  # the new one is there, or another rank was faster
             os.rename(before, parent / before.name.removeprefix(".").removesuffix(".replaced"))
-    found = sorted(path for path in parent.glob("update-*") if path.is_dir())
-    return found[-1] if found else None
+    complete = sorted(path for path in parent.glob("update-*") if path.is_dir())
+    return complete[-1] if complete else None
 
 
 def _replaced(folder: Path) -> Path:
-    """Where a checkpoint is while another takes its place."""
+    """The place of a checkpoint while another takes its own."""
     return folder.with_name(f".{folder.name}.replaced")
 
 
 def prune(parent: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what killed runs left half-written."""
+    """Remove all but the newest `keep` checkpoints, and those that killed runs left half-written."""
     for path in sorted(parent.glob("update-*"))[:-keep]:
         shutil.rmtree(path)
     for pattern in (".update-*.tmp*", ".update-*.replaced"):
@@ -134,6 +134,7 @@ def _split(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
 
 
 def _join(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The nested state that `_split` took apart."""
     if isinstance(plain, dict):
         if set(plain) == {"tensor"} and plain["tensor"] in tensors:
             return tensors[plain["tensor"]]

@@ -1,67 +1,57 @@
-"""The first half of a step: plan, roll out, reward, ask again, and score what credit will read."""
+"""The first half of a step: plan, roll out, reward, and ask the planner again."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from stepwell.columns import Columns
 from stepwell.data.stream import PromptStream
 from stepwell.errors import RewardError, StepwellError
+from stepwell.meter import Meter
 from stepwell.planning.base import Planner
-from stepwell.process.abilities import Segmented, ability
-from stepwell.process.base import AT_POINTS, Process, Scores
-from stepwell.process.models import Models
+from stepwell.process.base import Process
 from stepwell.reward.differentiable import Judge
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
 from stepwell.sampling.record import Drawn
-from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.request import Request
 from stepwell.sampling.rollout import rollout
 from stepwell.steering.guide import RewardGuide
 from stepwell.training.distribute import World
-from stepwell.training.update import score_in_pieces
-from stepwell.trajectories import FIELDS, Trajectories
 
 
 @dataclass(frozen=True)
 class Rewarded:
-    """Rows with their rewards filled in, and the names of the reward functions."""
+    """Rows with their rewards filled in, the names of the reward functions, and the seconds of each phase."""
 
     drawn: Drawn
     names: tuple[str, ...]
     seconds: dict[str, float]
 
 
-def draw_rewarded(
-    process: Process,
-    requests: list[Request],
-    rewards: Rewards,
-    rng: Rng,
-    rows_at_once: int | None = None,
-    so_far: Trajectories | None = None,
-    version: int = 0,
-    first_node: int = 0,
-) -> Rewarded:
-    """Draw the requests and judge the rows: `reward` (N,) and `rewards` (N, K) are filled, 0 without an outcome."""
-    begin = time.monotonic()
-    origin = {"version": version, "first_node": first_node}
-    drawn = rollout(process, requests, rng, so_far=so_far, rows_at_once=rows_at_once, **origin)
-    drawing = time.monotonic()
-    judged = drawn.trajectories.outcome
-    scored = rewards(drawn[judged], process.meter)
-    kind = drawn.trajectories.log_prob.dtype
-    total = torch.zeros(len(drawn), dtype=kind, device=judged.device)
-    each = torch.zeros(len(drawn), len(scored.names), dtype=kind, device=judged.device)
-    total[judged], each[judged] = scored.total.to(total), scored.each.to(each)
-    rows = drawn.trajectories.replace(reward=total, rewards=each)
-    seconds = {"rollout": drawing - begin, "reward": time.monotonic() - drawing}
-    return Rewarded(Drawn(rows, drawn.samples, drawn.prompts), scored.names, seconds)
+def with_rewards(
+    drawn: Drawn, requests: Sequence[Request], rewards: Rewards, meter: Meter
+) -> tuple[Drawn, tuple[str, ...]]:
+    """The rows that were drawn for the requests with `reward` (N,) and `rewards` (N, K), and the K functions' names.
+
+    Rows without an outcome get 0. A row whose request carries its reward is not handed to the reward functions: that
+    number is its `reward`, and stands in all K columns of `rewards`.
+    """
+    rows = drawn.trajectories
+    numbers = [request.reward for request in requests for _ in range(request.count)]
+    given = torch.tensor([number is not None for number in numbers], dtype=torch.bool, device=rows.outcome.device)
+    stored, asked = given & rows.outcome, rows.outcome & ~given
+    scored = rewards(drawn[asked], meter)
+    total = torch.zeros(len(drawn), dtype=rows.log_prob.dtype, device=given.device)
+    each = torch.zeros(len(drawn), len(scored.names), dtype=total.dtype, device=given.device)
+    total[asked], each[asked] = scored.total.to(total), scored.each.to(each)
+    number = torch.tensor([number or 0.0 for number in numbers], dtype=torch.float64).to(total)
+    total[stored], each[stored] = number[stored], number[stored][:, None]
+    return Drawn(rows.replace(reward=total, rewards=each), drawn.samples, drawn.prompts), scored.names
 
 
 def collect(
@@ -83,29 +73,35 @@ def collect(
     """
     world = world or World()
     judge = Judge(rewards, stream.prompts, process.meter)
+    first_node = world.rank * 2**40
     total: Drawn | None = None
     names: tuple[str, ...] = ()
     seconds = {"rollout": 0.0, "reward": 0.0}
     for part in range(10_000):
-        requests = planner.plan(step, None if total is None else total.trajectories, stream)
+        so_far = None if total is None else total.trajectories
+        requests = planner.plan(step, so_far, stream)
         if not requests:
             break
         if guide is not None:
             requests = guide.applied(requests, process, judge)
-        known = None if total is None else total.trajectories
-        first = world.rank * 2**40
         mine = world.share(requests)
-        found: Rewarded | None = None
+        own = rng.split("rollout", step, part, world.rank)
+        rewarded: Rewarded | None = None
         failure: StepwellError | None = None
-        if mine:
-            own = rng.split("rollout", step, part, world.rank)
-            try:
-                found = draw_rewarded(process, mine, rewards, own, rows_at_once, known, version, first)
-            except StepwellError as error:  # every process has to hear of it, or the others would wait for ever
-                failure = error
-        for other, said in world.gather((found, None if failure is None else str(failure))):
-            if said is not None:
-                raise failure or RewardError(said)
+        begin = time.monotonic()
+        try:
+            if mine:
+                place = {"version": version, "first_node": first_node}
+                drawn = rollout(process, mine, own, so_far=so_far, rows_at_once=rows_at_once, **place)
+                judging = time.monotonic()
+                drawn, functions = with_rewards(drawn, mine, rewards, process.meter)
+                phases = {"rollout": judging - begin, "reward": time.monotonic() - judging}
+                rewarded = Rewarded(drawn, functions, phases)
+        except StepwellError as error:  # every rank has to hear of it, or the others would wait for ever
+            failure = error
+        for other, message in world.gather((rewarded, None if failure is None else str(failure))):
+            if message is not None:
+                raise failure or RewardError(message)
             if other is not None:
                 total = other.drawn if total is None else total + other.drawn
                 names = other.names
@@ -116,103 +112,10 @@ def collect(
 
 
 def _noted(planner: Planner, drawn: Drawn) -> Drawn:
-    """The rows with what the planner notes of them in their `info`."""
-    note = getattr(planner, "note", None)
-    if note is None:
-        return drawn
+    """The rows with the planner's notes on them in their `info`."""
     rows = drawn.trajectories
-    known = {} if rows.info is None else dict(rows.info.items())
-    info = Columns({**known, **note(rows)}, len(rows))
+    notes = planner.note(rows)
+    if not notes:
+        return drawn
+    info = Columns(notes, len(rows)) if rows.info is None else rows.info.replace(**notes)
     return Drawn(rows.replace(info=info), drawn.samples, drawn.prompts)
-
-
-def fill(
-    models: Models, rows: Trajectories, reads: Collection[str], *, tokens: int | None, world: World | None = None
-) -> Trajectories:
-    """The rows with what credit and losses read of the parameters before the update, and of the reference.
-
-    `value`, `entropy` and `old_x` are scores under the present parameters, `reference_x` under the reference and
-    `teacher_x` under the teacher, for any need x (`process.base.NEEDS`). Fields of the rows are filled; of
-    anything else `rows.info` takes what there is of each step, and `rows.points` what was scored at points that a term
-    drew. `segment` is asked of the process where the rows do not have it.
-    """
-    if "segment" in reads:
-        if rows.segment is None:
-            rows = rows.replace(
-                segment=ability(models.policy, Segmented, "A method that goes by sentences").segments(rows)
-            )
-        reads = set(reads) - {"segment"}
-    reads = {name for name in reads if rows.points is None or name not in rows.points}
-    if not reads:
-        return rows
-    then, told = (
-        {name: name.removeprefix(prefix) for name in sorted(reads) if name.startswith(prefix)}
-        for prefix in ("reference_", "teacher_")
-    )
-    now = {name: name.removeprefix("old_") for name in sorted(reads) if name not in then | told}
-    scorers: list[tuple[Models, dict[str, str]]] = [(models, now)]
-    scorers += [(Models(models.of("reference")), then)] if then else []
-    scorers += [(Models(models.of("teacher")), told)] if told else []
-
-    def scored(index: Tensor) -> dict[str, Tensor]:
-        answer: dict[str, Tensor] = {}
-        for scorer, wanted in scorers:
-            if wanted:
-                needs = sorted(set(wanted.values()) - {"log_prob"})
-                scores = score_in_pieces(scorer, rows[index], needs, tokens)
-                answer |= {name: scores[need] for name, need in wanted.items()}
-        return answer
-
-    found = (world or World()).map_rows(len(rows), scored)
-    fields: dict[str, Any] = {name: value for name, value in found.items() if name in FIELDS}
-    tables: dict[str, dict[str, Tensor]] = {"info": {}, "points": {}}
-    for name in found.keys() - fields.keys():
-        need = {**now, **then, **told}[name]
-        tables["points" if need in AT_POINTS else "info"][name] = found[name]
-    for table, entries in tables.items():
-        if entries:
-            known = getattr(rows, table)
-            kept = {} if known is None else dict(known.items())
-            fields[table] = Columns({**kept, **entries}, len(rows))
-    return rows.replace(**fields)
-
-
-def score_everywhere(
-    models: Models, rows: Trajectories, needs: Collection[str], tokens: int | None, world: World
-) -> Scores:
-    """Scores as numbers of all rows, each computed by one process and known to all."""
-    others = sorted(set(needs) - {"log_prob"})
-
-    def scored(index: Tensor) -> dict[str, Tensor]:
-        scores = score_in_pieces(models, rows[index], others, tokens)
-        return {"log_prob": scores.log_prob, **scores.extra}
-
-    found = world.map_rows(len(rows), scored)
-    return Scores(found.pop("log_prob"), found)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How good a process is on given prompts: the mean reward, each prompt's, and what was drawn."""
-
-    reward: float
-    each: Tensor
-    drawn: Drawn
-
-
-@torch.no_grad()
-def evaluate(
-    process: Process,
-    prompts: list[Prompt],
-    rewards: Rewards,
-    rng: Rng,
-    samples: int = 1,
-    rows_at_once: int | None = None,
-) -> Evaluation:
-    """Mean reward over `samples` draws a prompt; what it costs is not on the run's meter."""
-    requests = [Request(prompt, samples) for prompt in prompts]
-    with process.meter.paused():
-        drawn = draw_rewarded(process, requests, rewards, rng, rows_at_once).drawn
-    assert drawn.trajectories.reward is not None
-    each = drawn.trajectories.reward.double().reshape(len(prompts), samples).mean(1)
-    return Evaluation(float(each.mean()), each, drawn)

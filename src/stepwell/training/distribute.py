@@ -1,6 +1,6 @@
-"""Several processes as one run: who draws and scores which rows, and how gradients are added up.
+"""Several ranks as one run: each draws and scores its share of the rows, and gradients are added up.
 
-Every process holds the whole batch of small tensors (rewards, masks, log-probabilities), so that plans are the same
+Every rank holds the whole batch of small tensors (rewards, masks, log-probabilities), so that plans are the same
 everywhere, and runs the network only on its own rows. Losses are divided by global counts, so gradients are summed.
 """
 
@@ -21,21 +21,21 @@ T = TypeVar("T")
 
 
 def _leave() -> None:
-    """End the connections in order; left to the interpreter's end, their threads may bring the process down."""
+    """Close the connections in order; left open until the interpreter ends, their threads may crash the rank."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, launched by `accelerate launch` or `torchrun`; one process by itself is a world too."""
+    """The ranks of a run, launched by `accelerate launch` or `torchrun`; one rank by itself is a world too."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def join(cls) -> World:
-        """The world this process was launched into."""
+        """The world that this rank was launched into."""
         if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
             return cls()
         from accelerate import PartialState
@@ -47,10 +47,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """True for the rank that writes files and shows progress."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, in the order of their ranks."""
+        """Every rank's value, in the order of the ranks."""
         if self.size == 1:
             return [value]
         from accelerate.utils import gather_object
@@ -58,16 +59,16 @@ class World:
         return gather_object([value])
 
     def same(self, value: T) -> T:
-        """The main process's value, everywhere."""
+        """The main rank's value, on all ranks."""
         return self.gather(value)[0]
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This process's part of a list; all parts, one after another, are the list in its order."""
+        """This rank's part of a list; all parts, one after another, are the list in its order."""
         bounds = [len(items) * rank // self.size for rank in (self.rank, self.rank + 1)]
         return list(items[bounds[0] : bounds[1]])
 
     def map_rows(self, count: int, function: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """`function(rows)` of all rows 0..count-1, each computed by one process and known to all."""
+        """`function(rows)` of all rows 0..count-1, each computed by one rank and known to all."""
         if self.size == 1:
             return function(torch.arange(count))
         shares = [torch.arange(rank, count, self.size) for rank in range(self.size)]
@@ -78,7 +79,7 @@ class World:
         return {name: torch.cat([part[name] for part in parts if part])[order] for name in names}
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Add up every process's gradients, in place; a parameter without one in any process is left alone."""
+        """Add up every rank's gradients, in place; a parameter without one on any rank is left alone."""
         if self.size == 1:
             return
         from accelerate.utils import reduce
@@ -96,11 +97,13 @@ class World:
             parameter.grad = part.reshape(parameter.shape)
 
     def sum_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Add up every process's shares of metrics that are divided by global counts already."""
+        """Add up every rank's shares of metrics that are divided by global counts already."""
         parts = self.gather(metrics)
         return {name: sum(part.get(name, 0.0) for part in parts) for name in {n: None for part in parts for n in part}}
 
     def refuse_coupled(self, coupling: str) -> None:
-        """Objectives that couple the whole batch cannot be cut between processes."""
+        """Raise `InputError` for an objective that couples the whole batch, which cannot be cut between ranks."""
         if self.size > 1 and coupling == "batch":
-            raise InputError("This method couples all rows of a batch; run it in one process.")
+            raise InputError(
+                f"A method that couples all rows of a batch must run on a single rank, got {self.size} ranks."
+            )

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live view in a terminal, one line a step elsewhere, or nothing."""
+"""The view of a run: live in a terminal, one line a step elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from stepwell.training.settings import Settings
 
-# The metrics that have a place of their own in the view, by what they are called there.
+# The metrics that have a place of their own in the view, by their labels there.
 SHOWN = {
     "reward": "reward",
     "evaluation": "evaluation/reward",
@@ -33,7 +33,7 @@ REMEMBERED = 512
 
 
 class View(Protocol):
-    """What the training loop tells about itself; `share_done` is from 0 to 1."""
+    """A place that shows how a run goes on; `share_done` is from 0 to 1."""
 
     def start(self, settings: Settings, recipe_name: str) -> None: ...
 
@@ -52,7 +52,7 @@ def make_progress(enabled: bool, console: Console | None = None) -> View:
     """The view of a run: none unless `enabled`, live in a terminal, lines elsewhere (a file, a notebook's log)."""
     if not enabled:
         return Silent()
-    # Standard output, since standard error is for what went wrong, and may be all that a script looks at.
+    # Standard output, since standard error is for failures, and may be all that a script looks at.
     return Progress(console or Console())
 
 
@@ -162,21 +162,21 @@ class Progress:
         """A few completions: the tail of the prompt, the completion, the reward, a line each."""
         table = Table(box=None, expand=True, pad_edge=False, header_style="dim")
         table.add_column("reward", justify="right", width=8, no_wrap=True)
-        room = max(width - 8 - 4, 8)
+        space = max(width - 8 - 4, 8)
         with_prompt = width >= 60
-        share = room // 3 if with_prompt else 0
+        share = space // 3 if with_prompt else 0
         if with_prompt:
             table.add_column("prompt", width=share, no_wrap=True, style="dim")
-        table.add_column("completion", width=room - share, no_wrap=True)
+        table.add_column("completion", width=space - share, no_wrap=True)
         for completion in self._completions[: max(1, self.console.height - 14)]:
             reward = Text(number(completion.get("reward")))
             prompt = [Text(tail(said(completion.get("prompt")), share))] if with_prompt else []
-            table.add_row(reward, *prompt, Text(both_ends(said(completion.get("completion")), room - share)))
+            table.add_row(reward, *prompt, Text(both_ends(said(completion.get("completion")), space - share)))
         return table
 
 
 class Pace:
-    """How far a run is and when it will be over, going by the share of it done since this pace was made."""
+    """The progress of a run and an estimate of its end, by the share of it done since this pace was made."""
 
     def __init__(self, begin: float):
         self.begin, self.now, self.share = begin, begin, 0.0
@@ -189,7 +189,7 @@ class Pace:
         self.now, self.share = now, share
 
     def remaining(self) -> float | None:
-        """Seconds until the end, or None while there is nothing to go by."""
+        """Seconds until the end, or None while it cannot be estimated."""
         if self._first is None or self.share >= 1.0:
             return None if self._first is None else 0.0
         seconds, share = self.now - self._first[0], self.share - self._first[1]
@@ -198,19 +198,20 @@ class Pace:
         return (1.0 - self.share) * seconds / share if share > 0.0 else None
 
     def words(self) -> str:
+        """The time gone and the time left."""
         left = self.remaining()
         return f"{duration(self.now - self.begin)} gone, {'?' if left is None else duration(left)} left"
 
 
 def costs(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What was spent so far, in every unit that is not zero."""
-    found = []
+    """The cost so far, in every unit that is not zero."""
+    amounts = []
     for name, value in metrics.items():
         unit = name.removeprefix("cost/")
         if unit != name and isinstance(value, int | float) and value:
             amount = duration(value) if unit == "wall_time" else whole(value)
-            found.append((UNITS.get(unit, unit.replace("_", " ")), amount))
-    return found
+            amounts.append((UNITS.get(unit, unit.replace("_", " ")), amount))
+    return amounts
 
 
 def number(value: Any) -> str:
@@ -272,7 +273,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def said(value: Any) -> str:
-    """A prompt or completion on one line, without what would move a terminal's cursor."""
+    """A prompt or completion on one line, without characters that would move a terminal's cursor."""
     if isinstance(value, list | tuple) and value and isinstance(value[-1], Mapping):
         value = value[-1].get("content")
     text = value if isinstance(value, str) else "" if value is None else str(value)

@@ -1,192 +1,145 @@
-"""A run's folder: what a checkpoint holds, how a run goes on from one, and the model at the end."""
+"""A run's folder: the content of a checkpoint, how a run goes on from one, and the model at the end."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stepwell.columns import Columns
-from stepwell.errors import CheckpointError, InputError
+from stepwell.errors import InputError
 from stepwell.meter import Cost
 from stepwell.process.base import Samples
 from stepwell.sampling.record import Drawn
 from stepwell.training import checkpoint
 from stepwell.training.distribute import World
-from stepwell.training.log import RunLog
+from stepwell.training.fingerprint import refuse_another
+from stepwell.training.log import METRICS, RunLog
+from stepwell.training.state import RunState
 from stepwell.trajectories import from_tensors, to_tensors
 from stepwell.writing import writable_folder
 
-if TYPE_CHECKING:
-    from stepwell.training.loop import Trainer
+CHECKPOINTS = "checkpoints"
 
 
 def prepare(out: str | Path | None, resume: bool) -> Path | None:
     """The run's folder, proven writable; an earlier run in it is an error unless it is resumed."""
     if out is None:
         if resume:
-            raise InputError("There is nothing to resume without an output folder; give the run's --out.")
+            raise InputError("resume needs the folder of the run to go on with; name it with out.")
         return None
     folder = Path(out)
-    found = checkpoint.newest(folder / "checkpoints") if folder.is_dir() else None
-    if resume and found is None:
+    newest = checkpoint.newest(folder / CHECKPOINTS) if folder.is_dir() else None
+    if resume and newest is None:
         raise InputError(f"There is no checkpoint to resume in '{folder}'; start the run without --resume.")
-    if not resume and (found is not None or (folder / "metrics.jsonl").exists()):
+    if not resume and (newest is not None or (folder / METRICS).exists()):
         raise InputError(f"'{folder}' holds a run already; resume it with --resume or choose another folder.")
     return writable_folder(folder)
 
 
-def description(trainer: Trainer, config: dict[str, Any] | None) -> dict[str, Any]:
-    """What run.json says of a run."""
+def description(state: RunState, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The content of run.json, besides the versions."""
+    policy = state.models.policy
     return {
-        "process": type(trainer.process).__name__,
-        **trainer.process.describe(),
-        "parts": trainer.recipe.parts(),
-        "settings": trainer.settings.as_dict(),
+        "process": type(policy).__name__,
+        **policy.describe(),
+        "parts": state.recipe.parts(),
+        "settings": state.settings.as_dict(),
         "threads": torch.get_num_threads(),
-        "processes": trainer.world.size,
+        "ranks": state.world.size,
         **(config or {}),
     }
 
 
-def fingerprint(trainer: Trainer) -> dict[str, Any]:
-    """What has to be the same for a checkpoint to fit: the parameters' names and shapes, and the method's parts."""
-    shapes = [f"{name}:{tuple(p.shape)}:{p.dtype}" for name, p in _trainable(trainer).items()]
-    kept = ("seed", "learning_rate", "schedule", "warmup", "weight_decay", "max_gradient_norm", "precision", "shuffle")
-    process, prompts = trainer.process, [(prompt.id, prompt.value) for prompt in trainer.stream.prompts]
-    return {
-        "model": hashlib.sha256("\n".join(shapes).encode()).hexdigest(),
-        "data": hashlib.sha256(repr(prompts).encode()).hexdigest(),
-        "process": {"trained": process.describe(), "evaluated": trainer.given.describe()},
-        "method": "\n".join(trainer.recipe.parts()),
-        "reward": repr((trainer.rewards.names, trainer.rewards.weights)),
-        "settings": {name: getattr(trainer.settings, name) for name in kept},
-    }
-
-
-def save(trainer: Trainer, meters: list[dict[str, Any]]) -> None:
-    """Write a checkpoint of this moment, with the meter of every process, and drop the oldest beyond `keep`."""
-    at, parent = trainer.at, trainer.out / "checkpoints"  # type: ignore[operator]
-    state: dict[str, Any] = {
-        "fingerprint": fingerprint(trainer),
-        "step": at.step,
-        "update": at.update,
-        "part": at.part,
-        "made": at.made,
-        "done": trainer.done,
-        "learning_rate": trainer.optimiser.param_groups[0]["lr"],
-        "states": at.states,
-        "metrics": at.metrics,
-        "names": list(at.names),
-        "stream": trainer.stream.state_dict(),
-        "planner": trainer.planner.state_dict(),
+def save(state: RunState, meters: list[dict[str, Any]]) -> None:
+    """Write a checkpoint of this moment, with the meter of every rank, and drop the oldest beyond `keep`."""
+    assert state.out is not None
+    at, parent = state.at, state.out / CHECKPOINTS
+    content: dict[str, Any] = {
+        "fingerprint": state.fingerprint,
+        "position": {name: getattr(at, name) for name in PLAIN},
+        "learning_rate": state.optimiser.param_groups[0]["lr"],
+        "stream": state.stream.state_dict(),
+        "planner": state.planner.state_dict(),
         "meters": meters,
     }
     groups: dict[str, dict[str, Tensor]] = {
-        "parameters": {name: p.detach() for name, p in _trainable(trainer).items()},
-        "optimiser": checkpoint.optimiser_tensors(trainer.optimiser),
-        "reference": _reference(trainer),
+        "parameters": {name: p.detach() for name, p in state.learning.items()},
+        "optimiser": checkpoint.optimiser_tensors(state.optimiser),
+        "reference": _reference(state),
     }
     if at.drawn is not None and at.targets is not None:  # in the middle of a rollout's updates
         groups["rows"] = to_tensors(at.drawn.trajectories)
         groups["targets"] = _flat(at.targets)
-        state["samples"], groups["samples"] = _apart(at.drawn.samples)
-        state["prompts"] = at.drawn.trajectories.prompt.tolist()
-    checkpoint.write(parent / f"update-{at.update:08d}", state, groups)
-    checkpoint.prune(parent, trainer.settings.keep)
+        content["samples"], groups["samples"] = _apart(at.drawn.samples)
+        content["prompts"] = at.drawn.trajectories.prompt.tolist()
+    checkpoint.write(parent / f"update-{at.update:08d}", content, groups)
+    checkpoint.prune(parent, state.settings.keep)
 
 
-def restore(trainer: Trainer, log: RunLog) -> None:
-    """Bring a trainer to where the newest checkpoint of its folder stands."""
-    folder = checkpoint.newest(trainer.out / "checkpoints")  # type: ignore[operator]
+PLAIN = ("step", "update", "part", "made", "done", "states", "metrics", "names")
+"""The fields of a `Position` that are numbers and texts."""
+
+
+def restore(state: RunState, log: RunLog) -> None:
+    """Bring a run to the place of the newest checkpoint in its folder, and its log with it.
+
+    Raises `CheckpointError` for a checkpoint that is damaged or of another run.
+    """
+    assert state.out is not None
+    folder = checkpoint.newest(state.out / CHECKPOINTS)
     assert folder is not None
-    state, groups = checkpoint.read(folder)
-    _refuse_another_run(folder, state["fingerprint"], fingerprint(trainer))
+    content, groups = checkpoint.read(folder)
+    refuse_another(folder, content["fingerprint"], state.fingerprint)
     with torch.no_grad():
-        for name, parameter in _trainable(trainer).items():
+        for name, parameter in state.learning.items():
             parameter.copy_(groups["parameters"][name])
         if "reference" in groups:
-            for name, parameter in trainer.models.of("reference").module.named_parameters():
+            for name, parameter in state.models.of("reference").module.named_parameters():
                 parameter.copy_(groups["reference"][name])
-    checkpoint.load_optimiser(trainer.optimiser, groups.get("optimiser", {}))
-    trainer.stream.load_state_dict(state["stream"])
-    trainer.planner.load_state_dict(state["planner"])
-    trainer.process.meter.load_state_dict(_own_meter(state["meters"], trainer.world))
-    at = trainer.at
-    at.step, at.update, at.part, at.made = (state[name] for name in ("step", "update", "part", "made"))
-    trainer.done = state["done"]
-    for group in trainer.optimiser.param_groups:
-        group["lr"] = state["learning_rate"]
-    at.states, at.metrics, at.names = state["states"], state["metrics"], tuple(state["names"])
+    checkpoint.load_optimiser(state.optimiser, groups.get("optimiser", {}))
+    for group in state.optimiser.param_groups:
+        group["lr"] = content["learning_rate"]
+    state.stream.load_state_dict(content["stream"])
+    state.planner.load_state_dict(content["planner"])
+    state.models.policy.meter.load_state_dict(_own_meter(content["meters"], state.world))
+    at = state.at
+    for name in PLAIN:
+        setattr(at, name, content["position"][name])
+    at.names = tuple(at.names)
     if "rows" in groups:
-        by_id = {prompt.id: prompt for prompt in trainer.stream.prompts}
-        prompts = [by_id[prompt] for prompt in state["prompts"]]
-        samples = _together(state["samples"], groups.get("samples", {}))
+        prompts = [state.stream.by_id[prompt] for prompt in content["prompts"]]
+        samples = _together(content["samples"], groups.get("samples", {}))
         at.drawn = Drawn(from_tensors(groups["rows"]), samples, prompts)
-        at.targets = _nested(groups.get("targets", {}), len(prompts), len(trainer.objective.terms))
-    trainer.clock = {"begin": time.monotonic()}
-    if trainer.world.is_main:
+        at.targets = _nested(groups.get("targets", {}), len(prompts), len(state.objective.terms))
+    if state.world.is_main:
         log.keep_until(at.step)
-        lines = (trainer.out / "metrics.jsonl").read_text().splitlines()  # type: ignore[operator]
-        at.history = [json.loads(line) for line in lines]
+        at.history = [json.loads(line) for line in (state.out / METRICS).read_text().splitlines()]
 
 
-def _refuse_another_run(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """A checkpoint goes on only with what it was made with; CheckpointError says what differs."""
-    for what, started_with in (
-        ("model", "the model"),
-        ("data", "the prompts"),
-        ("process", f"the process ({_different(theirs, ours)})"),
-        ("reward", "the rewards and weights"),
-        ("method", "the method and options"),
-    ):
-        if theirs.get(what) != ours[what]:
-            raise CheckpointError(
-                f"The checkpoint '{folder}' is of another {what}; resume with {started_with} it was started with."
-            )
-    for name, value in theirs["settings"].items():
-        if ours["settings"].get(name) != value:
-            raise CheckpointError(
-                f"The checkpoint '{folder}' is of a run with {name}={value}, not {ours['settings'].get(name)}; "
-                "resume with the settings it was started with."
-            )
-
-
-def _different(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """Which entries of `Process.describe` differ, in words."""
-    pairs = [(theirs.get("process", {}).get(role, {}), ours["process"][role]) for role in ours["process"]]
-    names = {name for before, now in pairs for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
-    return ", ".join(name.replace("_", " ") for name in sorted(names))
-
-
-def export(trainer: Trainer) -> None:
-    """The trained model where the user looks for it: the run's folder loads like any model folder."""
-    assert trainer.out is not None
-    trainer.process.save(trainer.out)
+def export(state: RunState) -> None:
+    """Write the trained model into the run's folder, which loads like any model folder."""
+    assert state.out is not None
+    state.trained.save(state.out)
 
 
 def _own_meter(meters: list[dict[str, Any]], world: World) -> dict[str, Any]:
-    """What this process had spent; where there were more or fewer processes, the first takes all."""
+    """The amounts that this rank had spent; where there were more or fewer ranks, the first takes all."""
     if len(meters) == world.size:
         return meters[world.rank]
     total = sum((Cost(**meter) for meter in meters), start=Cost())
     return asdict(replace(total if world.is_main else Cost(), wall_time=meters[0]["wall_time"]))
 
 
-def _trainable(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in trainer.process.module.named_parameters() if p.requires_grad}
-
-
-def _reference(trainer: Trainer) -> dict[str, Tensor]:
+def _reference(state: RunState) -> dict[str, Tensor]:
     """The reference's own parameters; none where it shares the policy's (adapters switched off)."""
-    reference = trainer.models.reference
-    if reference is None or reference.module is trainer.process.module:
+    reference = state.models.reference
+    if reference is None or reference.module is state.models.policy.module:
         return {}
     return {name: p.detach() for name, p in reference.module.named_parameters()}
 
@@ -219,7 +172,7 @@ def _together(state: dict[str, Any], tensors: dict[str, Tensor]) -> Samples:
 
 def _flat(targets: Columns) -> dict[str, Tensor]:
     """The targets by `term/name`."""
-    return {f"{term}/{name}": value for term, entry in targets.items() for name, value in entry.items()}  # type: ignore[union-attr,misc]
+    return {f"{term}/{name}": value for term, entry in targets.items() for name, value in entry.items()}
 
 
 def _nested(flat: dict[str, Tensor], count: int, terms: int) -> Columns:

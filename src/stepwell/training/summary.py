@@ -1,4 +1,4 @@
-"""What the rows of a step say of themselves, as the log and the progress view show it."""
+"""Summaries of the rows of a step for the log and the progress view: metrics, and a few completions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from stepwell.trajectories import Trajectories
 def row_metrics(rows: Trajectories, names: Sequence[str]) -> dict[str, float]:
     """Rewards and lengths before any update; each reward function by name, over the rows it applies to."""
     reward, length = rows.reward.double(), rows.length.double()  # type: ignore[union-attr]
-    answer = {"reward": float(reward.mean()), "reward_deviation": float(reward.std(correction=0))}
+    metrics = {"reward": float(reward.mean()), "reward_deviation": float(reward.std(correction=0))}
     if len(names) > 1:
         each = rows.rewards.double().nanmean(0).tolist()  # type: ignore[union-attr]
-        answer |= {f"reward/{name}": value for name, value in zip(names, each, strict=True)}
-    return answer | {"length": float(length.mean()), "truncated": float(rows.truncated.double().mean())}
+        metrics |= {f"reward/{name}": value for name, value in zip(names, each, strict=True)}
+    return metrics | {"length": float(length.mean()), "truncated": float(rows.truncated.double().mean())}
 
 
 def completions(drawn: Drawn, names: Sequence[str], step: int, wanted: int) -> list[dict[str, Any]]:
@@ -29,6 +29,7 @@ def completions(drawn: Drawn, names: Sequence[str], step: int, wanted: int) -> l
 
 
 def _completion(drawn: Drawn, names: Sequence[str], step: int, row: int) -> dict[str, Any]:
+    """The entry of one row."""
     rows, value = drawn.trajectories, drawn.samples.values[row]
     shown = {"step": step, "prompt": _brief(drawn.prompts[row].value), "completion": _brief(value)}
     shown["reward"] = float(rows.reward[row])  # type: ignore[index]
@@ -38,4 +39,5 @@ def _completion(drawn: Drawn, names: Sequence[str], step: int, row: int) -> dict
 
 
 def _brief(value: Any) -> Any:
+    """The value as a line of the log has it: a tensor in few words."""
     return described(value) if isinstance(value, Tensor) else value

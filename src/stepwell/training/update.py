@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.columns import Columns
-from stepwell.objective.term import Objective
-from stepwell.parts import Batch
+from stepwell.objective.term import Coupling, Objective
 from stepwell.process.base import Process, Scores
 from stepwell.process.batching import token_batches
 from stepwell.process.models import Models
-from stepwell.trajectories import Counts, Trajectories
+from stepwell.training.scoring import score_in_pieces
+from stepwell.trajectories import Trajectories
 
 
-@torch.no_grad()
-def score_in_pieces(models: Models, rows: Trajectories, needs: Collection[str], tokens: int | None) -> Scores:
-    """Scores of the policy as numbers only, computed for a few rows at a time."""
-    if tokens is None:
-        return models.score(rows, needs).detach()
-    pieces = token_batches(models.policy.row_sizes(rows), tokens)
-    scored = [models.score(rows[piece], needs).detach() for piece in pieces]
-    order = torch.cat(pieces).argsort()
-    extra = {need: torch.cat([scores[need] for scores in scored])[order] for need in needs}
-    return Scores(torch.cat([scores.log_prob for scores in scored])[order], extra)
-
-
-def cut(process: Process, rows: Trajectories, coupling: str, tokens: int | None) -> list[Tensor] | None:
+def cut(process: Process, rows: Trajectories, coupling: Coupling, tokens: int | None) -> list[Tensor] | None:
     """Row indices of micro-batches of at most `tokens` padded tokens, or None where coupled rows do not fit one."""
     everything = torch.arange(len(rows))
     if tokens is None:
@@ -50,29 +39,22 @@ def cut(process: Process, rows: Trajectories, coupling: str, tokens: int | None)
 
 
 def accumulate(
-    models: Models,
-    objective: Objective,
-    rows: Trajectories,
-    targets: Columns,
-    counts: Counts,
-    states: Mapping[str, float],
-    tokens: int | None = None,
-    judge: Callable[[Tensor, Tensor], Tensor] | None = None,
+    models: Models, objective: Objective, batch: Batch, targets: Columns, tokens: int | None = None
 ) -> dict[str, float]:
-    """Add the gradient of the objective on these rows to the parameters', and return the metrics.
+    """Add the gradient of the objective on a batch to that of the parameters, and return the metrics.
 
-    The rows may be any part of the minibatch that `targets` and `counts` come from. They are cut so that no forward
-    holds more than `tokens`; neither the loss nor the gradient depends on the cut. Where coupled rows do not fit, the
-    loss's gradient in the scores is taken on all rows first, and sent back piece by piece: one more forward, exact.
+    The batch, which needs no scores, may be any part of the minibatch that `targets` and its counts come from. Its rows
+    are cut so that no forward holds more than `tokens`; neither the loss nor the gradient depends on the cut. Where
+    coupled rows do not fit, the loss's gradient in the scores is taken on all rows first, and sent back piece by piece:
+    one more forward, exact.
     """
-    pieces = cut(models.policy, rows, objective.coupling, tokens)
+    pieces = cut(models.policy, batch.rows, objective.coupling, tokens)
     if pieces is None:
-        return _through_scores(models, objective, rows, targets, counts, states, tokens, judge)
+        return _through_scores(models, objective, batch, targets, tokens)
     metrics: dict[str, float] = {}
     for piece in pieces:
-        part = rows[piece]
-        batch = Batch(part, counts, models.score(part, objective.needs), states, judge)
-        loss = objective.loss(batch, targets[piece])
+        rows = batch.rows[piece]
+        loss = objective.loss(replace(batch, rows=rows, scores=models.score(rows, objective.needs)), targets[piece])
         if loss.value.requires_grad:  # it does not where no step of these rows is trained: a window that is empty
             loss.value.backward()
         for name, value in loss.metrics.items():
@@ -81,20 +63,15 @@ def accumulate(
 
 
 def _through_scores(
-    models: Models,
-    objective: Objective,
-    rows: Trajectories,
-    targets: Columns,
-    counts: Counts,
-    states: Mapping[str, float],
-    tokens: int | None,
-    judge: Callable[[Tensor, Tensor], Tensor] | None,
+    models: Models, objective: Objective, batch: Batch, targets: Columns, tokens: int | None
 ) -> dict[str, float]:
+    """`accumulate` by way of the loss's gradient in the scores of all rows."""
+    rows = batch.rows
     numbers = score_in_pieces(models, rows, objective.needs, tokens)
     leaves = Scores(
         numbers.log_prob.requires_grad_(), {name: value.requires_grad_() for name, value in numbers.extra.items()}
     )
-    loss = objective.loss(Batch(rows, counts, leaves, states, judge), targets)
+    loss = objective.loss(replace(batch, scores=leaves), targets)
     inputs = {"log_prob": leaves.log_prob, **leaves.extra}
     slopes = torch.autograd.grad(loss.value, list(inputs.values()), allow_unused=True)
     for piece in token_batches(models.policy.row_sizes(rows), tokens or len(rows)):

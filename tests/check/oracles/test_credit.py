@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 
 import pytest
 import torch
-from mistakes import LateVines
+from mistakes import LateVines, parts, planted
 
 from stepwell import methods
+from stepwell.batch import Batch
 from stepwell.check.methods import TOLERANCE
-from stepwell.check.oracles.credit.gradients import gradient_of, group_gradient, plain, policy_of, uneven, written_out
+from stepwell.check.oracles.credit.gradients import gradient_of, plain, written_out
 from stepwell.check.oracles.credit.rollouts import ascent, drawn, exact, expected_ascent, small
-from stepwell.check.oracles.provable import deviation
-from stepwell.check.oracles.registry import oracle
+from stepwell.check.oracles.expected import expected_gradient, uneven
+from stepwell.check.oracles.provable import deviation, policy_of
+from stepwell.check.oracles.registry import oracle, oracles
 from stepwell.credit.baseline import GreedyBaseline, Informative, LengthBaseline, TokenBaseline
 from stepwell.credit.branches import TreeCredit
 from stepwell.credit.columns import AcrossPrompts, Stratified, answer_entropy
@@ -31,7 +32,6 @@ from stepwell.objective.ratio import Ratio
 from stepwell.objective.reduction import Reduction
 from stepwell.objective.state import Multiplier
 from stepwell.objective.term import Objective
-from stepwell.parts import Batch
 from stepwell.planning.hints import Hinted
 from stepwell.planning.measured import Vines, WithGreedy
 from stepwell.planning.trees import SegmentTree
@@ -39,28 +39,7 @@ from stepwell.rng import Rng
 from stepwell.sampling.request import Request
 from stepwell.trajectories import count
 
-ORACLES = {
-    proof
-    for name in methods.names()
-    if methods.get(name).build.__module__ == "stepwell.methods.language.credit"
-    for proof in methods.get(name).proof
-}
-
-
-def planted(name, change):
-    """The card of a method with a mistake in every recipe that it builds."""
-    real = methods.get(name)
-
-    @functools.wraps(real.build)
-    def build(**options):
-        return change(real.build(**options))
-
-    return dataclasses.replace(real, build=build)
-
-
-def parts(**changes):
-    """Other parts of the first term."""
-    return lambda recipe: recipe.replace(**changes)
+HOME = "stepwell.check.oracles.credit."
 
 
 def credit(**changes):
@@ -424,7 +403,8 @@ def test_a_planted_mistake_is_caught(name, method, change, mistake):
 
 
 def test_every_oracle_of_credit_methods_has_a_planted_mistake():
-    assert ORACLES - {"standardised_gradient"} == {name for name, *_ in PLANTED}
+    own = {name for name, found in oracles().items() if found.__module__.startswith(HOME)}
+    assert own == {name for name, *_ in PLANTED}
 
 
 # what cards say in numbers
@@ -435,7 +415,7 @@ def test_a_baseline_that_holds_the_sample_is_off_by_what_the_card_says(name, fig
     process, reward = uneven()
     true = gradient_of(process, (process.string_probabilities() * reward).sum())
     for size, figure in zip((2, 3), figures, strict=True):
-        found = group_gradient(process, policy_of(methods.get(name), variant="published"), size, reward)
+        found = expected_gradient(process, policy_of(methods.get(name), variant="published"), size, reward)
         assert abs(deviation(found, true) - figure) < 0.005
         assert f"{100 * figure:.0f} %" in methods.get(name).note
 
@@ -456,7 +436,7 @@ def test_a_row_of_one_turn_has_no_bonus_so_that_empg_without_a_gain_is_grpo():
     process, reward = uneven()
     one = torch.zeros(len(reward), process.length, dtype=torch.long)
     found, plain = (
-        group_gradient(process, policy, 2, reward, segment=one)
+        expected_gradient(process, policy, 2, reward, fields={"segment": one})
         for policy in (policy_of(methods.get("empg"), k=0.0), policy_of(methods.get("grpo")))
     )
     assert deviation(found, plain) < TOLERANCE
@@ -487,7 +467,7 @@ def test_cyclic_preferences_have_the_exact_gradient_of_self_play():
     probability = process.string_probabilities()
     true = gradient_of(process, (probability[:, None] * probability.detach() * wins).sum())
     policy = dataclasses.replace(policy_of(methods.get("spo-self-play")), credit_of=Cycle())
-    assert deviation(group_gradient(process, policy, 2, length), true) < TOLERANCE
+    assert deviation(expected_gradient(process, policy, 2, length), true) < TOLERANCE
 
 
 def test_pairs_within_groups_are_all_ordered_pairs():

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from dataclasses import dataclass
 
 import pytest
 import torch
+from mistakes import parts, planted
 
 import stepwell
 from stepwell import methods
+from stepwell.batch import Batch
 from stepwell.check.methods import TOLERANCE
 from stepwell.check.oracles.flow.bench import affine_flow, drawn, every_outcome, loss_gradient, planned
 from stepwell.check.oracles.flow.gradients import _mean_ratios
 from stepwell.check.oracles.flow.moments import Chain, expected_reward_gradient
-from stepwell.check.oracles.flow.steps import Numbers, chain_by_hand, nearness, prompts, step_by_hand, uniform_times
-from stepwell.check.oracles.registry import ORACLES, oracle
+from stepwell.check.oracles.flow.steps import Matrices, chain_by_hand, nearness, prompts, step_by_hand, uniform_times
+from stepwell.check.oracles.registry import oracle, oracles
 from stepwell.check.replay import expectation
 from stepwell.credit.branches import BranchExtremes, Pooled, TreeCredit
 from stepwell.credit.group import GroupCredit
@@ -26,17 +27,23 @@ from stepwell.credit.shaping import Bounded, DivergencePenalty, Outcome
 from stepwell.data.stream import PromptStream
 from stepwell.errors import UnknownName
 from stepwell.objective.flow.forward import DenoisingScore, DirectReward, Noised
-from stepwell.objective.flow.gaussian import DivergenceBound, MeanRatio, RegulatedRatio, StepSize, step_divergence
+from stepwell.objective.flow.gaussian import (
+    DivergenceBound,
+    PerDimensionRatio,
+    RegulatedRatio,
+    StepSize,
+    step_divergence,
+)
 from stepwell.objective.preference.pairs import Logistic, Pairing
 from stepwell.objective.ratio import Ratio
 from stepwell.objective.reduction import Reduction
 from stepwell.objective.regularise import Divergence
 from stepwell.objective.term import Objective
-from stepwell.parts import Batch
 from stepwell.planning.branches import Branches, Candidates
 from stepwell.planning.groups import Groups
 from stepwell.planning.windows import Backward, Tail, Windows
 from stepwell.process.exact.mixture import Mixture, chain_moments
+from stepwell.process.models import Models
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
 from stepwell.solver.path import Linear
@@ -44,22 +51,6 @@ from stepwell.solver.table import table
 from stepwell.training.collect import collect
 from stepwell.training.update import accumulate
 from stepwell.trajectories import count
-
-
-def planted(name, change):
-    """The card of a method with a mistake in every recipe that it builds."""
-    real = methods.get(name)
-
-    @functools.wraps(real.build)
-    def build(**options):
-        return change(real.build(**options))
-
-    return dataclasses.replace(real, build=build)
-
-
-def parts(**changes):
-    """Other parts of the first term."""
-    return lambda recipe: recipe.replace(**changes)
 
 
 def credit(part):
@@ -85,7 +76,9 @@ def planner(kind, **settings):
 
 def only_where(published, change):
     """The change, in recipes whose ratio is the published one, or in all others."""
-    return lambda recipe: change(recipe) if isinstance(recipe.whole.terms[0].ratio, MeanRatio) == published else recipe
+    return lambda recipe: (
+        change(recipe) if isinstance(recipe.whole.terms[0].ratio, PerDimensionRatio) == published else recipe
+    )
 
 
 # mistakes in planners
@@ -119,8 +112,8 @@ class ShortTail(Tail):
 class Noisy(Branches):
     """Children of the first step draw noise in, and train, the next one too."""
 
-    def _child(self, prompt, count, start, place, source, law):
-        request = super()._child(prompt, count, start, place, source, law)
+    def _child(self, prompt, count, start, place, source=0):
+        request = super()._child(prompt, count, start, place, source)
         return dataclasses.replace(request, window=(place, place + 2)) if place == 1 else request
 
 
@@ -128,8 +121,9 @@ class Noisy(Branches):
 class NoTerminal(Branches):
     """A stride that jumps over what is left, to the end at once."""
 
-    def _child(self, prompt, count, start, place, source, law):
-        return super()._child(prompt, count, start, place, source, {"stride": 9} if law else law)
+    def _child(self, prompt, count, start, place, source=0):
+        strided = dataclasses.replace(self, strides=(*self.strides[:1], 9))
+        return Branches._child(strided, prompt, count, start, place, source)
 
 
 @dataclass
@@ -184,20 +178,20 @@ class Everywhere(DivergenceBound):
 class FromTheMiddle(DirectReward):
     """Samples are noised at the middle of the grid."""
 
-    def draw(self, rows, process, rng):
-        drawn = super().draw(rows, process, rng)
-        return {**drawn, "time": torch.full_like(drawn["time"], process.sampler.times[-3])}
+    def draw(self, rows, models, rng):
+        drawn = super().draw(rows, models, rng)
+        return {**drawn, "time": torch.full_like(drawn["time"], models.policy.sampler.times[-3])}
 
 
 @dataclass(frozen=True)
 class Never(DirectReward):
     """The largest depth is never drawn."""
 
-    def draw(self, rows, process, rng):
-        return dataclasses.replace(self, up_to=self.up_to - 1)._draw(rows, process, rng)
+    def draw(self, rows, models, rng):
+        return dataclasses.replace(self, up_to=self.up_to - 1)._draw(rows, models, rng)
 
-    def _draw(self, rows, process, rng):
-        return DirectReward.draw(self, rows, process, rng)
+    def _draw(self, rows, models, rng):
+        return DirectReward.draw(self, rows, models, rng)
 
 
 @dataclass(frozen=True)
@@ -267,7 +261,7 @@ PLANTED = [
     ("gaussian_gradient", "dynamic-treerpo", parts(credit_of=TreeCredit(scale=False)), "no deviation"),
     ("gaussian_gradient", "dynamic-treerpo", parts(reduction=Reduction("token")), "shared steps counted for each leaf"),
     ("gaussian_gradient", "grpo-guard", parts(gates=()), "no 1 / |dt|"),
-    ("gaussian_gradient", "grpo-guard", parts(ratio=MeanRatio()), "no scale of the step's own"),
+    ("gaussian_gradient", "grpo-guard", parts(ratio=PerDimensionRatio()), "no scale of the step's own"),
     ("gaussian_gradient", "b2-diffurl", parts(credit_of=BranchExtremes(positive=-5.0)), "every best branch counts"),
     ("gaussian_gradient", "b2-diffurl", parts(credit_of=group), "every branch counts"),
     ("gaussian_gradient", "loop", parts(credit_of=GroupCredit("mean")), "a baseline with its own reward in it"),
@@ -300,9 +294,9 @@ PLANTED = [
         parts(credit_of=GroupCredit("leave-one-out", reward=Outcome() + DivergencePenalty(0.15))),
         "half the penalty",
     ),
-    ("mean_ratio", "flow-grpo", parts(ratio=MeanRatio()), "the mean for the sum"),
+    ("mean_ratio", "flow-grpo", parts(ratio=PerDimensionRatio()), "the mean for the sum"),
     ("mean_ratio", "flow-grpo", only_where(True, parts(ratio=Ratio())), "the sum for the mean"),
-    ("regulated_ratio", "grpo-guard", parts(ratio=MeanRatio()), "the mean ratio"),
+    ("regulated_ratio", "grpo-guard", parts(ratio=PerDimensionRatio()), "the mean ratio"),
     ("regulated_ratio", "grpo-guard", parts(ratio=Biased()), "the bias left in"),
     ("divergence_bound", "flow-dppo", parts(gates=()), "no bound"),
     ("step_divergence", "flow-grpo", only_where(False, penalty(Divergence("exact") * StepSize())), "|dt| of the KL"),
@@ -341,7 +335,7 @@ def test_an_oracle_catches_the_planted_mistake(name, method, change, mistake):
 
 def test_every_flow_oracle_has_a_planted_mistake():
     homes = {f"stepwell.check.oracles.flow.{room}" for room in ("gradients", "moments", "rewards", "losses")}
-    assert {name for name, found in ORACLES.items() if found.__module__ in homes} == {name for name, *_ in PLANTED}
+    assert {name for name, found in oracles().items() if found.__module__ in homes} == {name for name, *_ in PLANTED}
 
 
 def test_a_bound_that_reads_the_sum_or_drops_both_ways_is_caught():
@@ -423,16 +417,16 @@ def unscaled(name, size, **options):
 
 def test_all_signs_give_the_expectation_over_gauss_hermite_nodes():
     recipe = planned(unscaled("flow-grpo", 2, steps=3), prompts=1)
-    process = affine_flow(recipe, dimension=1)
+    models = affine_flow(recipe, dimension=1)
 
     def program(rng):
         stream = PromptStream(prompts(1), rng.split("prompts"), shuffle=False)
-        rows = collect(process, recipe.planner, stream, Rewards(nearness), rng, 0).drawn.trajectories
-        return loss_gradient(process, recipe, rows.replace(old_log_prob=rows.log_prob), 1)[0]
+        rows = collect(models.policy, recipe.planner, stream, Rewards(nearness), rng, 0).drawn.trajectories
+        return loss_gradient(models, recipe, rows.replace(old_log_prob=rows.log_prob), 1)[0]
 
-    rows = every_outcome(process, recipe)
+    rows = every_outcome(models, recipe)
     assert len(rows) == 2 * 2**6  # two rows, each of a start and two random steps
-    found, _ = loss_gradient(process, recipe, rows, names=2**6)
+    found, _ = loss_gradient(models, recipe, rows, names=2**6)
     assert torch.allclose(found, expectation(program, normal_nodes=2), rtol=0, atol=1e-12)
 
 
@@ -457,13 +451,13 @@ def test_all_signs_give_the_expectation_over_gauss_hermite_nodes():
 @pytest.mark.slow
 def test_real_noise_gives_the_gradient_of_the_moment_recursion_within_four_standard_errors(name, options, chains):
     recipe = unscaled(name, 2, steps=4, **options).replace(gates=())
-    process = affine_flow(recipe, dimension=1)
+    models = affine_flow(recipe, dimension=1)
     batches = [
-        loss_gradient(process, recipe, drawn(process, recipe, seed=seed, count=300), names=300)[0] for seed in range(24)
+        loss_gradient(models, recipe, drawn(models, recipe, seed=seed, count=300), names=300)[0] for seed in range(24)
     ]
     found = -torch.stack(batches)
     error = found.std(0) / math.sqrt(len(batches))
-    exact = sum(expected_reward_gradient(chain, 0.7, Numbers.of(process.module)) for chain in chains)
+    exact = sum(expected_reward_gradient(chain, 0.7, Matrices.of(models.policy.module)) for chain in chains)
     assert bool((exact.abs() > 0).any())
     assert bool(((found.mean(0) - exact).abs() <= 4 * error + 1e-12).all())
 
@@ -492,13 +486,12 @@ def test_the_published_first_step_leaves_a_variance_of_one_and_a_quarter_of_leve
     assert "1.060 at level 0.7" in published("mix-grpo")
     recipe = methods.get("flow-grpo").recipe(variant="published", level=level)
     times = [1.0, 1.0 - 1e-7, 0.0]
-    process = affine_flow(recipe, dimension=1).with_sampler(times=times, solver=recipe.sampler["solver"], level=level)
-    rows = every_outcome(process, recipe.replace(planner=Groups(size=1)))
-    assert abs(float(rows.action[:, 1].square().mean()) - variance) < 1e-4
+    models = affine_flow(recipe, dimension=1)
     exact = methods.get("flow-grpo").recipe(level=level).sampler
-    process = process.with_sampler(solver=exact["solver"], level=exact["level"])
-    rows = every_outcome(process, recipe.replace(planner=Groups(size=1)))
-    assert abs(float(rows.action[:, 1].square().mean()) - 1.0) < 1e-4
+    for sampler, expected in ((recipe.sampler, variance), (exact, 1.0)):
+        policy = models.policy.with_sampler(times=times, solver=sampler["solver"], level=sampler["level"])
+        rows = every_outcome(Models(policy, models.reference), recipe.replace(planner=Groups(size=1)))
+        assert abs(float(rows.action[:, 1].square().mean()) - expected) < 1e-4
 
 
 def test_the_published_windows_are_short_in_75_and_empty_in_25_of_650_rollouts():
@@ -517,8 +510,8 @@ def test_the_published_penalty_is_a_twentieth_for_ten_steps_in_two_dimensions():
     for variant in ("published", "corrected"):
         recipe = methods.get("flow-grpo").recipe(variant=variant, kl=0.3)
         recipe = recipe.replace(objective=recipe.whole.terms[1], sampler=methods.get("flow-grpo").recipe().sampler)
-        process = affine_flow(recipe)
-        gradients.append(loss_gradient(process, recipe, drawn(process, recipe))[0])
+        models = affine_flow(recipe)
+        gradients.append(loss_gradient(models, recipe, drawn(models, recipe))[0])
     assert torch.allclose(gradients[0], 0.05 * gradients[1], rtol=1e-12)
 
 
@@ -538,21 +531,21 @@ def test_a_tail_replaces_all_steps_that_are_left_the_last_one_too(steps, flash, 
 def test_rows_without_a_trained_step_have_a_gradient_of_zero(name):
     """As in every rollout whose published window is empty; a loss of pairs goes through its scores here."""
     recipe = methods.get(name).recipe(steps=4, **({"window": 2} if name == "mix-grpo" else {}))
-    process = affine_flow(recipe)
-    rows = drawn(process, recipe)
+    models = affine_flow(recipe)
+    rows = drawn(models, recipe)
     rows = rows.replace(mask=torch.zeros_like(rows.mask))
     objective, counts = recipe.whole, count(rows)
     targets = objective.plan(Batch(rows, counts))
     for tokens in (None, 1):
-        accumulate(process, objective, rows, targets, counts, {}, tokens)
-    assert all(parameter.grad is None or not parameter.grad.any() for parameter in process.module.parameters())
+        accumulate(models, objective, Batch(rows, counts), targets, tokens)
+    parameters = list(models.policy.module.parameters())
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in parameters)
 
 
 def test_a_run_goes_through_the_published_empty_window():
     recipe = methods.get("mix-grpo").recipe(steps=4, window=2, hold=1, variant="published")
-    process = affine_flow(recipe)
     settings = {"prompts_per_step": 2, "group_size": 2, "learning_rate": 1e-3}
-    run = stepwell.train(process, [0, 1], nearness, recipe, steps=5, **settings)
+    run = stepwell.train(affine_flow(recipe).policy, [0, 1], nearness, recipe, steps=5, **settings)
     norms = [row["gradient_norm"] for row in run.history]
     assert norms[3] == 0.0
     assert all(norm > 0 for place, norm in enumerate(norms) if place != 3)

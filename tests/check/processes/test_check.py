@@ -1,9 +1,10 @@
 """The laws of a process can fail: each planted mistake breaks the law it should, and honest processes pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from mistakes import GoesOnWriting
 
 from stepwell import check
 from stepwell.columns import Columns
@@ -71,7 +72,7 @@ class ForksIgnoreTheOrder(TabularLanguage):
 
 @dataclass(frozen=True)
 class Cached:
-    """A state with a cache that its forks share: how a key-value cache goes wrong."""
+    """A state with a cache that its forks share, as a key-value cache may."""
 
     inner: StringState
     cache: list
@@ -92,8 +93,8 @@ class ForksShareACache(TabularLanguage):
         return Cached(super().start(prompts, rng), [])
 
     def propose(self, state):
-        law = super().propose(state.inner)
-        return Categorical(law.logits * (1 + 0.1 * max(len(state.cache) - state.inner.position, 0)))
+        distribution = super().propose(state.inner)
+        return Categorical(distribution.logits * (1 + 0.1 * max(len(state.cache) - state.inner.position, 0)))
 
     def advance(self, state, action, rng):
         state.cache.append(action)
@@ -111,10 +112,42 @@ class AdvancesInPlace(TabularLanguage):
         return answer
 
 
+class ComesBackToLife(TabularLanguage):
+    """A row is done only as long as its last symbol says so."""
+
+    def advance(self, state, action, rng):
+        following = super().advance(state, action, rng)
+        return replace(following, done=(action == 0) | (following.position >= self.length))
+
+
+class ShowsWhatItWasDoneWith(TabularLanguage):
+    """Samples of rows that are done tell how long others went on."""
+
+    def finish(self, state):
+        samples = super().finish(state)
+        return replace(samples, columns={"steps": [state.position] * len(state)})
+
+
+class DoneRowsCount(TabularLanguage):
+    """Rows that are done take part in a mean over the batch."""
+
+    def propose(self, state):
+        distribution = super().propose(state)
+        return Categorical(distribution.logits * (1 + 0.1 * float(state.done.any())))
+
+
+class DoneRowsEndOthers(TabularLanguage):
+    """The batch ends with its first row."""
+
+    def advance(self, state, action, rng):
+        following = super().advance(state, action, rng)
+        return replace(following, done=following.done | state.done.any())
+
+
 class DependsOnTheBatch(TabularLanguage):
     def propose(self, state):
-        law = super().propose(state)
-        return Categorical(law.logits + 0.01 * law.logits.mean(0) * (len(state) > 1))
+        distribution = super().propose(state)
+        return Categorical(distribution.logits + 0.01 * distribution.logits.mean(0) * (len(state) > 1))
 
 
 class ScoresDependOnTheBatch(TabularLanguage):
@@ -138,8 +171,8 @@ class CountsStepsFromTheRight(TabularLanguage):
 
 class DrawsFromTheGlobalGenerator(TabularLanguage):
     def propose(self, state):
-        law = super().propose(state)
-        return Categorical(law.logits + torch.rand_like(law.logits))
+        distribution = super().propose(state)
+        return Categorical(distribution.logits + torch.rand_like(distribution.logits))
 
 
 class CountsTwice(TabularLanguage):
@@ -162,9 +195,9 @@ class CountsBackwardWhileDrawing(TabularLanguage):
 
 class CountsNothing(TabularLanguage):
     def propose(self, state):
-        law = super().propose(state)
+        distribution = super().propose(state)
         self.meter.add(forward=-len(state))
-        return law
+        return distribution
 
 
 class CountsOnlyTheFirstRollouts(TabularLanguage):
@@ -199,8 +232,8 @@ class CountsNothingBackward(TabularLanguage):
         with torch.no_grad():
             scores = super().score(trajectories, needs, context)
         rows, contexts = trajectories.condition["prompt"][:, None], self._contexts(trajectories.action)
-        law = self.logits[rows, contexts].log_softmax(-1)
-        log_prob = law.gather(-1, trajectories.action[..., None])[..., 0].masked_fill(~trajectories.mask, 0)
+        log_probs = self.logits[rows, contexts].log_softmax(-1)
+        log_prob = log_probs.gather(-1, trajectories.action[..., None])[..., 0].masked_fill(~trajectories.mask, 0)
         return Scores(scores.log_prob + log_prob - log_prob.detach())
 
 
@@ -257,8 +290,8 @@ class ShowsOtherStrings(TabularLanguage):
         return Samples([text[:-1] + (0,) for text in samples.values], samples.columns)
 
 
-class DrawsFromAnotherLaw(Categorical):
-    """Says one law and draws from another."""
+class DrawsFromAnother(Categorical):
+    """States one distribution and draws from another."""
 
     def sample(self, rng):
         return rng.categorical(self.probabilities.sqrt())
@@ -266,7 +299,7 @@ class DrawsFromAnotherLaw(Categorical):
 
 class DrawsWhatItDoesNotSay(TabularLanguage):
     def propose(self, state):
-        return DrawsFromAnotherLaw(super().propose(state).logits)
+        return DrawsFromAnother(super().propose(state).logits)
 
 
 MISTAKES = [
@@ -275,6 +308,11 @@ MISTAKES = [
     (ForksIgnoreTheOrder, "fork"),
     (ForksShareACache, "fork"),
     (AdvancesInPlace, "fork"),
+    (GoesOnWriting, "absorbing"),
+    (ComesBackToLife, "absorbing"),
+    (ShowsWhatItWasDoneWith, "absorbing"),
+    (DoneRowsCount, "absorbing"),
+    (DoneRowsEndOthers, "absorbing"),
     (DependsOnTheBatch, "rows"),
     (ScoresDependOnTheBatch, "rows"),
     (ScoresPadding, "padding"),

@@ -58,9 +58,8 @@ def test_the_top_covariances_are_those_of_the_definition(batch_of, seed, fractio
 
 @given(seed=st.integers(0, 99), fraction=st.sampled_from([1e-4, 0.2, 1.0]))
 @settings(deadline=None, max_examples=25)
-def test_covariances_in_the_window_are_dropped_but_no_more_than_the_share_and_never_clipped_ones(
-    batch_of, seed, fraction
-):
+def test_covariances_in_the_window_are_dropped(batch_of, seed, fraction):
+    """No more than the share, and never clipped ones."""
     batch, advantage = example(batch_of, seed), advantages(seed)
     log_ratio = 0.5 * (batch.log_prob - batch.old) * batch.mask
     candidates = {
@@ -87,7 +86,8 @@ def test_of_equal_covariances_the_first_drawn_are_taken_whatever_the_order(batch
     assert torch.equal(TopCovariance(0.3)(other, None, nothing), kept[order])
 
 
-def test_which_covariance_is_dropped_is_a_fair_lot_and_the_same_however_the_batch_is_laid_out(batch_of):
+def test_the_covariance_that_is_dropped_is_a_fair_lot(batch_of):
+    """It is the same however the batch is laid out."""
     batch, advantage = example(batch_of, 3), advantages(3)
     log_ratio = torch.zeros(SHAPE, dtype=torch.float64)
     seen = Counter()

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepwell.batch import Read
 from stepwell.check.methods import bench, gradient
 from stepwell.errors import UnknownName
 from stepwell.objective.gates.step import (
@@ -46,9 +47,8 @@ def example(batch_of, seed=0, **fields):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @given(seed=st.integers(0, 99), low=st.floats(0, 0.9), high=st.floats(1.1, 5))
 @settings(deadline=None, max_examples=15)
-def test_a_sampler_correction_is_the_bounded_ratio_of_the_old_policy_to_the_sampler(
-    batch_of, kind, level, seed, low, high
-):
+def test_a_sampler_correction_is_the_bounded_ratio_to_the_sampler(batch_of, kind, level, seed, low, high):
+    """That of the old policy."""
     batch = example(batch_of, seed)
     gate = SamplerCorrection(level, low, high, kind)
     found = (gate(batch, None, batch.mask) * batch.mask).tolist()
@@ -67,7 +67,7 @@ def test_a_sampler_that_is_the_policy_needs_no_correction(batch_of):
     for level in ("token", "sequence"):
         for kind in ("truncate", "mask"):
             assert bool((SamplerCorrection(level, kind=kind)(batch, None, batch.mask) == 1).all())
-    assert SamplerCorrection().reads == {"old_log_prob"}
+    assert SamplerCorrection().reads == {Read("policy", "log_prob")}
 
 
 def test_a_correction_multiplies_the_loss_and_leaves_the_count(batch_of):
@@ -120,12 +120,12 @@ def test_the_quantile_of_a_minibatch_does_not_depend_on_its_cut():
 
 def test_the_quantile_is_that_of_the_present_policy_not_of_the_rollout():
     recipe = Recipe(Policy(gates=(HighEntropy(0.4),)))
-    process, rows = bench(recipe)
-    before = gradient(process, recipe, rows)
+    models, rows = bench(recipe)
+    process, before = models.policy, gradient(models, recipe, rows)
     moved = process.score(rows, {"entropy"})["entropy"]
     process.logits.data.mul_(3.0)
     assert not torch.allclose(process.score(rows, {"entropy"})["entropy"], moved)
-    assert not torch.allclose(gradient(process, recipe, rows), before)
+    assert not torch.allclose(gradient(models, recipe, rows), before)
     assert recipe.whole.plans_on_scores
 
 
@@ -194,20 +194,20 @@ def test_names_that_are_none_are_refused():
     ],
     ids=str,
 )
-def test_which_ratios_a_gate_lets_through(batch_of, gate, up, down):
+def test_a_gate_lets_these_ratios_through(batch_of, gate, up, down):
     log_ratio = torch.tensor([[0.2, 0.6, 1.0, 1.1, 1.5, 3.5]], dtype=torch.float64).log()
-    for sign, told in ((1.0, up), (-1.0, down)):
+    for sign, expected in ((1.0, up), (-1.0, down)):
         kept = gate(batch_of(log_ratio), log_ratio, torch.full_like(log_ratio, sign))
-        assert "".join(str(int(flag)) for flag in kept[0]) == told
+        assert "".join(str(int(flag)) for flag in kept[0]) == expected
 
 
 def test_a_probability_that_moved_too_far_with_its_advantage_is_dropped(batch_of):
     before = torch.tensor([[0.01, 0.5, 0.5, 0.9, 0.3]], dtype=torch.float64)
     now = torch.tensor([[0.12, 0.7, 0.3, 0.7, 0.3]], dtype=torch.float64)  # a ratio of 12 may be no step at all
     batch = batch_of(now.log(), behaviour=before.log())
-    for sign, told in ((1.0, "10111"), (-1.0, "11001"), (0.0, "11111")):
+    for sign, expected in ((1.0, "10111"), (-1.0, "11001"), (0.0, "11111")):
         kept = ProbabilityShift()(batch, None, torch.full_like(now, sign))
-        assert "".join(str(int(flag)) for flag in kept[0]) == told
+        assert "".join(str(int(flag)) for flag in kept[0]) == expected
 
 
 def test_sources_and_success_rates_part_the_rows(batch_of):

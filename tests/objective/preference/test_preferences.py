@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from stepwell.batch import Batch, Read
 from stepwell.check.replay import expectation
 from stepwell.errors import InputError, MissingAbility, UnknownName
 from stepwell.methods.catalogue import get
@@ -26,13 +27,13 @@ from stepwell.objective.preference.scores import ImplicitReward, LengthDesensiti
 from stepwell.objective.preference.unpaired import Prospect, RejectionPairs, accepted
 from stepwell.objective.state import RunningMean
 from stepwell.objective.term import Objective
-from stepwell.parts import Batch
 from stepwell.process.exact.table import markov
+from stepwell.process.models import Models
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
 from stepwell.sampling.request import Prompt
-from stepwell.training.collect import fill
 from stepwell.training.loop import train
+from stepwell.training.scoring import fill
 from stepwell.training.settings import Settings
 from stepwell.trajectories import count
 
@@ -62,7 +63,8 @@ def test_odds_lose_no_digits_near_probability_one_nor_near_zero():
     assert bool(torch.autograd.grad(found.sum(), s)[0].isfinite().all())
 
 
-def test_the_classifiers_shift_is_the_running_mean_of_scores_and_is_remembered(batch_of):
+def test_the_classifiers_shift_is_the_running_mean_of_scores(batch_of):
+    """It is kept from update to update."""
     shift = RunningMean("score_shift", metric="pair_score", decay=0.9)
     batch = batch_of(
         torch.tensor([[2.0], [-1.0]]).double(), prompt=torch.zeros(2).long(), reward=torch.tensor([1.0, 0.0])
@@ -81,16 +83,18 @@ def test_the_discovered_loss_prefers_the_rejected_row_at_equal_scores():
     for name, slope in (("discopop", (1 - math.log(2)) / (4 * 0.05) - 0.75), ("sigmoid", -0.5)):
         found = torch.autograd.grad(link(name, 1.0)(x, torch.zeros_like(x)).sum(), x)[0]
         assert float(found) == pytest.approx(slope, abs=EXACT)
-    assert (1 - math.log(2)) / 0.2 - 0.75 == pytest.approx(0.784, abs=5e-4)  # as the card says
+    assert (1 - math.log(2)) / 0.2 - 0.75 == pytest.approx(0.784, abs=5e-4)
 
 
-def test_the_robust_loss_falls_without_bound_at_the_slope_that_its_card_says():
+def test_the_robust_loss_falls_without_bound():
+    """At a known slope."""
     x = torch.tensor([1e4], dtype=torch.float64, requires_grad=True)
     slope = torch.autograd.grad(link("robust", 0.1, 0.2)(x, torch.zeros_like(x)).sum(), x)[0]
     assert float(slope) == pytest.approx(-0.1 * 0.2 / (1 - 0.4), rel=EXACT)
 
 
-def test_order_preserving_rows_of_two_are_a_logistic_pair_and_read_no_size_of_rewards():
+def test_order_preserving_rows_of_two_are_a_logistic_pair():
+    """The sizes of the rewards are not read."""
     score, reward = Rng(1).normal(2, dtype=torch.float64), torch.tensor([3.0, 1.0])
     found = float(OrderPreserving()(score, reward, score))
     assert found == pytest.approx(float(link("sigmoid", 1.0)(score[:1], score[1:])), rel=EXACT)
@@ -179,7 +183,8 @@ def test_sorted_pairs_of_one_pair_are_the_pair_and_of_more_are_not(batch_of):
 
 
 @pytest.mark.parametrize("limit", [-0.2, 5.0])
-def test_a_trust_region_is_half_its_squared_excess_however_the_minibatch_is_cut(batch_of, limit):
+def test_a_trust_region_is_half_its_squared_excess(batch_of, limit):
+    """However the minibatch is cut."""
     present, old = (0.3 * Rng(i).normal(6, 3, dtype=torch.float64) for i in range(2))
     batch = batch_of(present.requires_grad_(), behaviour=old, reward=torch.zeros(6).double())
     objective = Objective((TrustRegion(limit, 7.0),))
@@ -196,7 +201,8 @@ def test_a_trust_region_is_half_its_squared_excess_however_the_minibatch_is_cut(
     assert (float(slopes[0].norm()) > 0) == (limit < 0)
 
 
-def test_discrimination_without_a_temperature_is_the_difference_of_means_and_its_limit():
+def test_discrimination_without_temperature_is_a_difference_of_means():
+    """It is the limit of high temperatures."""
     score, reward = Rng(1).normal(5, dtype=torch.float64), torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0])
     plain = float(Discriminative(None)(score, reward, score))
     assert plain == pytest.approx(float(score[[1, 2, 4]].mean() - score[[0, 3]].mean()), abs=EXACT)
@@ -222,14 +228,16 @@ def test_a_prospect_without_a_point_is_centred_at_zero(batch_of):
 # rejection sampling
 
 
-def test_rejection_sampling_accepts_the_best_for_certain_and_everything_in_the_end():
+def test_rejection_sampling_accepts_the_best_for_certain():
+    """And everything in the end."""
     assert accepted([1.0, 3.0, 2.0], 1e-3, 1, Rng(0)) == [1]
     assert accepted([1.0, 3.0, 2.0], 1e-3, 3, Rng(0)) == [1, 2, 0]  # the best of those left, pass by pass
     assert sorted(accepted([1.0, 3.0, 2.0], 5.0, 9, Rng(0))) == [0, 1, 2]
     assert accepted([], 1.0, 2, Rng(0)) == []
 
 
-def test_rejection_sampling_in_one_pass_tilts_the_law_by_the_exponential_of_the_reward():
+def test_rejection_sampling_in_one_pass_tilts_by_the_reward():
+    """By its exponential."""
     reward, beta = [0.3, 1.1, -0.6], 0.7
     first = expectation(lambda rng: torch.tensor([0 in accepted([r, 1.1], beta, 1, rng) for r in reward]).double())
     expected = torch.tensor([math.exp((r - 1.1) / beta) for r in reward], dtype=torch.float64)
@@ -253,39 +261,43 @@ def test_rejection_pairs_are_among_the_kept_rows_only(batch_of):
 def test_a_teacher_is_asked_for_its_scores_and_missed_where_there_is_none():
     process = markov(symbols=3, length=3, prompts=1, seed=1)
     rows = process.trajectories()
-    with pytest.raises(MissingAbility, match="set the process's `teacher`"):
-        fill(process, rows, {"teacher_log_prob"}, tokens=None)
-    process.teacher = markov(symbols=3, length=3, prompts=1, seed=2)
-    process.reference = markov(symbols=3, length=3, prompts=1, seed=3)
-    filled = fill(process, rows, {"teacher_log_prob", "teacher_logits", "reference_log_prob", "old_log_prob"}, tokens=7)
+    with pytest.raises(MissingAbility, match="give `teacher=`, a process of the same vocabulary"):
+        fill(Models(process), rows, {Read("teacher", "log_prob")}, tokens=None)
+    reference, teacher = (markov(symbols=3, length=3, prompts=1, seed=seed) for seed in (3, 2))
+    reads = {Read("teacher", "log_prob"), Read("teacher", "logits")}
+    reads |= {Read("reference", "log_prob"), Read("policy", "log_prob")}
+    filled = fill(Models(process, reference, teacher), rows, reads, tokens=7)
     for found, model in (
-        (filled.info["teacher_log_prob"], process.teacher),
-        (filled.reference_log_prob, process.reference),
+        (filled.info["teacher_log_prob"], teacher),
+        (filled.reference_log_prob, reference),
         (filled.old_log_prob, process),
     ):
         assert torch.equal(found, model.score(rows).log_prob.detach())
-    assert torch.equal(filled.info["teacher_logits"], process.teacher.score(rows, {"logits"})["logits"].detach())
+    assert torch.equal(filled.info["teacher_logits"], teacher.score(rows, {"logits"})["logits"].detach())
 
 
 @pytest.mark.parametrize("options", [{}, {"top": 2}])
-def test_a_run_without_a_teacher_stops_before_it_draws_and_one_with_pays_for_it(options):
-    def run(name, process, **options):
+def test_a_run_without_a_teacher_stops_before_it_draws(options):
+    """A run with one pays for its scores."""
+
+    def run(name, process, teacher=None, **options):
         settings = Settings(steps=1, prompts_per_step=1, group_size=2, progress=False)
         reward = Rewards(lambda completions: [0.0, 0.0])
-        return train(process, get(name).recipe(**options), [Prompt(0, 0)], reward, settings)
+        return train(process, get(name).recipe(**options), [Prompt(0, 0)], reward, settings, teacher=teacher)
 
     alone, taught = markov(symbols=3, length=3, seed=1), markov(symbols=3, length=3, seed=1)
-    with pytest.raises(MissingAbility, match="set the process's `teacher`"):
+    with pytest.raises(MissingAbility, match="give `teacher=`, a process of the same vocabulary"):
         run("gkd", alone, **options)
     assert alone.meter.spent.forward == 0
-    taught.teacher = markov(symbols=3, length=3, seed=2)
-    made = run("gkd", taught, **options)
+    teacher = markov(symbols=3, length=3, seed=2)
+    made = run("gkd", taught, teacher, **options)
     assert "teacher_divergence" in made.history[0]
-    assert taught.teacher.meter is taught.meter
+    assert teacher.meter.spent.forward == 0  # what it spends is the run's; the model that was given is not written on
     assert made.cost.forward > run("reinforce", alone).cost.forward  # of the same draws
 
 
-def test_front_loaded_advantages_weigh_the_first_step_most_and_the_last_least(batch_of):
+def test_front_loaded_advantages_weigh_the_first_step_most(batch_of):
+    """And the last least."""
     teacher = torch.tensor([[1.0, -2.0, 5.0, 1.0]]).double()
     mask = torch.tensor([[True, True, False, True]])
     batch = batch_of(torch.zeros(1, 4).double(), mask=mask, info={"teacher_log_prob": teacher})
@@ -294,7 +306,8 @@ def test_front_loaded_advantages_weigh_the_first_step_most_and_the_last_least(ba
     assert TeacherAdvantage(to_go=True)(batch)[0, [0, 1, 3]].tolist() == [0.0, -1.0, 1.0]
 
 
-def test_a_divergence_of_laws_with_impossible_actions_is_finite_where_it_is():
+def test_divergences_with_impossible_actions_are_finite_or_infinite():
+    """Each as its definition has it."""
     student = torch.tensor([0.5, 0.5, 0.0]).double().log()
     teacher = torch.tensor([0.25, 0.5, 0.25]).double().log()
     assert float(generalised_divergence(student, teacher, 1.0)) == pytest.approx(0.5 * math.log(2))
@@ -307,13 +320,12 @@ def test_a_divergence_of_laws_with_impossible_actions_is_finite_where_it_is():
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_a_divergence_of_the_likeliest_actions_grows_to_the_exact_one(beta):
-    process = markov(symbols=5, length=3, seed=1)
-    process.teacher = markov(symbols=5, length=3, seed=2)
+    process, teacher = (markov(symbols=5, length=3, seed=seed) for seed in (1, 2))
     rows = process.trajectories()
 
-    def value(top):
+    def value(top, models=Models(process, None, teacher)):  # noqa: B008
         objective = Objective((Distillation(TeacherDivergence(beta, top=top)),))
-        seen = fill(process, objective.draw(rows, process, Rng(0)), objective.reads, tokens=None)
+        seen = fill(models, objective.draw(rows, models, Rng(0)), objective.reads, tokens=None)
         batch = Batch(seen, count(rows), process.score(rows, objective.needs))
         loss = objective.loss(batch, objective.plan(replace(batch, scores=batch.scores.detach()))).value
         return float(loss.detach()), torch.autograd.grad(loss, process.logits)[0]
@@ -325,9 +337,8 @@ def test_a_divergence_of_the_likeliest_actions_grows_to_the_exact_one(beta):
     for size, slope in values[3:]:  # four of five and the rest is everything
         assert size == pytest.approx(sizes[-1], rel=EXACT)
         assert torch.allclose(slope, values[-1][1], atol=EXACT)
-    process.teacher = None
-    with pytest.raises(MissingAbility, match="set the process's `teacher`"):
-        value(2)
+    with pytest.raises(MissingAbility, match="give `teacher=`, a process of the same vocabulary"):
+        value(2, Models(process))
 
 
 def test_a_teacher_is_heard_where_the_student_fails(batch_of):

@@ -67,8 +67,11 @@ def test_a_pair_by_hand(batch_of):
     assert float(loss.metrics["pair_accuracy"]) == 1.0
 
 
-def test_a_warm_row_puts_all_on_its_best_step_and_a_cold_reference_counts_twice_an_even_one(batch_of):
-    """At a high temperature the softmax is the best step; sigmoid is 1/2 at the reference and 1 far below it."""
+def test_a_warm_row_puts_all_on_its_best_step(batch_of):
+    """At a high temperature the softmax is the best step.
+
+    A reference far above the policy counts twice an even one: sigmoid is 1/2 at the reference and 1 far below it.
+    """
     warm = StepPairs(Given(), beta=0.3, temperature=1e4, rate=0.0)
     _, found = slope_of(warm, pair(batch_of))
     assert float(found[0, 0]) == 0.0

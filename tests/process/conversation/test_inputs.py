@@ -1,4 +1,4 @@
-"""Whatever is wrong with an environment, a setting or a chat template is told in one sentence, where it is met."""
+"""Mistakes in an environment, a setting or a chat template are each refused in one sentence."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from stepwell.errors import InputError
-from stepwell.process.conversation import Turns
-from stepwell.process.language.process import Language, language
+from stepwell.process.conversation.build import conversation
+from stepwell.process.conversation.process import Conversation
+from stepwell.process.language.build import language
+from stepwell.process.language.process import Language
 from stepwell.rng import Rng
 from stepwell.sampling.record import Drawn
 from stepwell.sampling.request import Prompt, Request
@@ -22,7 +24,7 @@ OFTEN = ["a", "b", "c", ".", "<unk>"]  # end tokens enough that a random model t
 
 
 class Parrot:
-    """Says the first letters of the alphabet, by the length of what it was told; ends after three turns."""
+    """Says the first letters of the alphabet, as many as the message has words; ends after three turns."""
 
     def __init__(self, turns: int = 3):
         self.turns, self.heard = turns, 0
@@ -36,11 +38,11 @@ class Parrot:
         return " ".join("d e f g h".split()[: number % 5]), 0.25 * number, self.heard == self.turns, False, {}
 
 
-def talk(build: Build, architecture: str = "qwen2", chat: bool = False, **options: Any) -> Turns:
+def talk(build: Build, architecture: str = "qwen2", chat: bool = False, **options: Any) -> Conversation:
     own = {name: options.pop(name) for name in ("max_turns", "stop", "role") if name in options}
     make = options.pop("make", Parrot)
     options = {"max_new_tokens": 30, "eos": OFTEN} | options
-    return build(architecture, chat, **options).turns(make, **own)
+    return conversation(build(architecture, chat, **options), make, **own)
 
 
 def draw(process: Any, count: int = 4, prompts: list[Any] = PROMPTS, **columns: Any) -> Drawn:
@@ -65,13 +67,16 @@ async def later(*_: Any) -> Any:
 
 GOOD = ("d", 0.0, False, False, {})
 BROKEN: dict[str, tuple[Any, str]] = {
-    "factory is no function": ("Parrot", "made by a function without arguments"),
+    "factory is no function": (
+        "Parrot",
+        "^make_environment must be a class or a function without arguments, got 'Parrot'",
+    ),
     "factory raises": (
         raises,
         r"raised KeyError \('the key'\) in the environment's factory at test_inputs",
     ),
     "factory takes arguments": (lambda size: Parrot(), "raised TypeError"),
-    "factory returns nothing": (lambda: None, "returned None, which has no method 'reset'"),
+    "factory returns nothing": (lambda: None, "must return an object with .*, got None, which has no method 'reset'"),
     "factory returns a class": (lambda: Parrot, "value of type Parrot, which has no method 'reset'"),
     "reset is missing": (type("Mute", (), {"step": lambda self, m: GOOD}), "no method 'reset'"),
     "step is missing": (type("Deaf", (), {"reset": lambda self, p: None}), "no method 'step'"),
@@ -80,49 +85,85 @@ BROKEN: dict[str, tuple[Any, str]] = {
         type("Wants", (Parrot,), {"reset": lambda self, prompt, target: None}),
         "The reset of the environment Wants requires 'target', but the data has no such column; it has none besides",
     ),
-    "reset returns a number": (environment(reset=lambda p: 3), "returned 3 as the observation of reset"),
-    "reset returns three": (environment(reset=lambda p: ("a", {}, 1)), "a tuple of 3 from reset"),
+    "reset returns a number": (
+        environment(reset=lambda p: 3),
+        "returns from reset must be a text, or for a chat .*, got 3",
+    ),
+    "reset returns three": (
+        environment(reset=lambda p: ("a", {}, 1)),
+        "The reset of the environment Broken must return an observation, .*, got a tuple of 3",
+    ),
     "reset says too much": (environment(reset=lambda p: "a " * 40), "first words .* take 40 tokens"),
     "step raises": (
         environment(step=raises),
         r"raised KeyError \('the key'\) in step at test_inputs.py, line \d+",
     ),
-    "step returns four": (environment(step=lambda m: ("d", 0.0, False, {})), "returned 4 values from step"),
-    "step returns a text": (environment(step=lambda m: "hello"), "returned 'hello' from step"),
-    "step is a coroutine": (environment(step=later), "The step of the environment Broken is async"),
-    "reset is a coroutine": (environment(reset=later), "The reset of the environment Broken is async"),
+    "step returns four": (
+        environment(step=lambda m: ("d", 0.0, False, {})),
+        "The step of the environment Broken must return .*, got a tuple of 4",
+    ),
+    "step returns a text": (
+        environment(step=lambda m: "hello"),
+        "The step of the environment Broken must return .*, got 'hello'",
+    ),
+    "step is a coroutine": (
+        environment(step=later),
+        "The step of the environment Broken must be a plain function, got an async one",
+    ),
+    "reset is a coroutine": (
+        environment(reset=later),
+        "The reset of the environment Broken must be a plain function, got an async one",
+    ),
     "step takes nothing": (
         type("Deaf", (Parrot,), {"step": lambda self: GOOD}),
-        r"called as step\(message\), which \(\)",
+        r"must be callable as step\(message\), got the signature \(\)",
     ),
     "reset takes nothing": (
         type("Deaf", (Parrot,), {"reset": lambda self: None}),
-        r"called as reset\(prompt, \*\*columns\), which \(\) does not take",
+        r"must be callable as reset\(prompt, \*\*columns\), got the signature \(\)",
     ),
     "observation is half a character": (environment(step=lambda m: ("\ud800", *GOOD[1:])), "holds half a character"),
-    "reward is too large": (environment(step=lambda m: ("d", 10**400, *GOOD[2:])), "a finite number is right"),
+    "reward is too large": (environment(step=lambda m: ("d", 10**400, *GOOD[2:])), "must be a finite number, got 1000"),
     "observation is no text": (
         environment(step=lambda m: (torch.ones(3), *GOOD[1:])),
-        "type Tensor as the observation",
+        "returns from step must be a text, .*, got a value of type Tensor",
     ),
-    "observation is bytes": (environment(step=lambda m: (b"d", *GOOD[1:])), "type bytes as the observation of step"),
+    "observation is bytes": (
+        environment(step=lambda m: (b"d", *GOOD[1:])),
+        "returns from step must be a text, .*, got a value of type bytes",
+    ),
     "observation is a message": (
         environment(step=lambda m: ({"role": "tool", "content": "d"}, *GOOD[1:])),
-        "answers a plain text with the message",
+        "a conversation that is a plain text must be a text, got {'role'",
     ),
-    "reward is NaN": (environment(step=lambda m: ("d", float("nan"), *GOOD[2:])), "the reward nan; a finite number"),
-    "reward is infinite": (environment(step=lambda m: ("d", float("inf"), *GOOD[2:])), "the reward inf"),
-    "reward is None": (environment(step=lambda m: ("d", None, *GOOD[2:])), "the reward None"),
-    "reward is a text": (environment(step=lambda m: ("d", "1", *GOOD[2:])), "the reward '1'"),
-    "terminated is a number": (environment(step=lambda m: ("d", 0.0, 1, False, {})), "terminated=1; True or False"),
-    "truncated is None": (environment(step=lambda m: ("d", 0.0, False, None, {})), "truncated=None"),
-    "info is None": (environment(step=lambda m: ("d", 0.0, False, False, None)), "returned None as info; a dict"),
-    "one for all": ((lambda one: lambda: one)(Parrot()), "returned the same Parrot twice"),
+    "reward is NaN": (environment(step=lambda m: ("d", float("nan"), *GOOD[2:])), "must be a finite number, got nan"),
+    "reward is infinite": (
+        environment(step=lambda m: ("d", float("inf"), *GOOD[2:])),
+        "must be a finite number, got inf",
+    ),
+    "reward is None": (environment(step=lambda m: ("d", None, *GOOD[2:])), "must be a finite number, got None"),
+    "reward is a text": (environment(step=lambda m: ("d", "1", *GOOD[2:])), "must be a finite number, got '1'"),
+    "terminated is a number": (
+        environment(step=lambda m: ("d", 0.0, 1, False, {})),
+        "'terminated' of the environment Broken must be True or False, got 1",
+    ),
+    "truncated is None": (
+        environment(step=lambda m: ("d", 0.0, False, None, {})),
+        "'truncated' of the environment Broken must be True or False, got None",
+    ),
+    "info is None": (
+        environment(step=lambda m: ("d", 0.0, False, False, None)),
+        "'info' of the environment Broken must be a dict, got None",
+    ),
+    "one for all": (
+        (lambda one: lambda: one)(Parrot()),
+        "must return a new object each time, got the same Parrot twice",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_environment_is_told_in_one_sentence(small_language: Build, kind: str) -> None:
+def test_a_broken_environment_is_refused_in_one_sentence(small_language: Build, kind: str) -> None:
     make, message = BROKEN[kind]
     with pytest.raises(InputError, match=message) as caught:
         draw(talk(small_language, make=make))
@@ -135,13 +176,13 @@ def test_a_broken_environment_is_told_in_one_sentence(small_language: Build, kin
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_turns": 0}, "max_turns=0 is not a whole number from 1"),
-        ({"max_turns": 2.0}, "max_turns=2.0 is not"),
-        ({"max_turns": True}, "max_turns=True is not"),
-        ({"stop": ["", "a"]}, "not a text, nor texts, that end a turn"),
-        ({"stop": [3]}, "not a text, nor texts, that end a turn"),
-        ({"role": ""}, "role='' is not the name of a chat's role"),
-        ({"role": None}, "role=None is not the name of a chat's role"),
+        ({"max_turns": 0}, "max_turns must be a whole number of at least 1, got 0"),
+        ({"max_turns": 2.0}, "max_turns must be a whole number of at least 1, got 2.0"),
+        ({"max_turns": True}, "max_turns must be a whole number of at least 1, got True"),
+        ({"stop": ["", "a"]}, "stop must be a text, or texts, none of them empty, got .'', 'a'."),
+        ({"stop": [3]}, "stop must be a text, or texts, none of them empty, got .3."),
+        ({"role": ""}, "role must be the name of a chat's role, .*, got ''"),
+        ({"role": None}, "role must be the name of a chat's role, .*, got None"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(small_language: Build, settings: Any, message: str) -> None:
@@ -149,32 +190,33 @@ def test_settings_that_make_no_sense_are_refused(small_language: Build, settings
         talk(small_language, **settings)
 
 
-def test_a_column_in_the_place_of_the_prompt_is_told(small_language: Build) -> None:
+def test_a_column_in_the_place_of_the_prompt_is_refused(small_language: Build) -> None:
     takes = type("Takes", (Parrot,), {"reset": lambda self, answer: None})
-    with pytest.raises(InputError, match=r"takes the column 'answer' first, where it is given the prompt"):
+    with pytest.raises(
+        InputError, match=r"must take the prompt first, as reset\(prompt, \*\*columns\), got the column 'answer'"
+    ):
         draw(talk(small_language, make=takes), answer="a")
 
 
 @pytest.mark.parametrize("message", [{"role": "tool", "content": 3}, {"role": None, "content": "d"}, {"role": "tool"}])
-def test_a_message_without_a_role_or_a_content_in_words_is_told(small_language: Build, message: Any) -> None:
+def test_a_message_without_a_role_or_a_content_is_refused(small_language: Build, message: Any) -> None:
     says = environment(step=lambda m: (message, *GOOD[1:]))
-    with pytest.raises(InputError, match="returned a value of type dict as the observation of step"):
+    with pytest.raises(InputError, match=r"returns from step must be a text, .*, got a value of type dict"):
         draw(talk(small_language, chat=True, make=says), 4, [[{"role": "user", "content": "f"}]])
 
 
-def test_an_environment_that_exits_when_it_is_copied_is_one_that_cannot_be_copied(small_language: Build) -> None:
+def test_an_environment_that_exits_when_copied_cannot_be_copied(small_language: Build) -> None:
     exits = type("Exits", (Parrot,), {"__deepcopy__": lambda self, memo: raises_exit()})
     assert draw(talk(small_language, make=exits)).samples.values == draw(talk(small_language)).samples.values
 
 
-def test_a_conversation_is_held_by_a_language_model_and_only_once(small_language: Build) -> None:
-    with pytest.raises(InputError, match="needs a language model"):
-        Turns("folder", Parrot)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="needs a language model"):
-        talk(small_language).turns(Parrot)
+def test_a_conversation_needs_a_language_model(small_language: Build) -> None:
+    for model in ("folder", talk(small_language)):
+        with pytest.raises(InputError, match=r"^model must be a language model, such as sw.language\(FOLDER\), got"):
+            conversation(model, Parrot)  # type: ignore[arg-type]
 
 
-def test_an_environment_that_answers_otherwise_when_asked_again_is_told(small_language: Build) -> None:
+def test_an_environment_that_changes_its_answer_is_refused(small_language: Build) -> None:
     answers = iter("d e f g h i j k l m n o p q r s t u v w x y z".split() * 100)
 
     class Fickle(Parrot):
@@ -186,7 +228,7 @@ def test_an_environment_that_answers_otherwise_when_asked_again_is_told(small_la
     rows = drawn.trajectories
     row = next(i for i, turns in enumerate(drawn.samples.columns["turns"]) if len(turns) > 1)
     step = int(rows.length[row]) - 1
-    with pytest.raises(InputError, match="has to depend on the prompt and on what it was told alone"):
+    with pytest.raises(InputError, match="must be a function of the prompt and of the messages so far"):
         rollout(process, [Request(drawn.prompts[row], 2, start=(row, step))], Rng(1), so_far=rows)
 
 
@@ -197,19 +239,22 @@ def test_an_environment_that_answers_otherwise_when_asked_again_is_told(small_la
             "{% for m in messages %}{{ m.content }}{% endfor %}{{ raise_exception('no') if messages|length > 1 }}",
             "refuse",
         ),
-        ("{{ messages|length }} {% for m in messages %}{{ m.content }} {% endfor %}", "writes the prompt .* otherwise"),
+        (
+            "{{ messages|length }} {% for m in messages %}{{ m.content }} {% endfor %}",
+            "writes the prompt .* in another way",
+        ),
         (
             "{% for m in messages %}{{ m.content if m.role != 'assistant' }} {% endfor %}",
-            "leaves out what the assistant",
+            "leaves out the assistant's message",
         ),
     ],
     ids=["refuses", "looks ahead", "leaves out"],
 )
-def test_a_template_that_cannot_hold_a_conversation_is_told(
+def test_a_template_that_cannot_hold_a_conversation_is_refused(
     make_model: Any, make_tokenizer: Any, template: str, message: str
 ) -> None:
     tokenizer = make_tokenizer(chat=True)
     tokenizer.chat_template = template
-    process = language(make_model("gpt2"), tokenizer, max_new_tokens=30, eos=OFTEN).turns(Parrot)
+    process = conversation(language(make_model("gpt2"), tokenizer, max_new_tokens=30, eos=OFTEN), Parrot)
     with pytest.raises(InputError, match=message):
         draw(process, 4, [[{"role": "user", "content": "f"}]])

@@ -25,7 +25,7 @@ from stepwell.solver.integrate import sample
 from stepwell.solver.path import PATHS, PREDICTIONS, Linear, Path, path
 from stepwell.solver.table import TABLES, Table, table
 
-LAW = Mixture(
+DATA = Mixture(
     torch.tensor([0.3, 0.5, 0.2]),
     torch.tensor([[-1.5, 0.5], [1.0, 1.0], [0.5, -1.5]]),
     torch.tensor([[[0.3, 0.1], [0.1, 0.2]], [[0.15, -0.05], [-0.05, 0.4]], [[0.25, 0.0], [0.0, 0.25]]]),
@@ -45,38 +45,38 @@ def plane(width: float = 7.0, step: float = 0.05) -> tuple[Tensor, float]:
     return torch.cartesian_prod(axis, axis), step**2
 
 
-def data_by_quadrature(law: Mixture, x: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+def data_by_quadrature(prior: Mixture, x: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
     """E[x_0 | x_t = x] (N, 2) and log p_t(x) (N,) as integrals over x_0."""
     points, area = plane()
-    joint = law.log_density(points) - ((x[:, None] - alpha * points) ** 2).sum(-1) / (2 * sigma**2)
+    joint = prior.log_density(points) - ((x[:, None] - alpha * points) ** 2).sum(-1) / (2 * sigma**2)
     total = joint.logsumexp(1)
     return (joint - total[:, None]).exp() @ points, total + math.log(area) - math.log(2 * math.pi * sigma**2)
 
 
-# the law
+# the mixture
 
 
 def test_the_density_is_that_of_the_components():
     logs = [
         math.log(w) + torch.distributions.MultivariateNormal(m, covariance_matrix=s).log_prob(X)
-        for w, m, s in zip(LAW.weights, LAW.means, LAW.covariances, strict=True)
+        for w, m, s in zip(DATA.weights, DATA.means, DATA.covariances, strict=True)
     ]
-    torch.testing.assert_close(LAW.log_density(X), torch.stack(logs).logsumexp(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(DATA.log_density(X), torch.stack(logs).logsumexp(0), rtol=1e-12, atol=0)
 
 
 def test_moments_are_integrals_of_the_density():
     points, area = plane()
-    density = LAW.log_density(points).exp() * area
+    density = DATA.log_density(points).exp() * area
     mean = density @ points
-    torch.testing.assert_close(LAW.mean, mean, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(LAW.covariance, (density[:, None] * (points - mean)).mT @ (points - mean))
+    torch.testing.assert_close(DATA.mean, mean, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(DATA.covariance, (density[:, None] * (points - mean)).mT @ (points - mean))
 
 
 def test_samples_have_the_moments_within_four_standard_errors():
-    drawn = LAW.sample(20_000, Rng(0))
+    drawn = DATA.sample(20_000, Rng(0))
     features = torch.cat([drawn, drawn**2, drawn.prod(1, keepdim=True)], 1)
-    second = LAW.covariance + LAW.mean[:, None] * LAW.mean
-    exact = torch.cat([LAW.mean, second.diagonal(), second[0, 1:]])
+    second = DATA.covariance + DATA.mean[:, None] * DATA.mean
+    exact = torch.cat([DATA.mean, second.diagonal(), second[0, 1:]])
     assert bool(((features.mean(0) - exact).abs() < 4 * features.std(0) / 20_000**0.5).all())
 
 
@@ -84,58 +84,58 @@ def test_samples_have_the_moments_within_four_standard_errors():
 @pytest.mark.parametrize("t", [0.3, 0.6, 0.9])
 def test_predictions_and_marginals_are_integrals_over_the_data(name: str, t: float):
     on = on_path(name)
-    data, log_marginal = data_by_quadrature(LAW, X, on.alpha(t), on.sigma(t))
-    torch.testing.assert_close(LAW.predict(X, t, on, "data"), data, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(LAW.marginal(on, t).log_density(X), log_marginal, rtol=1e-9, atol=1e-9)
+    data, log_marginal = data_by_quadrature(DATA, X, on.alpha(t), on.sigma(t))
+    torch.testing.assert_close(DATA.predict(X, t, on, "data"), data, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(DATA.marginal(on, t).log_density(X), log_marginal, rtol=1e-9, atol=1e-9)
     for kind in PREDICTIONS:
         expected = on.convert(data, X, t, "data", kind)
-        torch.testing.assert_close(LAW.predict(X, t, on, kind), expected, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(DATA.predict(X, t, on, kind), expected, rtol=1e-8, atol=1e-8)
 
 
 def test_a_planted_isotropic_posterior_is_seen():
     """The usual slip: the noise is added to the variances, but the covariances are taken for round ones."""
-    spread = LAW.covariances.diagonal(dim1=1, dim2=2).mean(1)
-    round_law = Mixture(LAW.weights, LAW.means, spread[:, None, None] * torch.eye(2))
-    data, _ = data_by_quadrature(LAW, X, 0.4, 0.6)
-    assert float((round_law.predict(X, 0.6, Linear(), "data") - data).abs().max()) > 0.01
+    spread = DATA.covariances.diagonal(dim1=1, dim2=2).mean(1)
+    round_mixture = Mixture(DATA.weights, DATA.means, spread[:, None, None] * torch.eye(2))
+    data, _ = data_by_quadrature(DATA, X, 0.4, 0.6)
+    assert float((round_mixture.predict(X, 0.6, Linear(), "data") - data).abs().max()) > 0.01
 
 
 @pytest.mark.parametrize("name", PATHS)
 def test_the_score_is_the_gradient_of_the_marginal(name: str):
     on, x = on_path(name), X.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(LAW.marginal(on, 0.4).log_density(x).sum(), x)
-    torch.testing.assert_close(LAW.predict(X, 0.4, on, "score"), gradient, rtol=1e-10, atol=1e-10)
+    (gradient,) = torch.autograd.grad(DATA.marginal(on, 0.4).log_density(x).sum(), x)
+    torch.testing.assert_close(DATA.predict(X, 0.4, on, "score"), gradient, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", PATHS)
 def test_predictions_exist_at_both_ends_and_are_the_limits(name: str):
     on = on_path(name)
     for kind, end in itertools.product(PREDICTIONS, (0.0, 1.0)):
-        at = LAW.predict(X, end, on, kind)
-        gaps = [float((LAW.predict(X, abs(end - step), on, kind) - at).abs().max()) for step in (1e-4, 1e-6)]
+        at = DATA.predict(X, end, on, kind)
+        gaps = [float((DATA.predict(X, abs(end - step), on, kind) - at).abs().max()) for step in (1e-4, 1e-6)]
         assert gaps[1] <= 0.11 * gaps[0] + 1e-6  # at least as the root of the step, as sigma goes on the VP paths
-    torch.testing.assert_close(LAW.predict(X, 0.0, on, "data"), X)
-    assert float(LAW.predict(X, 0.0, on, "noise").abs().max()) == 0.0
+    torch.testing.assert_close(DATA.predict(X, 0.0, on, "data"), X)
+    assert float(DATA.predict(X, 0.0, on, "noise").abs().max()) == 0.0
 
 
 def test_at_pure_noise_the_data_is_the_mean():
-    torch.testing.assert_close(LAW.predict(X, 1.0, Linear(), "data"), LAW.mean.expand(3, 2))
-    torch.testing.assert_close(LAW.predict(X, 1.0, Linear()), X - LAW.mean)
+    torch.testing.assert_close(DATA.predict(X, 1.0, Linear(), "data"), DATA.mean.expand(3, 2))
+    torch.testing.assert_close(DATA.predict(X, 1.0, Linear()), X - DATA.mean)
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
 @pytest.mark.parametrize("name", PATHS)
 def test_each_row_may_have_a_time_of_its_own(name: str, kind: str):
     times = torch.tensor([0.0, 0.35, 1.0], dtype=torch.float64)
-    found = LAW.predict(X, times, on_path(name), kind)
-    each = [LAW.predict(X[i : i + 1], float(times[i]), on_path(name), kind)[0] for i in range(3)]
+    found = DATA.predict(X, times, on_path(name), kind)
+    each = [DATA.predict(X[i : i + 1], float(times[i]), on_path(name), kind)[0] for i in range(3)]
     torch.testing.assert_close(found, torch.stack(each), rtol=1e-9, atol=1e-9)
 
 
 def test_predictions_keep_the_kind_of_number_and_pass_gradients():
-    assert LAW.predict(X.float(), torch.full((3,), 0.5), Linear()).dtype == torch.float32
+    assert DATA.predict(X.float(), torch.full((3,), 0.5), Linear()).dtype == torch.float32
     assert torch.autograd.gradcheck(
-        lambda x: LAW.predict(x, torch.tensor([0.1, 0.5, 1.0]), Linear()), X.clone().requires_grad_()
+        lambda x: DATA.predict(x, torch.tensor([0.1, 0.5, 1.0]), Linear()), X.clone().requires_grad_()
     )
 
 
@@ -145,10 +145,10 @@ def test_the_posterior_obeys_bayes(name: str):
     alpha, sigma = on.alpha(t), on.sigma(t)
     for x in X:
         noise = torch.distributions.Normal(alpha * points, sigma).log_prob(x).sum(1)
-        expected = LAW.log_density(points) + noise - LAW.marginal(on, t).log_density(x[None])
-        posterior = LAW.posterior(x, on, t)
+        expected = DATA.log_density(points) + noise - DATA.marginal(on, t).log_density(x[None])
+        posterior = DATA.posterior(x, on, t)
         torch.testing.assert_close(posterior.log_density(points), expected, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(posterior.mean, LAW.predict(x[None], t, on, "data")[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(posterior.mean, DATA.predict(x[None], t, on, "data")[0], rtol=1e-9, atol=1e-9)
 
 
 # tilts
@@ -158,41 +158,41 @@ def test_the_posterior_obeys_bayes(name: str):
 def test_a_tilt_has_the_tilted_density_and_its_evidence(q: list[list[float]]):
     """All is said by one identity in x, as the densities on both sides integrate to 1."""
     b, quadratic = torch.tensor([0.7, -1.1], dtype=torch.float64), torch.tensor(q, dtype=torch.float64)
-    law, log_evidence = LAW.tilted(b, quadratic)
-    expected = LAW.log_density(X) + X @ b - 0.5 * ((X @ quadratic) * X).sum(1) - log_evidence
-    torch.testing.assert_close(law.log_density(X), expected, rtol=1e-10, atol=1e-10)
+    tilted, log_evidence = DATA.tilted(b, quadratic)
+    expected = DATA.log_density(X) + X @ b - 0.5 * ((X @ quadratic) * X).sum(1) - log_evidence
+    torch.testing.assert_close(tilted.log_density(X), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_tilts_add_up():
     b, q = torch.tensor([0.7, -1.1]), torch.tensor([[2.0, 0.5], [0.5, 1.0]])
-    once, first = LAW.tilted(b, q)
+    once, first = DATA.tilted(b, q)
     twice, second = once.tilted(b, q)
-    both, total = LAW.tilted(2 * b, 2 * q)
+    both, total = DATA.tilted(2 * b, 2 * q)
     assert first + second == pytest.approx(total, rel=1e-12)
     torch.testing.assert_close(twice.log_density(X), both.log_density(X), rtol=1e-10, atol=1e-10)
 
 
 def test_a_law_that_cannot_be_normalised_is_refused():
-    narrow = float(torch.linalg.eigvalsh(LAW.covariances).max())
+    narrow = float(torch.linalg.eigvalsh(DATA.covariances).max())
     just = torch.eye(2) / narrow
-    LAW.tilted(torch.zeros(2), -0.999 * just)
+    DATA.tilted(torch.zeros(2), -0.999 * just)
     for factor in (1.0 + 1e-9, 5.0):
         with pytest.raises(InputError, match="cannot be normalised"):
-            LAW.tilted(torch.zeros(2), -factor * just)
+            DATA.tilted(torch.zeros(2), -factor * just)
 
 
 def test_the_optimum_has_the_reward_and_kl_of_its_density_and_beats_all_other_tilts():
     reward, beta = Quadratic(TARGET, 0.8), 0.6
-    best = reward.optimum(LAW, beta)
+    best = reward.optimum(DATA, beta)
     points, area = plane()
-    density = best.law.log_density(points).exp() * area
-    kl = float(density @ (best.law.log_density(points) - LAW.log_density(points)))
+    density = best.distribution.log_density(points).exp() * area
+    kl = float(density @ (best.distribution.log_density(points) - DATA.log_density(points)))
     assert best.reward == pytest.approx(float(density @ reward.value(points)), rel=1e-9)
     assert best.kl == pytest.approx(kl, rel=1e-9)
     assert best.value == pytest.approx(best.reward - beta * best.kl, rel=1e-12)
-    assert reward.expected(LAW) < best.value
+    assert reward.expected(DATA) < best.value
     for other in (0.3, 0.5, 0.7, 1.5):
-        found = reward.optimum(LAW, other)
+        found = reward.optimum(DATA, other)
         assert found.reward - beta * found.kl < best.value
 
 
@@ -279,7 +279,7 @@ def test_gradients_of_the_expected_reward_go_through_the_moments():
 
 def optimised(solver: Table, steps: int, reward: Quadratic, beta: float) -> float:
     """The mean of the samples once the affine changes of all random steps maximise E[r] - beta KL of the whole path."""
-    law = Mixture(torch.ones(1), torch.tensor([[0.5]]), torch.tensor([[[0.8]]]))
+    gauss = Mixture(torch.ones(1), torch.tensor([[0.5]]), torch.tensor([[[0.8]]]))
     times = grid.uniform(steps, Linear())
     rows = [coefficients(Linear(), solver, (time,), target) for time, target in itertools.pairwise(times)]
     random = [place for place, row in enumerate(rows) if row.noise > 0]
@@ -291,7 +291,7 @@ def optimised(solver: Table, steps: int, reward: Quadratic, beta: float) -> floa
         return keep[place] * slopes[place], keep[place] * shifts[place]
 
     def value() -> tuple[Tensor, Tensor]:
-        means, covariances = chain_moments(law, Linear(), solver, times, change)
+        means, covariances = chain_moments(gauss, Linear(), solver, times, change)
         kl = torch.zeros((), dtype=torch.float64)
         for place in random:
             weight = rows[place].weights[0] * (1.0 if rows[place].predicts == "velocity" else times[place])
@@ -316,7 +316,7 @@ def test_a_chain_that_forgets_its_noise_is_tilted_by_the_best_control_and_one_th
     arXiv 2409.08861): of ancestral noise the gap falls as 1 / n, of a constant diffusion of 0.7 it stays."""
     reward, beta = Quadratic(torch.tensor([2.0])), 0.5
     start = Mixture(torch.ones(1), torch.tensor([[0.5]]), torch.tensor([[[0.8]]]))
-    tilt = float(reward.optimum(start, beta).law.mean)
+    tilt = float(reward.optimum(start, beta).distribution.mean)
     gaps = {
         name: [abs(optimised(table(name).replace(level=level), steps, reward, beta) - tilt) for steps in (8, 16)]
         for name, level in (("ddpm", 1.0), ("sde-dance", 0.7))
@@ -353,14 +353,14 @@ def test_the_flow_map_carries_marginals_to_marginals_and_composes():
 
 
 def test_the_distance_of_one_sample_is_a_closed_form():
-    """All of the law goes to one point y: (|y - m|^2 + trace C) / 2, as even directions average u u' to 1 / 2."""
+    """All of the mixture goes to one point y: (|y - m|^2 + trace C) / 2, as even directions average u u' to 1 / 2."""
     y = torch.tensor([[0.4, -1.0]], dtype=torch.float64)
-    exact = math.sqrt(0.5 * float(((y[0] - LAW.mean) ** 2).sum() + LAW.covariance.trace()))
-    assert sliced_wasserstein(y, LAW) == pytest.approx(exact, rel=1e-12)
+    exact = math.sqrt(0.5 * float(((y[0] - DATA.mean) ** 2).sum() + DATA.covariance.trace()))
+    assert sliced_wasserstein(y, DATA) == pytest.approx(exact, rel=1e-12)
 
 
 def test_the_distance_in_one_dimension_is_an_integral_over_quantiles():
-    law = Mixture(torch.tensor([0.3, 0.7]), torch.tensor([[-2.0], [1.0]]), torch.tensor([[[0.2]], [[0.5]]]))
+    two = Mixture(torch.tensor([0.3, 0.7]), torch.tensor([[-2.0], [1.0]]), torch.tensor([[[0.2]], [[0.5]]]))
     samples = torch.tensor([[-1.7], [0.1], [2.0]], dtype=torch.float64)
 
     low, high = NormalDist(-2.0, 0.2**0.5), NormalDist(1.0, 0.5**0.5)
@@ -372,26 +372,26 @@ def test_the_distance_in_one_dimension_is_an_integral_over_quantiles():
         quad(lambda u, i=i: (float(samples[i]) - quantile(u)) ** 2, i / 3, (i + 1) / 3, epsabs=1e-7)[0]
         for i in range(3)
     ]
-    assert sliced_wasserstein(samples[torch.tensor([2, 0, 1])], law) == pytest.approx(sum(parts) ** 0.5, abs=1e-6)
+    assert sliced_wasserstein(samples[torch.tensor([2, 0, 1])], two) == pytest.approx(sum(parts) ** 0.5, abs=1e-6)
 
 
 def test_the_order_of_samples_and_a_turn_by_one_direction_change_nothing():
-    drawn, turn = LAW.sample(50, Rng(1)), torch.tensor([[0.0, -1.0], [1.0, 0.0]]).double()
-    turned = Mixture(LAW.weights, LAW.means @ turn.mT, turn @ LAW.covariances @ turn.mT)
-    assert sliced_wasserstein(drawn.flip(0), LAW) == pytest.approx(sliced_wasserstein(drawn, LAW), rel=1e-12)
-    assert sliced_wasserstein(drawn @ turn.mT, turned) == pytest.approx(sliced_wasserstein(drawn, LAW), rel=1e-10)
+    drawn, turn = DATA.sample(50, Rng(1)), torch.tensor([[0.0, -1.0], [1.0, 0.0]]).double()
+    turned = Mixture(DATA.weights, DATA.means @ turn.mT, turn @ DATA.covariances @ turn.mT)
+    assert sliced_wasserstein(drawn.flip(0), DATA) == pytest.approx(sliced_wasserstein(drawn, DATA), rel=1e-12)
+    assert sliced_wasserstein(drawn @ turn.mT, turned) == pytest.approx(sliced_wasserstein(drawn, DATA), rel=1e-10)
 
 
 def test_perfect_samples_are_at_the_floor_and_other_laws_above_it():
     count, repeats = 1600, 50
-    floor, error = sampling_floor(LAW, count, Rng(2), repeats=repeats)
+    floor, error = sampling_floor(DATA, count, Rng(2), repeats=repeats)
     spread = error * repeats**0.5
-    again = sampling_floor(LAW, count, Rng(3), repeats=repeats)
+    again = sampling_floor(DATA, count, Rng(3), repeats=repeats)
     assert abs(again[0] - floor) < 4 * math.hypot(error, again[1])
-    wrong_weights = Mixture(torch.tensor([0.5, 0.3, 0.2]), LAW.means, LAW.covariances)
-    moved = Mixture(LAW.weights, LAW.means + 0.2, LAW.covariances)
-    for law in (wrong_weights, moved):
-        assert sliced_wasserstein(law.sample(count, Rng(4)), LAW) > floor + 4 * spread
+    wrong_weights = Mixture(torch.tensor([0.5, 0.3, 0.2]), DATA.means, DATA.covariances)
+    moved = Mixture(DATA.weights, DATA.means + 0.2, DATA.covariances)
+    for other in (wrong_weights, moved):
+        assert sliced_wasserstein(other.sample(count, Rng(4)), DATA) > floor + 4 * spread
 
 
 def test_the_floor_of_one_gaussian_falls_with_the_root_of_the_count():
@@ -401,15 +401,17 @@ def test_the_floor_of_one_gaussian_falls_with_the_root_of_the_count():
 
 
 def test_a_planted_midpoint_quantile_is_seen(monkeypatch):
-    """What others do, quantiles at (i - 1/2) / n, is not the distance: at n = 1 it loses the law's whole spread."""
+    """What others do, quantiles at (i - 1/2) / n, is not the distance: at n = 1 it loses the mixture's whole spread."""
 
-    def planted(law: Mixture, count: int, directions: int) -> tuple[Tensor, Tensor]:
-        axes = distance._axes(law.dimension, directions)
-        return (axes @ law.mean)[:, None], (axes @ law.mean) ** 2
+    def planted(target: Mixture, count: int, directions: int) -> tuple[Tensor, Tensor]:
+        axes = distance._axes(target.dimension, directions)
+        return (axes @ target.mean)[:, None], (axes @ target.mean) ** 2
 
     monkeypatch.setattr(distance, "_quantile_integrals", planted)
     y = torch.tensor([[0.4, -1.0]], dtype=torch.float64)
-    assert sliced_wasserstein(y, LAW) ** 2 < 0.5 * float(((y[0] - LAW.mean) ** 2).sum() + LAW.covariance.trace()) - 0.1
+    assert (
+        sliced_wasserstein(y, DATA) ** 2 < 0.5 * float(((y[0] - DATA.mean) ** 2).sum() + DATA.covariance.trace()) - 0.1
+    )
 
 
 # what is wrong
@@ -417,20 +419,20 @@ def test_a_planted_midpoint_quantile_is_seen(monkeypatch):
 
 ONE = torch.ones(1)
 BAD: list[tuple[str, Callable[[], object]]] = [
-    ("shapes are", lambda: Mixture(ONE, torch.zeros(2), torch.eye(2))),
-    ("do not fit", lambda: Mixture(torch.ones(2) / 2, torch.zeros(1, 2), torch.eye(2)[None])),
+    ("shapes must be", lambda: Mixture(ONE, torch.zeros(2), torch.eye(2))),
+    ("as many as its means, 1, got 2", lambda: Mixture(torch.ones(2) / 2, torch.zeros(1, 2), torch.eye(2)[None])),
     ("add up to 1", lambda: Mixture(0.5 * ONE, torch.zeros(1, 2), torch.eye(2)[None])),
     ("finite", lambda: Mixture(ONE, torch.full((1, 2), math.nan), torch.eye(2)[None])),
     ("symmetric", lambda: Mixture(ONE, torch.zeros(1, 2), torch.tensor([[[1.0, 0.5], [0.0, 1.0]]]))),
     ("positive definite", lambda: Mixture(ONE, torch.zeros(1, 2), torch.tensor([[[1.0, 2.0], [2.0, 1.0]]]))),
-    ("2-D mixture", lambda: LAW.predict(torch.zeros(3, 1), 0.5, Linear())),
-    ("one each", lambda: LAW.predict(X, torch.ones(2), Linear())),
-    ("no density", lambda: LAW.posterior(X[0], Linear(), 0.0)),
-    ("is \\(D,\\)", lambda: LAW.tilted(torch.zeros(1), torch.eye(2))),
-    ("above 0", lambda: Quadratic(TARGET).optimum(LAW, 0.0)),
-    ("3 components", lambda: flow_map(LAW, Linear(), 1.0, 0.0)),
+    ("must be .N, 2., states of this mixture", lambda: DATA.predict(torch.zeros(3, 1), 0.5, Linear())),
+    ("one time a state", lambda: DATA.predict(X, torch.ones(2), Linear())),
+    ("t must be above 0", lambda: DATA.posterior(X[0], Linear(), 0.0)),
+    ("must be .2,. and .2, 2., got .1,. and", lambda: DATA.tilted(torch.zeros(1), torch.eye(2))),
+    ("above 0", lambda: Quadratic(TARGET).optimum(DATA, 0.0)),
+    ("3 components", lambda: flow_map(DATA, Linear(), 1.0, 0.0)),
     ("several predictions", lambda: chain_moments(GAUSS, Linear(), table("heun"), (1.0, 0.0))),
-    ("Samples of", lambda: sliced_wasserstein(torch.zeros(3, 1), LAW)),
+    ("samples must be .n, 2., got .3, 1.", lambda: sliced_wasserstein(torch.zeros(3, 1), DATA)),
     (
         "1 or 2 dimensions",
         lambda: sliced_wasserstein(torch.zeros(3, 3), Mixture(ONE, torch.zeros(1, 3), torch.eye(3)[None])),
@@ -446,4 +448,4 @@ def test_wrong_input_is_refused_in_one_sentence(said: str, wrong: Callable[[], o
 
 def test_an_unknown_prediction_is_named():
     with pytest.raises(UnknownName, match="velocity"):
-        LAW.predict(X, 0.5, Linear(), "velocty")
+        DATA.predict(X, 0.5, Linear(), "velocty")

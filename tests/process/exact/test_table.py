@@ -14,7 +14,7 @@ from stepwell.process.exact.table import TabularLanguage, conditioned, markov
 from stepwell.rng import Rng
 from stepwell.sampling.request import Prompt, Request
 from stepwell.sampling.rollout import rollout
-from stepwell.trajectories import pad_steps
+from stepwell.trajectories import make, pad_steps
 
 SHAPES = [
     {"symbols": 3, "length": 3, "order": 1},
@@ -25,16 +25,22 @@ SHAPES = [
 ]
 
 
+def context_by_hand(model, text):
+    """The index of the context that a text leads to, written out symbol by symbol."""
+    before = [model.symbols] * model.order + list(text)
+    code = 0
+    for symbol in before[len(before) - model.order :]:
+        code = code * (model.symbols + 1) + symbol
+    return code
+
+
 def by_hand(model, text, prompt=0):
-    """p(text) as a product of table entries, with the contexts written out symbol by symbol."""
-    answer = 1.0
+    """p(text) as a product of table entries."""
+    probability = 1.0
     for step, symbol in enumerate(text):
-        before = [model.symbols] * model.order + list(text[:step])
-        code = 0
-        for one in before[len(before) - model.order :]:
-            code = code * (model.symbols + 1) + one
-        answer *= float(model.logits[prompt, code].detach().softmax(-1)[symbol])
-    return answer
+        row = model.logits[prompt, context_by_hand(model, text[:step])]
+        probability *= float(row.detach().softmax(-1)[symbol])
+    return probability
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -137,9 +143,8 @@ def forbidding():
 def test_impossible_symbols_make_no_number_undefined():
     model = forbidding()
     assert float(model.string_probabilities().detach().sum()) == pytest.approx(1.0)
-    model.reference = forbidding()
     rows = pad_steps(model.trajectories()[torch.tensor([3, 10])], 5)
-    scores = model.score(rows, TabularLanguage.offers)
+    scores = model.score(rows, TabularLanguage.offers, reference=forbidding())
     for need in ("log_prob", "entropy", "value", "sum_of_squares", "kl"):
         assert not scores[need].isnan().any(), need
         assert not scores[need][:, 3:].any(), need
@@ -150,9 +155,8 @@ def test_impossible_symbols_make_no_number_undefined():
 
 def test_what_a_method_may_need_is_what_the_definition_says():
     model, reference = markov(symbols=3, length=2, seed=1), markov(symbols=3, length=2, seed=2)
-    model.reference = reference
     rows = model.trajectories()
-    scores = model.score(rows, {"entropy", "kl", "sum_of_squares", "logits", "value"})
+    scores = model.score(rows, {"entropy", "kl", "sum_of_squares", "logits", "value"}, reference=reference)
     p, q = scores["logits"].exp(), reference.score(rows, {"logits"})["logits"].exp()
     mask = rows.mask
     torch.testing.assert_close(p.sum(-1), torch.ones_like(p[..., 0]))
@@ -182,6 +186,71 @@ def test_the_values_are_parameters_looked_up_by_prompt_and_context():
     assert model.score(rows, {"value"})["value"][0].tolist() == [value[1, 3], value[1, 1]]  # 3: before the string
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_final_value_is_that_of_the_context_after_the_last_symbol(shape):
+    """Rows of every length, of two prompts, with anything in what is padding."""
+    plain = markov(**shape, prompts=2)
+    value = Rng(1).normal(2, plain.contexts, dtype=torch.float64)
+    model = TabularLanguage(plain.logits.detach(), plain.length, shape["order"], plain.end, value)
+    texts = [text[:length] for text in model.strings() for length in range(len(text) + 1)]
+    prompts = [row % 2 for row in range(len(texts))]
+    action = torch.full((len(texts), model.length), 1)
+    mask = torch.zeros(action.shape, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        action[row, : len(text)], mask[row, : len(text)] = torch.tensor(text, dtype=torch.long), True
+    rows = conditioned(make(action, torch.zeros(mask.shape, dtype=torch.float64), mask), prompts)
+    expected = [float(value[prompt, context_by_hand(model, text)]) for prompt, text in zip(prompts, texts, strict=True)]
+    assert model.score(rows, {"final_value"})["final_value"].tolist() == expected
+    assert model.score(pad_steps(rows, model.length + 2), {"final_value"})["final_value"].tolist() == expected
+
+
+def test_a_planted_final_value_of_the_last_symbols_own_context_is_another():
+    value = torch.arange(8.0).reshape(2, 4)
+    model = TabularLanguage(torch.zeros(2, 4, 3), 2, value=value)
+    rows = model.trajectories()[torch.tensor([model.strings().index((1, 2))])]
+    scores = model.score(rows, {"value", "final_value"})
+    assert scores["final_value"].tolist() == [value[0, 2]]  # after the 2
+    assert scores["value"][0, -1] == value[0, 1]  # before it
+
+
+# rows that are done
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_rows_that_are_done_stay_as_they_are_and_the_others_go_on(end):
+    """With an end symbol rows are done early; without, all at once, when their texts are full."""
+    model = markov(symbols=3, length=4, order=2, end=end)
+    state, rng = model.start([0] * 40, Rng(0)), Rng(1)
+    for position in range(model.length):
+        done, texts = state.done, state.text
+        assert bool(done.any()) == (end and position > 0)
+        before = model.finish(state).values
+        action = model.propose(state).sample(rng)
+        action[done] = 1 + action[done] % 2  # a done row is handed a symbol that would show
+        state = model.advance(state, action, rng)
+        assert torch.equal(state.text[done], texts[done])
+        assert torch.equal(state.text[~done, position], action[~done])
+        assert torch.equal(state.text[~done, :position], texts[~done, :position])
+        assert state.position == position + 1
+        over = torch.full((40,), position + 1 == model.length) | ((action == 0) & torch.tensor(end))
+        assert torch.equal(state.done, done | over)
+        after = model.finish(state).values
+        assert all(after[row] == before[row] for row in done.nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_a_state_in_which_all_rows_are_done_is_handed_back(end):
+    model = markov(symbols=3, length=2, end=end)
+    state = model.start([0, 0], Rng(0))
+    for symbols in ([1, 2], [2, 0]):
+        state = model.advance(state, torch.tensor(symbols), Rng(0))
+    assert state.done.all()
+    again = model.advance(state, model.propose(state).sample(Rng(0)), Rng(0))
+    assert torch.equal(again.text, state.text)
+    assert again.position == state.position
+    assert model.finish(again).values == [(1, 2), (2, 0)]
+
+
 def test_the_same_rows_score_under_another_prompt_as_if_drawn_there():
     model = markov(prompts=2)
     rows = conditioned(model.trajectories(0), [1] * len(model.strings()))
@@ -189,7 +258,7 @@ def test_the_same_rows_score_under_another_prompt_as_if_drawn_there():
 
 
 def test_a_table_of_the_wrong_size_is_refused():
-    with pytest.raises(ValueError, match="16 are right for order 2"):
+    with pytest.raises(ValueError, match="must have 16 contexts for order 2, got 4"):
         TabularLanguage(torch.zeros(1, 4, 3), 4, order=2)
 
 

@@ -1,4 +1,4 @@
-"""What a flow is made of: a mistake in it is one sentence, where it was made; half precision keeps its densities."""
+"""Checks of the parts of a flow: a mistake is one sentence, where it was made; half precision keeps its densities."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def to_one(x, t):
     return (x - 1) / t
 
 
-def told(x, t, label):
+def to_label(x, t, label):
     return (x - label.reshape(-1, 1)) / t
 
 
@@ -36,25 +36,31 @@ class Net(nn.Module):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"shape": 2}, "The shape of one sample is 2"),
-        ({"shape": (0,)}, r"The shape of one sample is \(0,\)"),
-        ({"shape": (2.5,)}, r"The shape of one sample is \(2.5,\)"),
-        ({"shape": "ab"}, "The shape of one sample is 'ab'"),
-        ({"path": 3}, "path is a name or a Path, not 3"),
-        ({"dtype": "float16"}, "dtype is 'float16'"),
-        ({"dtype": torch.int64}, "dtype is torch.int64"),
-        ({"encode": 5}, "encode is a function, not a int"),
-        ({"decode": 5}, "decode is a function, not a int"),
-        ({"times": 0.5}, "times are 0.5; falling numbers"),
-        ({"times": [1, 0], "steps": 5}, "or the steps and shift to make one, not both"),
-        ({"times": [1, 0], "shift": 3.0}, "or the steps and shift to make one, not both"),
-        ({"shift": float("inf")}, "a positive factor, not inf"),
-        ({"shift": "x"}, "shift is 'x'; a number is right"),
-        ({"guidance": "x"}, "guidance is 'x'; a number is right"),
+        ({"shape": 2}, "shape must be the sizes of one sample, .* got 2"),
+        ({"shape": (0,)}, r"shape must be the sizes of one sample, .* got \(0,\)"),
+        ({"shape": (2.5,)}, r"shape must be the sizes of one sample, .* got \(2.5,\)"),
+        ({"shape": "ab"}, "shape must be the sizes of one sample, .* got 'ab'"),
+        ({"path": 3}, "path must be a name or a Path, got 3"),
+        ({"dtype": "float16"}, "dtype must be a floating one .* got 'float16'"),
+        ({"dtype": torch.int64}, "dtype must be a floating one .* got torch.int64"),
+        ({"encode": 5}, "encode must be a function, got a int"),
+        ({"decode": 5}, "decode must be a function, got a int"),
+        ({"times": 0.5}, "times must be falling numbers, got 0.5"),
+        ({"times": [1, 0], "steps": 5}, "times cannot be given beside steps or shift"),
+        ({"times": [1, 0], "shift": 3.0}, "times cannot be given beside steps or shift"),
+        ({"shift": float("inf")}, "time shift must be positive and finite, got inf"),
+        ({"shift": "x"}, "shift must be a number, got 'x'"),
+        ({"guidance": "x"}, "guidance must be a number, got 'x'"),
         ({"unconditional": {"label": torch.zeros(1)}}, "give `encode` as well"),
-        ({"encode": "label", "unconditional": torch.zeros(1)}, "`unconditional` is a Tensor"),
-        ({"encode": "label", "unconditional": {"label": 0}}, "`unconditional` has a int as its 'label'"),
-        ({"encode": "label", "unconditional": {"label": torch.zeros(3)}}, r"of shape \(3,\) as its 'label'"),
+        ({"encode": "label", "unconditional": torch.zeros(1)}, "unconditional must be a dictionary .* got a Tensor"),
+        (
+            {"encode": "label", "unconditional": {"label": 0}},
+            r"unconditional\['label'\] must be a tensor with one row, got a int",
+        ),
+        (
+            {"encode": "label", "unconditional": {"label": torch.zeros(3)}},
+            r"\['label'\] must be a tensor with one row, got a tensor of shape \(3,\)",
+        ),
     ],
 )
 def test_what_a_flow_cannot_be_made_of_is_said_in_one_sentence(change, said):
@@ -65,12 +71,12 @@ def test_what_a_flow_cannot_be_made_of_is_said_in_one_sentence(change, said):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ({"level": "x"}, "level is 'x'"),
-        ({"stride": 3}, "stride is 3"),
-        ({"tail": (5, 2)}, r"tail is \(5, 2\)"),
+        ({"level": "x"}, "level must be a number, got 'x'"),
+        ({"stride": 3}, r"stride must be \(step, stride\): .* got 3"),
+        ({"tail": (5, 2)}, r"tail must be \(step, solver, steps\): .* got \(5, 2\)"),
     ],
 )
-def test_what_a_law_cannot_be_set_to_is_said_in_one_sentence(setting, said):
+def test_what_a_sampler_cannot_be_set_to_is_said_in_one_sentence(setting, said):
     with pytest.raises(InputError, match=said):
         sw.flow(to_one, (2,), solver="sde-flow").with_sampler(**setting)
 
@@ -79,21 +85,27 @@ def test_what_a_law_cannot_be_set_to_is_said_in_one_sentence(setting, said):
     ("settings", "said"),
     [
         ({"encode": lambda prompts: torch.zeros(len(prompts))}, "a dictionary of tensors, one row a prompt"),
-        ({"encode": lambda prompts: {"label": [1]}}, "gave a list as 'label' for 1 prompts"),
-        ({"encode": lambda prompts: {"label": torch.tensor(1.0)}}, r"of shape \(\) as 'label'"),
-        ({"encode": "label", "unconditional": {"d": torch.zeros(1)}}, "encode gives label and `unconditional` has d"),
-        ({"encode": "label", "decode": lambda x: x[:1]}, r"decode gave a tensor of shape \(1, 2\) for 2 states"),
-        ({"encode": "label", "decode": lambda x: None}, "decode gave a NoneType for 2 states"),
+        ({"encode": lambda prompts: {"label": [1]}}, "one row a prompt as 'label', got a list for 1 prompts"),
+        ({"encode": lambda prompts: {"label": torch.tensor(1.0)}}, r"as 'label', got a tensor of shape \(\)"),
+        (
+            {"encode": "label", "unconditional": {"d": torch.zeros(1)}},
+            "must have the names that encode returns, label, got d",
+        ),
+        (
+            {"encode": "label", "decode": lambda x: x[:1]},
+            r"decode must return .* got a tensor of shape \(1, 2\) for 2 states",
+        ),
+        ({"encode": "label", "decode": lambda x: None}, "decode must return .* got a NoneType for 2 states"),
     ],
 )
 def test_what_the_users_functions_return_is_checked(settings, said):
     with pytest.raises(InputError, match=said):
-        sw.sample(sw.flow(told, (2,), **settings), [1], 2)
+        sw.sample(sw.flow(to_label, (2,), **settings), [1], 2)
 
 
 @pytest.mark.parametrize("kind", [torch.int64, torch.complex64])
 def test_predictions_are_floating_point_numbers(kind):
-    with pytest.raises(InputError, match=f"numbers of type {kind}"):
+    with pytest.raises(InputError, match=f"must return floating point numbers, got {kind}"):
         sw.sample(sw.flow(lambda x, t: x.to(kind), (2,)), None, 1)
 
 
@@ -167,13 +179,13 @@ def test_a_frozen_twin_may_be_scored_with_gradients_on():
 
 @pytest.mark.parametrize("method", ["tempflow-grpo", "g2rpo"])
 def test_children_that_have_no_sibling_are_refused(method):
-    with pytest.raises(InputError, match="The group size is 1, but GroupCredit compares"):
+    with pytest.raises(InputError, match="must be at least 2 for GroupCredit, which compares"):
         sw.train(sw.flow(Net(), (2,)), [None], bright, method, steps=1, group_size=1)
 
 
 @pytest.mark.parametrize("method", ["ddpo-sf", "ddpo-is", "loop", "b2-diffurl", "ctrl", "spo", "g2rpo", "flow-grpo"])
-def test_a_method_of_random_steps_refuses_a_law_that_has_none(method):
+def test_a_method_of_random_steps_refuses_a_sampler_that_has_none(method):
     with pytest.raises(InputError):
         sw.train(sw.flow(Net(), (2,)), [None], bright, method, options={"steps": 1}, steps=1)
-    with pytest.raises(InputError, match="trains 5 or more that are: steps=5 are too few"):
+    with pytest.raises(InputError, match="steps must be at least 6, got 5: this method trains 5 random steps"):
         sw.methods.get("g2rpo").recipe(steps=5, branches=5)

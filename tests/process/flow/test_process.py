@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from stepwell import check
 from stepwell.check import expectation
+from stepwell.check.tolerance import rounding
 from stepwell.distributions import Gaussian, Point
 from stepwell.errors import InputError, LawBroken, UnknownName
-from stepwell.process.flow.process import Flow, flow
+from stepwell.process.flow.build import flow
+from stepwell.process.flow.process import Flow
 from stepwell.rng import Rng
 from stepwell.sampling.request import Prompt, Request
 from stepwell.sampling.rollout import rollout
@@ -64,7 +66,7 @@ SOLVERS = [
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_makes_a_lawful_process(solver):
     report = check.process(small(solver=solver), PROMPTS)
-    drawn = {"seed", "fork", "ratio", "rows", "padding", "meter", "frozen"}
+    drawn = {"seed", "fork", "ratio", "rows", "padding", "absorbing", "meter", "frozen"}
     stochastic = table(solver).stochastic
     assert set(report.measured) == drawn | ({"gradient"} if stochastic else set())
     assert ("gradient" in report.skipped) is not stochastic
@@ -88,26 +90,26 @@ def test_guidance_makes_a_lawful_process(solver):
 @pytest.mark.parametrize("solver", ["sde-flow", "sde-dpmpp-2m", "euler"])
 def test_single_precision_is_lawful_within_its_rounding(solver):
     report = check.process(small(torch.float32, solver=solver), PROMPTS)
-    assert report.tolerance == 1e-5
+    assert report.tolerance == rounding(torch.float32, 100 + 4 + 8 + 8)  # the inputs of three layers
     assert max(report.measured.values()) < report.tolerance
 
 
 def test_a_network_without_condition_and_a_function_are_lawful_processes():
     assert max(check.process(small(encode=None, solver="ddpm"), PROMPTS).measured.values()) < 1e-12
     report = check.process(flow(lambda x, t: x * t, (2, 2), solver="sde-flow", steps=3), [None, None])
-    assert max(report.measured.values()) < 1e-5
+    assert max(report.measured.values()) < report.tolerance
     assert report.skipped["gradient"].startswith("no parameter")
 
 
 def test_a_condition_of_several_tensors_is_handed_on_row_by_row():
-    class Told(Net):
+    class Shifted(Net):
         def forward(self, x, time, label, shift):
             return super().forward(x, time, label) + shift[:, None]
 
     def encode(prompts):
         return {"label": torch.tensor(prompts), "shift": torch.tensor([0.1 * p for p in prompts]).double()}
 
-    process = flow(Told(), (3,), steps=3, solver="ddpm", encode=encode)
+    process = flow(Shifted(), (3,), steps=3, solver="ddpm", encode=encode)
     assert max(check.process(process, PROMPTS).measured.values()) < 1e-12
     rows = draw(process)
     other = process.condition([2] * 4)
@@ -116,9 +118,9 @@ def test_a_condition_of_several_tensors_is_handed_on_row_by_row():
 
 def test_a_planted_score_of_another_step_is_caught():
     class Late(Flow):
-        def score(self, trajectories, needs=(), context=None):
+        def score(self, trajectories, needs=(), context=None, reference=None):
             moved = trajectories.replace(action=trajectories.action.roll(1, 1))
-            return super().score(moved, needs, context)
+            return super().score(moved, needs, context, reference)
 
     process = small(solver="ddpm")
     process.__class__ = Late
@@ -127,7 +129,7 @@ def test_a_planted_score_of_another_step_is_caught():
 
 
 def test_a_planted_fork_that_forgets_the_past_of_a_multistep_solver_is_caught():
-    from stepwell.process.flow import process as module
+    from stepwell.process.flow import state as module
 
     class Forgets(module.FlowState):
         def __getitem__(self, index):
@@ -280,8 +282,10 @@ def test_a_planted_sampler_with_the_published_first_step_has_other_moments():
     """Stochastic Euler's published first step leaves a variance of 1 + a^4 / 4 where the marginal's is 1."""
     process = flow(lambda x, t: x, (1,), solver="sde-euler-published", steps=4, dtype=torch.float64)
     state = process.start([None], Rng(0))
-    law = process.propose(process.advance(state, torch.ones(1, 1, dtype=torch.float64), Rng(0)))
-    assert float(law.standard_deviation) ** 2 == pytest.approx(0.7**2 * (1 / 0.75) * 0.75 * 0.25 / 0.25, abs=1e-12)
+    distribution = process.propose(process.advance(state, torch.ones(1, 1, dtype=torch.float64), Rng(0)))
+    assert float(distribution.standard_deviation) ** 2 == pytest.approx(
+        0.7**2 * (1 / 0.75) * 0.75 * 0.25 / 0.25, abs=1e-12
+    )
     exact = drawn_moments(flow(gaussian, (1,), solver="sde-euler", steps=4, dtype=torch.float64))
     assert drawn_moments(flow(gaussian, (1,), solver="sde-euler-published", steps=4, dtype=torch.float64)) != (
         pytest.approx(exact, abs=1e-3)
@@ -326,11 +330,11 @@ def walked(process, steps, count=3, seed=0):
 @pytest.mark.parametrize("name", ["linear", "vp-linear", "ve"])
 def test_rows_start_from_the_noise_of_their_path(name):
     process = small(path=name, solver="ddpm")
-    law, path = process.propose(walked(process, 0)), path_named(name)
-    assert isinstance(law, Gaussian)
-    assert not law.mean.any()
-    assert not law.random.any()
-    assert float(law.standard_deviation) == pytest.approx(math.hypot(path.alpha(1.0), path.sigma(1.0)))
+    distribution, path = process.propose(walked(process, 0)), path_named(name)
+    assert isinstance(distribution, Gaussian)
+    assert not distribution.mean.any()
+    assert not distribution.random.any()
+    assert float(distribution.standard_deviation) == pytest.approx(math.hypot(path.alpha(1.0), path.sigma(1.0)))
 
 
 @pytest.mark.parametrize(
@@ -342,13 +346,13 @@ def test_the_deterministic_step_is_the_odes(solver, ode):
     assert isinstance(noise, Gaussian), "the noise is drawn all the same"
     state, twin = walked(process, 1), walked(other, 1)
     for _ in range(4):
-        law, exact = process.deterministic(state), other.propose(twin)
-        assert isinstance(law, Point)
-        torch.testing.assert_close(law.value, exact.value, rtol=0, atol=1e-14)
-        state, twin = process.advance(state, law.value, Rng(0)), other.advance(twin, exact.value, Rng(0))
+        distribution, exact = process.deterministic(state), other.propose(twin)
+        assert isinstance(distribution, Point)
+        torch.testing.assert_close(distribution.value, exact.value, rtol=0, atol=1e-14)
+        state, twin = process.advance(state, distribution.value, Rng(0)), other.advance(twin, exact.value, Rng(0))
 
 
-def test_another_law_shares_the_network_and_the_meter_and_leaves_the_first_as_it_was():
+def test_another_sampler_shares_the_network_and_the_meter_and_leaves_the_first_as_it_was():
     process = small(solver="sde-flow")
     before = draw(process).action
     twin = process.with_sampler(solver="ddpm", steps=2, guidance=1.0)
@@ -365,9 +369,9 @@ def test_guidance_is_the_weighted_difference_of_two_predictions():
     plain, guided = small(), small(guidance=2.5, unconditional=WITHOUT)
     x, time = torch.ones(2, 3).double(), torch.full((2,), 0.5).double()
     with torch.no_grad():
-        told, bare = (plain.predict(x, time, plain.condition([label] * 2)) for label in (1, 3))
+        conditional, bare = (plain.predict(x, time, plain.condition([label] * 2)) for label in (1, 3))
         found = guided.predict(x, time, guided.condition([1, 1]), 2.5)
-    torch.testing.assert_close(found, bare + 2.5 * (told - bare), rtol=0, atol=1e-14)
+    torch.testing.assert_close(found, bare + 2.5 * (conditional - bare), rtol=0, atol=1e-14)
     spent = guided.meter.spent.model_evaluations
     assert spent == 4, "two evaluations a row"
 
@@ -433,18 +437,18 @@ def test_a_saved_network_is_its_weights(tmp_path):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: flow(Net(), (3,), predicts="speed"), InputError, "predicts velocity"),
-        (lambda: flow(3, (3,)), InputError, "function or a torch.nn.Module"),
+        (lambda: flow(Net(), (3,), predicts="speed"), InputError, "predicts must be one of velocity"),
+        (lambda: flow(3, (3,)), InputError, "must be a function or a torch.nn.Module"),
         (lambda: flow(lambda x: x, (3,)), InputError, r"called as f\(x, t"),
         (lambda: flow(Net(), (3,), solver="eular"), UnknownName, "euler"),
         (lambda: flow(Net(), (3,), path="liner"), UnknownName, "linear"),
         (lambda: flow(Net(), (3,), guidance=2.0), InputError, "unconditional"),
         (lambda: small().with_sampler(guidance=2.0), InputError, "unconditional"),
         (lambda: small().with_sampler(step=3), UnknownName, "steps"),
-        (lambda: small().condition(["cat"]), InputError, "no whole number"),
+        (lambda: small().condition(["cat"]), InputError, "must be a whole number"),
         (lambda: small(encode=lambda p: {"label": torch.zeros(1)}).condition([1, 2]), InputError, "one row a prompt"),
         (lambda: small(encode=lambda p: {"label": [1, 2]}).condition([1, 2]), InputError, "one row a prompt"),
-        (lambda: draw(flow(lambda x, t: x[:, :1], (3,))), InputError, "the same shape is right"),
+        (lambda: draw(flow(lambda x, t: x[:, :1], (3,))), InputError, "tensor of its states' shape"),
         (lambda: draw(flow(lambda x, t: x / 0, (3,))), InputError, "NaN or infinite"),
     ],
 )

@@ -10,8 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepwell.process.language import chunked
+from stepwell.process.language.build import language
 from stepwell.process.language.chunked import Head, chunked_statistics, statistics
-from stepwell.process.language.process import Language, language
+from stepwell.process.language.process import Language
 from stepwell.process.language.truncation import Truncation
 from stepwell.rng import Rng
 from stepwell.sampling.request import Prompt, Request
@@ -101,9 +102,9 @@ def drawn(process: Language) -> Trajectories:
     return rollout(process, [Request(Prompt(0, "a b c"), 6), Request(Prompt(1, "d"), 6)], Rng(0)).trajectories
 
 
-def learn(process: Language, rows: Trajectories) -> tuple[Any, dict[str, torch.Tensor]]:
+def learn(process: Language, rows: Trajectories, reference: Language) -> tuple[Any, dict[str, torch.Tensor]]:
     """Everything a loss may read, and its gradient on every parameter."""
-    scores = process.score(rows, NEEDS)
+    scores = process.score(rows, NEEDS, reference=reference)
     total = scores.log_prob.sum() + sum((scores[need] * 0.7).sum() for need in NEEDS)
     process.module.zero_grad()
     total.backward()
@@ -113,15 +114,15 @@ def learn(process: Language, rows: Trajectories) -> tuple[Any, dict[str, torch.T
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])  # gpt2's head is tied to its embedding
 def test_a_models_gradient_is_that_of_its_own_logits(small_language: Build, architecture: str) -> None:
     process = small_language(architecture, dtype="float64", temperature=0.8, top_k=20, chunk=7)
-    process.reference = process.frozen()
+    reference = process.frozen()
     with torch.no_grad():
         for parameter in process.module.parameters():
             parameter.mul_(1.05)
     rows = drawn(process)
-    fast, fast_gradients = learn(process, rows)
+    fast, fast_gradients = learn(process, rows, reference)
     assert process.network.fast
-    process.network.fast = process.reference.network.fast = False
-    plain, plain_gradients = learn(process, rows)
+    process.network.fast = reference.network.fast = False
+    plain, plain_gradients = learn(process, rows, reference)
     assert torch.allclose(fast.log_prob, plain.log_prob, atol=1e-10)
     assert all(torch.allclose(fast[need], plain[need], atol=1e-10) for need in NEEDS)
     assert fast_gradients.keys() == plain_gradients.keys()
@@ -131,14 +132,14 @@ def test_a_models_gradient_is_that_of_its_own_logits(small_language: Build, arch
 
 def test_no_tensor_is_as_large_as_all_logits(model_folder: Any) -> None:
     process = language(model_folder("llama", vocab_size=3000), max_new_tokens=10, chunk=8, device="cpu")
-    process.reference = process.frozen()
+    reference = process.frozen()
     rows = drawn(process)
     steps, largest = int(rows.mask.sum()), {}
-    learn(process, rows)  # the check of the fast path is over
+    learn(process, rows, reference)  # the check of the fast path is over
     for path in ("fast", "plain"):
-        process.network.fast = process.reference.network.fast = path == "fast"
+        process.network.fast = reference.network.fast = path == "fast"
         with Largest() as seen:
-            learn(process, rows)
+            learn(process, rows, reference)
         largest[path] = seen.elements
     assert largest["plain"] >= steps * 3000
     assert largest["fast"] <= 3000 * 32  # the embedding; a chunk of logits is a quarter of it
@@ -153,25 +154,25 @@ def test_an_unknown_head_falls_back_to_the_plain_path(small_language: Build) -> 
     from stepwell.process.language import network
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(network, "head_of", lambda model: Head(honest.weight, honest.bias))  # which is not known here
-        with pytest.warns(UserWarning, match="not known here"):
+        patch.setattr(network, "head_of", lambda model: Head(honest.weight, honest.bias))  # which is not all of it
+        with pytest.warns(UserWarning, match="in an unknown way"):
             scores = process.score(rows, {"hidden", "logits"})
     assert process.network.fast is False
     assert torch.allclose(scores.log_prob, rows.log_prob, atol=1e-10)
     assert scores["hidden"].shape == (*rows.mask.shape, 32)
 
 
-def test_extras_are_those_of_the_law_drawn_from(small_language: Build) -> None:
+def test_extras_are_those_of_the_distribution_drawn_from(small_language: Build) -> None:
     process = small_language("qwen2", dtype="float64", temperature=0.9, top_p=0.9)
     rows = drawn(process)
     with torch.no_grad():
         scores = process.score(rows, {"logits", "entropy", "sum_of_squares"})
-    law, mask = scores["logits"], rows.mask
-    p = law.exp()
+    log_p, mask = scores["logits"], rows.mask
+    p = log_p.exp()
     assert torch.allclose(p.sum(-1)[mask], torch.ones(int(mask.sum()), dtype=p.dtype))
-    entropy = -(p * law.masked_fill(law == -torch.inf, 0.0)).sum(-1)
+    entropy = -(p * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
     assert torch.allclose(scores["entropy"][mask], entropy[mask])
     assert torch.allclose(scores["sum_of_squares"][mask], p.square().sum(-1)[mask])
     for need in ("entropy", "sum_of_squares"):
         assert bool((scores[need][~mask] == 0).all())
-    assert torch.allclose(law.gather(-1, rows.action[..., None])[..., 0][mask], rows.log_prob[mask], atol=1e-10)
+    assert torch.allclose(log_p.gather(-1, rows.action[..., None])[..., 0][mask], rows.log_prob[mask], atol=1e-10)

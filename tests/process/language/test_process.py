@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from stepwell.check.tolerance import rounding
 from stepwell.distributions import Categorical
 from stepwell.errors import CannotFork, InputError, MissingAbility, StepwellError
 from stepwell.process.base import Process
-from stepwell.process.language import process as module_under_test
+from stepwell.process.language import reading
+from stepwell.process.language.build import language
 from stepwell.process.language.network import CausalNetwork
-from stepwell.process.language.process import Language, language
+from stepwell.process.language.process import Language
 from stepwell.rng import Rng
 from stepwell.sampling.record import Drawn
 from stepwell.sampling.request import Prompt, Request
@@ -32,8 +34,8 @@ TRUNCATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-SINGLE = 256 * 2**-23
-"""Float32's rounding of a log-probability: logits of up to 16, each 1e-6 off, through a dozen such sums."""
+SINGLE = rounding(torch.float32, 740)
+"""Float32's rounding of a log-probability: as many products are summed in the largest of the small models."""
 
 
 def draw(process: Process, seed: int = 0, count: int = 4, branch: bool = False) -> Drawn:
@@ -101,13 +103,15 @@ def test_forgotten_positions_are_caught(small_language: Build, monkeypatch: pyte
 
 
 class UntruncatedCategorical(Categorical):
-    """Draws from one law and reports the log-probabilities of another."""
+    """Draws from one distribution and reports the log-probabilities of another."""
 
     def log_prob(self, action: torch.Tensor) -> torch.Tensor:
         return super().log_prob(action) - 0.1
 
 
-def test_log_probabilities_of_another_law_are_caught(small_language: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probabilities_of_another_distribution_are_caught(
+    small_language: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     process = small_language("qwen2", top_k=3)
     untruncated = small_language("qwen2")
     rows = draw(process).trajectories
@@ -123,8 +127,8 @@ def test_a_cache_that_forgets_to_fork_is_caught(small_language: Build, monkeypat
     def first_rows(cache: Any, index: torch.Tensor | None) -> Any:
         return honest(cache, index if index is None else torch.arange(len(index)) % max(int(index.max()) + 1, 1))
 
-    honest = module_under_test.forked
-    monkeypatch.setattr(module_under_test, "forked", first_rows)
+    honest = reading.forked
+    monkeypatch.setattr(reading, "forked", first_rows)
     process = small_language("qwen2")
     assert gap(process, draw(process).trajectories) > 1e-2
 
@@ -141,7 +145,7 @@ def test_truncation_keeps_the_action_taken_after_an_update(small_language: Build
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt2", "gemma2"])
-def test_a_fork_has_the_law_of_its_original(small_language: Build, architecture: str) -> None:
+def test_a_fork_has_the_distribution_of_its_original(small_language: Build, architecture: str) -> None:
     dtype, tolerance = ("float32", SINGLE) if architecture == "gemma2" else ("float64", 1e-10)
     process, rng = small_language(architecture, dtype=dtype, max_new_tokens=30), Rng(0)
     state = process.start(PROMPTS, rng)
@@ -149,14 +153,14 @@ def test_a_fork_has_the_law_of_its_original(small_language: Build, architecture:
         state = process.advance(state, process.propose(state).sample(rng) % 20 + 8, rng)
     index = torch.tensor([2, 0, 0, 3, 2])
     fork_first = process.propose(state[index]).logits
-    law_first = process.propose(state).logits
-    assert torch.allclose(fork_first, law_first[index], atol=tolerance)
+    original_first = process.propose(state).logits
+    assert torch.allclose(fork_first, original_first[index], atol=tolerance)
 
     fork = state[index]
     for _ in range(3):
         fork = process.advance(fork, torch.tensor([9, 10, 11, 12, 13]), rng)
         process.propose(fork)
-    assert torch.equal(process.propose(state).logits, law_first), "continuing a fork touched its original"
+    assert torch.equal(process.propose(state).logits, original_first), "continuing a fork touched its original"
     again = process.advance(state, torch.tensor([9, 9, 9, 9]), rng)
     fresh = process.start(PROMPTS, rng)
     for step in range(again.tokens.shape[1]):  # replayed without proposing in between: all tokens are read at once
@@ -164,7 +168,7 @@ def test_a_fork_has_the_law_of_its_original(small_language: Build, architecture:
     assert torch.allclose(process.propose(again).logits, process.propose(fresh).logits, atol=tolerance)
 
 
-def test_order_batch_size_and_padding_change_no_law(small_language: Build) -> None:
+def test_order_batch_size_and_padding_change_no_distribution(small_language: Build) -> None:
     for dtype, tolerance in (("float64", 1e-10), ("float32", SINGLE)):
         for architecture in ("qwen2", "gpt2"):
             process, rng = small_language(architecture, dtype=dtype), Rng(0)
@@ -184,15 +188,15 @@ def test_done_rows_stay_as_they_are(small_language: Build) -> None:
     process, rng = small_language("qwen2", max_new_tokens=3), Rng(0)
     state = process.advance(process.start(["a", "b"], rng), torch.tensor([1, 9]), rng)
     before = process.meter.spent
-    law = process.propose(state)
+    distribution = process.propose(state)
     assert (process.meter.spent - before).model_evaluations == 1  # the done row is not read
-    assert law.logits[0].exp()[process.pad] == 1.0
+    assert distribution.logits[0].exp()[process.pad] == 1.0
     for _ in range(2):
         state = process.advance(state, torch.tensor([5, 9]), rng)
     assert state.done.tolist() == [True, True]
     samples = process.finish(state)
     assert samples.columns["completion_ids"] == [[1], [9, 9, 9]]
-    assert samples.columns["truncated"] == [False, True]
+    assert samples.truncated == [False, True]
 
 
 def test_the_same_seed_gives_the_same_trajectories_bit_for_bit(small_language: Build) -> None:
@@ -207,8 +211,10 @@ def test_the_same_seed_gives_the_same_trajectories_bit_for_bit(small_language: B
 @pytest.mark.parametrize("tokens_at_once", [None, 25])
 def test_the_meter_counts_what_the_network_reads(small_language: Build, tokens_at_once: int | None) -> None:
     process = small_language("qwen2", tokens_at_once=tokens_at_once)
-    process.reference = process.frozen()
-    process.score(draw(process).trajectories, {"kl"})  # the fast path checks itself on first use, unmetered
+    reference = process.frozen()
+    process.score(
+        draw(process).trajectories, {"kl"}, reference=reference
+    )  # the fast path checks itself on first use, unmetered
     seen = {"rows": 0, "tokens": 0}
 
     def count(_: Any, arguments: Any, keywords: dict[str, Any]) -> None:
@@ -216,7 +222,7 @@ def test_the_meter_counts_what_the_network_reads(small_language: Build, tokens_a
         seen["rows"] += len(ids)
         seen["tokens"] += int(mask[:, -ids.shape[1] :].sum())
 
-    for language_model in (process, process.reference):
+    for language_model in (process, reference):
         language_model.network.causal.base_model.register_forward_pre_hook(count, with_kwargs=True)
     before = process.meter.spent
     rows = draw(process, seed=5).trajectories
@@ -232,7 +238,7 @@ def test_the_meter_counts_what_the_network_reads(small_language: Build, tokens_a
     own = int((rows.length - 1).sum())
     assert sum(lengths[:3]) + own <= expected <= sum(lengths[int(i)] for i in rows.prompt) + own
     assert (scored.model_evaluations, scored.forward, scored.backward) == (len(rows), expected, 0)
-    process.score(rows, {"kl"})
+    process.score(rows, {"kl"}, reference=reference)
     learned = process.meter.spent - before - drawn - scored
     once = (seen["tokens"] - drawn.forward - expected) // 2
     assert (learned.model_evaluations, learned.forward, learned.backward) == (2 * len(rows), 2 * once, once)
@@ -261,16 +267,20 @@ def test_rows_are_scored_under_another_context(small_language: Build) -> None:
 def test_the_value_head_starts_at_zero_and_learns(small_language: Build) -> None:
     process = small_language("qwen2")
     rows = draw(process).trajectories
-    with pytest.raises(MissingAbility, match="add_value_head"):
+    with pytest.raises(MissingAbility, match="with_value_head"):
         process.score(rows, {"value"})
-    process.add_value_head()
-    value = process.score(rows, {"value"})["value"]
+    valued = process.with_value_head()
+    assert "value" in valued.offers
+    assert "value" not in process.offers
+    value = valued.score(rows, {"value"})["value"]
     assert value.shape == rows.mask.shape
-    assert float(value.abs().max()) == 0.0
+    assert float(value.detach().abs().max()) == 0.0
     value.sum().backward()
-    gradients = {name: p.grad for name, p in process.module.named_parameters() if name.startswith("value_head")}
+    gradients = {name: p.grad for name, p in valued.module.named_parameters() if name.startswith("value_head")}
     assert float(gradients["value_head.bias"]) == float(rows.mask.sum())
-    assert process.add_value_head() is process.network.value_head
+    assert valued.with_value_head().network.value_head is valued.network.value_head
+    assert valued.network.causal is process.network.causal
+    assert valued.meter is process.meter
 
 
 def test_the_reference_is_a_copy_that_cannot_learn(small_language: Build) -> None:
@@ -278,17 +288,17 @@ def test_the_reference_is_a_copy_that_cannot_learn(small_language: Build) -> Non
     rows = draw(process).trajectories
     with pytest.raises(MissingAbility, match="reference"):
         process.score(rows, {"kl"})
-    reference = process.reference = process.frozen()
+    reference = process.frozen()
     with torch.no_grad():
         for parameter in process.module.parameters():
             parameter.mul_(1.1)
     assert not reference.score(rows).log_prob.requires_grad
     assert gap(reference, rows) <= SINGLE
-    kl = process.score(rows, {"kl"})["kl"]
+    kl = process.score(rows, {"kl"}, reference=reference)["kl"]
     assert bool((kl[rows.mask] > 0).all())
     assert bool((kl[~rows.mask] == 0).all())
     reference.sync(process)
-    assert float(process.score(rows, {"kl"})["kl"].detach().abs().max()) < 1e-6
+    assert float(process.score(rows, {"kl"}, reference=reference)["kl"].detach().abs().max()) < 1e-6
     assert reference.meter is process.meter
 
 
@@ -314,7 +324,9 @@ def test_a_saved_model_is_loaded_again(small_language: Build, tmp_path: Any) -> 
 
     process = small_language("gpt2")
     rows = draw(process).trajectories
-    torch.nn.init.constant_(process.add_value_head().weight, 0.25)
+    process = process.with_value_head()
+    assert process.network.value_head is not None
+    torch.nn.init.constant_(process.network.value_head.weight, 0.25)
     process.save(tmp_path)
     AutoModelForCausalLM.from_pretrained(tmp_path)
     loaded = language(tmp_path, device="cpu")

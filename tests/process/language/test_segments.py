@@ -19,7 +19,8 @@ def test_a_segment_holds_the_token_that_ends_it():
     assert segments(action, torch.tensor([], dtype=torch.long)).tolist() == [[0] * 6] * 2
 
 
-def test_a_sentence_ends_with_its_mark_whatever_stands_before_it_or_blank_behind():
+def test_a_sentence_ends_with_its_mark():
+    """Whatever stands before it, and with blanks behind."""
     words = {0: "one", 1: "two.", 2: ". ", 3: "?!", 4: "\n\n", 5: "3.1", 6: " ", 7: "。"}
     ends = sentence_ends(torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]]), lambda ids: words[ids[0]])
     assert ends.tolist() == [1, 2, 3, 4, 7]
@@ -46,7 +47,10 @@ def test_a_completion_is_its_tokens_and_the_end(small_language):
 
 def test_a_completion_that_is_too_long_or_no_text_is_refused(small_language):
     model = small_language()
-    for given, message in (("a " * 30, "at most max_new_tokens=10 is right"), (7, "is a text or a list of messages")):
+    for given, message in (
+        ("a " * 30, "must have at most max_new_tokens=10 tokens, got 31"),
+        (7, "must be a text or a"),
+    ):
         with pytest.raises(InputError, match=message):
             rollout(model, [Request(Prompt(0, "a"), 1, start=Completion(given))], Rng(0))
 
@@ -63,5 +67,5 @@ def test_a_tables_logits_are_linear_in_its_hidden_states():
     process = markov(symbols=3, length=3, prompts=2, seed=4)
     rows = process.trajectories(1)
     scores = process.score(rows, {"hidden", "logits"})
-    law = (scores["hidden"] @ process.logits.reshape(-1, 3)).log_softmax(-1)
-    assert torch.allclose(law[rows.mask], scores["logits"][rows.mask], rtol=0, atol=1e-14)
+    log_p = (scores["hidden"] @ process.logits.reshape(-1, 3)).log_softmax(-1)
+    assert torch.allclose(log_p[rows.mask], scores["logits"][rows.mask], rtol=0, atol=1e-14)

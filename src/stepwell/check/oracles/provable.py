@@ -1,4 +1,4 @@
-"""What an oracle sees of a method's card, and how far two answers are apart."""
+"""A method's card as oracles see it, and the deviation of two answers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from stepwell.objective.policy import Policy
 from stepwell.recipe.recipe import Recipe
 
 
@@ -26,6 +27,13 @@ class Provable(Protocol):
 def deviation(found: Tensor, expected: Tensor) -> float:
     """|found - expected| / |expected|."""
     return float((found - expected).norm() / expected.norm())
+
+
+def policy_of(card: Provable, **options: Any) -> Policy:
+    """The first term of the method's objective."""
+    term = card.recipe(**options).whole.terms[0]
+    assert isinstance(term, Policy)
+    return term
 
 
 def known(card: Provable, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What every law of a process is checked with: its rollouts, its scores, and how far numbers may be apart."""
+"""The bench of a process's laws: its rollouts, its scores, and the deviation that numbers may show."""
 
 from __future__ import annotations
 
@@ -19,13 +19,10 @@ from stepwell.sampling.request import Branch, Prompt, Request
 from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import Trajectories
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
-"""Rounding allowed, relative to 1 + |number|, by the coarsest of the parameters' and the log-probabilities' dtypes."""
-
 
 @dataclass(frozen=True)
 class Bench:
-    """What all laws are checked with."""
+    """A process with its prompts (`values`), `group` rows for each, and the deviation allowed, for all laws alike."""
 
     process: Process
     values: list[Any]
@@ -76,8 +73,8 @@ class Bench:
             broken(law, f"{sentence}: {pair} at {where}, off by {worst:.2g} ({self.tolerance:.0e} is allowed).")
         return worst
 
-    def hold_law(self, law: str, found: Distribution, wanted: Distribution, sentence: str) -> float:
-        """The largest deviation of two laws: of densities at a few draws, of entropies, of deterministic steps."""
+    def hold_distribution(self, law: str, found: Distribution, wanted: Distribution, sentence: str) -> float:
+        """The largest deviation of two distributions: of densities at a few draws, entropies, deterministic steps."""
         if not torch.equal(found.random, wanted.random):
             broken(law, f"{sentence}: other rows are deterministic.")
         random = wanted.random
@@ -93,11 +90,6 @@ class Bench:
 
 def broken(law: str, sentence: str) -> NoReturn:
     raise LawBroken(f"The law '{law}' is broken: {sentence}")
-
-
-def allowed(process: Process, rows: Trajectories) -> float:
-    kinds = {parameter.dtype for parameter in process.module.parameters()} | {rows.log_prob.dtype}
-    return max(TOLERANCE.get(kind, 0.0) for kind in kinds)
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

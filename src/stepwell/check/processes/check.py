@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from stepwell.check.processes import laws
-from stepwell.check.processes.bench import Bench, allowed, trainable
+from stepwell.check.processes import laws, states
+from stepwell.check.processes.bench import Bench, trainable
+from stepwell.check.tolerance import tolerance as tolerance_of
 from stepwell.errors import InputError, Unenumerable
-from stepwell.process.base import Process
+from stepwell.process.base import Process, check_process
 from stepwell.rng import Rng
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured: law -> largest deviation found; and what could not be: law -> why."""
+    """The largest deviation found for each law that was measured, and for each that was skipped the reason."""
 
     tolerance: float
     measured: Mapping[str, float]
@@ -40,9 +41,11 @@ def process(
 
     1. *ratio*: the log-probability stored while drawing is what `score` says afterwards, for groups, mixed prompts
        and branches.
-    2. *fork*: `state[index]` has the laws of the rows it was taken from; continuing a fork leaves the original as it
-       was. *rows*: the order and number of rows change no law and no score. *padding*: neither do more steps on the
-       right or, where prompts differ in length, a wider condition on the left.
+    2. *fork*: `state[index]` proposes as the rows it was taken from; continuing a fork leaves the original as it was.
+       *absorbing*: advancing a row that is done, by any action, changes neither what `finish` gives of it nor what it
+       proposes, and rows that are done change no other row. *rows*: the order and number of rows change no proposal
+       and no score. *padding*: neither do more steps on the right or, where prompts differ in length, a wider
+       condition on the left.
     3. *seed*: the same call with the same seed gives the same trajectories, bit for bit.
     4. *meter*: counts are whole and additive; a rollout counts each of its steps (rows that share their whole past
        may share its cost) and nothing backward, padding costs nothing, gradients only where they are asked for.
@@ -52,12 +55,12 @@ def process(
        where the mask is False.
     6. *frozen*: the frozen twin has the same scores, cannot learn, spends on the same meter, and stays what it is
        while the original learns.
-    7. *exact law*: where one row has at most a thousand outcomes, its exact law under `rollout` is the one that
-       `score` states.
+    7. *exact law*: where one row has at most a thousand outcomes, the probability of each under `rollout` is the one
+       that `score` states.
 
     Give prompts of different lengths where the process knows lengths. `group` rows are drawn for each, of at most
-    `horizon` steps. Deviations are relative to 1 + |number|; `tolerance` is by default that of the dtype
-    (`TOLERANCE`). Parameters are perturbed during the check and then restored.
+    `horizon` steps. Deviations are relative to 1 + |number|; `tolerance` is by default the rounding of the process's
+    network (`stepwell.check.tolerance`). Parameters are perturbed during the check and then restored.
 
     Example:
         >>> from stepwell.process.exact.table import markov
@@ -65,24 +68,32 @@ def process(
         >>> max(report.measured.values()) < report.tolerance
         True
         >>> sorted(report.measured)
-        ['exact law', 'fork', 'frozen', 'gradient', 'meter', 'padding', 'ratio', 'rows', 'seed']
+        ['absorbing', 'exact law', 'fork', 'frozen', 'gradient', 'meter', 'padding', 'ratio', 'rows', 'seed']
     """
+    check_process(process, "process")
     if not prompts:
-        raise InputError("Checking a process needs at least one prompt to start from.")
+        raise InputError("prompts must hold at least one prompt to start from, got none.")
     bench = Bench(process, list(prompts), rng or Rng(0), 0.0, group, horizon)
     forks = bench.can_fork()
     bench = replace(bench, group=group if forks else 1)
     drawn = bench.draw()
-    bench = replace(bench, tolerance=allowed(process, drawn.trajectories) if tolerance is None else tolerance)
+    if tolerance is None:
+        tolerance = tolerance_of(process.module, drawn.trajectories.log_prob.dtype)
+    bench = replace(bench, tolerance=tolerance)
     measured: dict[str, float] = {}
     skipped: dict[str, str] = {}
     measured["seed"] = laws.seed(bench, drawn)
     determined = True
     if forks:
-        measured["fork"], rows_apart, determined = laws.fork(bench)
+        measured["fork"], rows_apart, determined = states.fork(bench)
     else:
         rows_apart = 0.0
         skipped["fork"] = "the process cannot fork"
+    found = states.absorbing(bench, forks, determined)
+    if isinstance(found, str):
+        skipped["absorbing"] = found
+    else:
+        measured["absorbing"] = found
     rows = bench.with_branch(drawn) if forks and determined else drawn.trajectories
     measured["ratio"] = laws.ratio(bench, rows)
     measured["rows"] = max(rows_apart, laws.rows(bench, rows))

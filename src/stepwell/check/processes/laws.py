@@ -1,7 +1,8 @@
-"""The laws of a process, one function each: the largest deviation found, or `LawBroken`."""
+"""The laws of a process's rollouts and scores, one function each: the largest deviation found, or `LawBroken`."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,17 +19,15 @@ from stepwell.columns import Columns
 from stepwell.distributions import Distribution
 from stepwell.errors import Unenumerable
 from stepwell.meter import Cost
+from stepwell.process.abilities import Enumerable
 from stepwell.process.base import Process, State
-from stepwell.process.exact.table import TabularLanguage
-from stepwell.rng import Replay, Rng
+from stepwell.rng import Replay
 from stepwell.sampling.record import Drawn
 from stepwell.sampling.request import Prompt, Request
 from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import Trajectories, concatenate, pad_steps
 
-_WALK = 6  # steps along which forks are compared
-_OTHERS = 3  # further actions that a state is advanced by, and must not be changed by
-_OUTCOMES = 1000  # rollouts of one row that an exact law may take
+_OUTCOMES = 1000  # rollouts of one row that are gone through for the exact law
 
 
 def ratio(bench: Bench, rows: Trajectories) -> float:
@@ -47,86 +46,14 @@ def seed(bench: Bench, drawn: Drawn) -> float:
     return 0.0
 
 
-@torch.no_grad()
-def fork(bench: Bench) -> tuple[float, float, bool]:
-    """Deviations of forks and of rows drawn alone; and whether prompt and actions determine every state."""
-    process, rng = bench.process, bench.rng
-    state = process.start(bench.values, rng.split("start"))
-    determined = not _random(lambda any_rng: process.start(bench.values, any_rng))
-    alone: list[State] = [  # after a random start, only a fork of the row itself can be compared with it
-        process.start([value], rng.split("start")) if determined else state[torch.tensor([row])]
-        for row, value in enumerate(bench.values)
-    ]
-    worst = rows_apart = 0.0
-    stepwise = True  # the action determines the next state
-    for step in range(_WALK):
-        going = (~state.done).nonzero()[:, 0].cpu()
-        if not len(going):
-            break
-        state, alone = state[going], [alone[row] for row in going.tolist()]
-        law, everyone = process.propose(state), torch.arange(len(going))
-        index = torch.cat([everyone.flip(0), everyone])
-        fork = state[index]
-        sentence = f"after {step} steps, state[{index.tolist()}] proposes otherwise than its rows did"
-        worst = max(worst, bench.hold_law("fork", process.propose(fork), law[index], sentence))
-        _continue(process, fork, rng.split("elsewhere", step))
-        sentence = f"after {step} steps, continuing a fork changed the original"
-        worst = max(worst, bench.hold_law("fork", process.propose(state), law, sentence))
-        action, twin = law.sample(rng.split("act", step)), state[everyone]
-        sentence = f"after {step} steps, advancing a state changed the state itself or a fork of it"
-        for other in range(_OTHERS):  # a state that is overwritten may be so with what it held already
-            process.advance(state, law.sample(rng.split("other", step, other)), rng.split("advance", step))
-            worst = max(worst, bench.hold_law("fork", process.propose(state), law, sentence))
-        following = process.advance(state, action, rng.split("advance", step))
-        for kept in (state, twin):
-            worst = max(worst, bench.hold_law("fork", process.propose(kept), law, sentence))
-        before = state
-        stepwise = stepwise and not _random(lambda any_rng: process.advance(before, action, any_rng))  # noqa: B023
-        if stepwise:
-            twin = process.advance(twin, action, rng.split("advance", step, "twin"))
-            going = (~following.done).nonzero()[:, 0].cpu()
-            if not torch.equal(following.done, twin.done):
-                broken("fork", f"after {step} steps, a fork and its original differ in what the same action ends.")
-            if len(going):
-                sentence = f"after {step} steps, a fork goes on otherwise than its original does by the same action"
-                laws = process.propose(twin[going]), process.propose(following[going])
-                worst = max(worst, bench.hold_law("fork", *laws, sentence))
-            for row, single in enumerate(alone):
-                sentence = f"after {step} steps, a row proposes otherwise alone than beside other rows"
-                found = process.propose(single)
-                rows_apart = max(rows_apart, bench.hold_law("rows", found, law[torch.tensor([row])], sentence))
-                alone[row] = process.advance(single, action[row : row + 1], rng.split("advance", step))
-        state = following
-    return worst, rows_apart, determined and stepwise
-
-
-def _random(act: Callable[[Rng], object]) -> bool:
-    """Whether an act draws from the `Rng` it is given: a `Replay` takes note of every draw, or refuses it."""
-    replay = Replay()
-    try:
-        act(replay)
-    except Unenumerable:
-        return True
-    return bool(replay.choices)
-
-
-def _continue(process: Process, state: State, rng: Rng) -> None:
-    """Two steps onwards, with draws of its own."""
-    for _ in range(2):
-        state = process.advance(state, process.propose(state).sample(rng), rng)
-        going = (~state.done).nonzero()[:, 0].cpu()
-        if not len(going):
-            return
-        state = state[going]
-
-
 def rows(bench: Bench, rows: Trajectories) -> float:
     scores = bench.score(rows)
     back = torch.arange(len(rows)).flip(0)
     worst = bench.hold("rows", bench.score(rows[back]), scores[back], "the order of the rows changes their scores")
     for row in range(min(len(rows), 4)):
-        here = torch.tensor([row])
-        worst = max(worst, bench.hold("rows", bench.score(rows[here]), scores[here], "a row scores otherwise alone"))
+        alone = torch.tensor([row])
+        found = bench.score(rows[alone])
+        worst = max(worst, bench.hold("rows", found, scores[alone], "a row scores otherwise alone"))
     return worst
 
 
@@ -157,22 +84,21 @@ def padding(bench: Bench, rows: Trajectories) -> float:
     return worst
 
 
-class _Counting:
-    """A process that counts the rows it was asked to propose for, and is the original in all else."""
+def _counting(process: Process) -> tuple[Process, list[int]]:
+    """A twin on the same meter, and the list in which it notes the number of rows of every proposal."""
+    proposed: list[int] = []
+    twin = copy.copy(process)
 
-    def __init__(self, process: Process):
-        self._process, self.proposed = process, 0
+    def propose(state: State) -> Distribution:
+        proposed.append(len(state))
+        return process.propose(state)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._process, name)
-
-    def propose(self, state: State) -> Distribution:
-        self.proposed += len(state)
-        return self._process.propose(state)
+    vars(twin)["propose"] = propose
+    return twin, proposed
 
 
 def _spent(process: Process, act: Callable[[], object]) -> Cost:
-    """What an act costs, held to whole, non-negative counts."""
+    """The cost of an act, held to whole, non-negative counts."""
     before = process.meter.read()
     act()
     cost = process.meter.read() - before
@@ -188,7 +114,7 @@ def _units(cost: Cost) -> tuple[int, int, int]:
 
 
 def _different_beginnings(rows: Trajectories, wanted: Tensor) -> int:
-    """How many laws the wanted steps (N, T) cannot do without: rows that share their whole past may share its cost."""
+    """The number of distributions that the wanted steps (N, T) need: rows that share their past may share its cost."""
     beginnings = set()
     for prompt, row, steps in zip(rows.prompt.tolist(), rows.action.tolist(), wanted.tolist(), strict=True):
         beginnings |= {(prompt, hashable(row[:step])) for step, here in enumerate(steps) if here}
@@ -196,20 +122,20 @@ def _different_beginnings(rows: Trajectories, wanted: Tensor) -> int:
 
 
 def meter(bench: Bench, rows: Trajectories, evaluations_per_step: int | None) -> float:
-    process, counting = bench.process, _Counting(bench.process)
-    once = _spent(process, lambda: bench.draw(counting))  # type: ignore[arg-type]
+    process, (counting, proposals) = bench.process, _counting(bench.process)
+    once = _spent(process, lambda: bench.draw(counting))
     twice = _spent(process, lambda: [bench.draw(), bench.draw()])
     drawn = bench.draw().trajectories
     place = torch.arange(drawn.mask.shape[1])
-    proposed = (place >= getattr(process, "free_steps", 0)) & (place < drawn.length.cpu()[:, None])
+    proposed = (place >= process.free_steps) & (place < drawn.length.cpu()[:, None])
     steps = _different_beginnings(drawn, proposed)
     if _units(twice) != _units(once + once):
         broken("meter", f"a rollout counts {_units(once)}, the same two times over {_units(twice)}.")
     if once.forward < steps or once.model_evaluations < 1 or once.backward:
         sentence = f"a rollout that proposes after {steps} different beginnings counts {_units(once)}"
         broken("meter", f"{sentence} (evaluations, forward, backward): each goes forward, and nothing backward.")
-    if evaluations_per_step is not None and once.model_evaluations != evaluations_per_step * counting.proposed:
-        wanted = evaluations_per_step * counting.proposed
+    wanted = (evaluations_per_step or 0) * sum(proposals)
+    if evaluations_per_step is not None and once.model_evaluations != wanted:
         broken("meter", f"a rollout counts {once.model_evaluations} model evaluations, where {wanted} were made.")
     state = process.start(bench.values[:1], bench.rng.split("start"))
     idle = _spent(process, lambda: (state[torch.tensor([0])], process.condition(bench.values)))
@@ -320,7 +246,7 @@ def exact_law(bench: Bench) -> float:
         worst = max(worst, bench.hold("exact law", found, scores.double().exp().cpu(), sentence))
         total = torch.tensor([math.fsum(probability)], dtype=torch.float64)
         bench.hold("exact law", total, torch.ones_like(total), "the probabilities of all outcomes do not add up to 1")
-        if isinstance(bench.process, TabularLanguage) and bench.horizon is None:
+        if isinstance(bench.process, Enumerable) and bench.horizon is None:
             strings, exact = bench.process.strings(), bench.process.string_probabilities(value).detach()
             table = dict.fromkeys(strings, 0.0)
             for weight, part in zip(probability, parts, strict=True):

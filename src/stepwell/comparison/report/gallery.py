@@ -1,4 +1,4 @@
-"""Samples as a page shows them: texts beside each other, and images that are inside the page."""
+"""Samples on a page: texts beside each other, and images embedded in the page."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from stepwell.errors import InputError
 from stepwell.reward.verifiers import text_of
 
 LEAST = 40
-"""Pixels of a page that an image's longer side takes at least; smaller ones are magnified by whole numbers."""
+"""The least pixels of an image's longer side on the page; smaller images are magnified by whole numbers."""
 
 
 def samples_of(entry: Entry, series: int, comparison: Comparison) -> dict[str, Any]:
-    """One method's samples before and after, for the template: texts or images."""
+    """One method's samples before and after training, for the template: texts or images."""
     rows = [{**sample, "prompt": shown(sample["prompt"])} for sample in entry.samples]
     images = any("before_images" in row for row in rows)
     if images:
@@ -39,7 +39,7 @@ def samples_of(entry: Entry, series: int, comparison: Comparison) -> dict[str, A
 
 
 def samples_note(comparison: Comparison, images: bool) -> str:
-    """What is said above the samples of all methods."""
+    """The line above the samples of all methods."""
     when = f"before and after training on seed {comparison.shared_seeds[0]}"
     if images:
         return f"The first samples of each prompt, {when}; the number is their mean reward."
@@ -49,22 +49,22 @@ def samples_note(comparison: Comparison, images: bool) -> str:
 
 
 def embedded(image: str | bytes) -> dict[str, Any]:
-    """A PNG file, or its text in base64, as the template shows it: inside the page, in whole-number magnification.
+    """A PNG file, or its text in base64, for the template: a data address, magnified by a whole number.
 
-    Raises `InputError` for what is no PNG.
+    Raises `InputError` for anything that is not a PNG.
     """
     try:
         data = base64.b64decode(image, validate=True) if isinstance(image, str) else image
         if data[:8] != b"\x89PNG\r\n\x1a\n":
-            raise ValueError("its first bytes are others")
+            raise ValueError("its first bytes are not those of a PNG")
         width, height = struct.unpack(">II", data[16:24])
     except (binascii.Error, struct.error, ValueError) as error:
-        raise InputError(f"An image of the report is no PNG ({error}); make it again.") from error
+        raise InputError(f"image must be a PNG file, got other data: {error}.") from error
     scale = max(1, round(LEAST / max(width, height, 1)))
     address = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     return {"address": address, "width": width * scale, "height": height * scale}
 
 
 def shown(prompt: Any) -> str:
-    """A prompt as a page prints it."""
+    """A prompt as text for a page."""
     return text_of(prompt) if isinstance(prompt, str | list | tuple) and prompt else str(prompt)

@@ -1,4 +1,4 @@
-"""A comparison as one page that can be mailed: findings, curves, differences, costs, completions, cards."""
+"""A comparison as one self-contained page: findings, curves, differences, costs, completions, cards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepwell.comparison.report.table import amount, measure, spread, unit_name,
 from stepwell.comparison.results import Comparison, Entry
 from stepwell.comparison.statistics import Interval
 from stepwell.figures import charts
-from stepwell.figures.charts import Bar, Line, Values
+from stepwell.figures.charts import Bar, Curve, Values
 from stepwell.writing import write_whole
 
 AXES = {
@@ -27,8 +27,9 @@ AXES = {
     "steps": ("steps", lambda point: point["step"]),
 }
 GRID = 80
+"""Points of a curve that is drawn for several seeds."""
 FEW = 6
-"""Methods that one chart shows side by side; more get a panel each, and a table of their differences."""
+"""The most methods in one chart; more of them get a panel each, and a table of their differences."""
 
 
 def write_report(comparison: Comparison, path: str | Path) -> Path:
@@ -56,14 +57,14 @@ def _template() -> Any:
 
 
 def chart(title: str, drawn: str, note: str = "", kind: str = "") -> dict[str, Any]:
-    """A chart for the template."""
+    """A chart as the template reads it."""
     from markupsafe import Markup
 
     return {"title": title, "note": note, "svg": Markup(drawn), "kind": kind}
 
 
 def page(comparison: Comparison) -> dict[str, Any]:
-    """What the template shows of a comparison."""
+    """The content of a comparison's page, by the names that the template reads."""
     findings = find(comparison)
     task, seeds = comparison.task, comparison.shared_seeds
     series = {entry.label: place for place, entry in enumerate(comparison.entries)}
@@ -74,7 +75,7 @@ def page(comparison: Comparison) -> dict[str, Any]:
     samples = comparison.evaluation["samples"]
     judged_on = "held-out prompts"
     if task.get("same_prompts"):
-        judged_on = "the prompts of training, drawn anew from random numbers that training does not see"
+        judged_on = "the training prompts, sampled anew from random numbers that training does not use"
     groups = [samples_of(entry, series[entry.label], comparison) for entry in comparison.complete if entry.samples]
     images = any(group["images"] for group in groups)
     return {
@@ -107,8 +108,8 @@ def page(comparison: Comparison) -> dict[str, Any]:
         "footnote": (
             f"Scores are mean rewards on {judged_on}; the middle half is their interquartile mean. Brackets are "
             "95 % intervals from a bootstrap over seeds and prompts, widened for few seeds, each by itself and not "
-            "corrected for their number; differences are paired by seed and prompt. Nothing is called better whose "
-            "interval contains zero. Made with Stepwell."
+            "corrected for their number; differences are paired by seed and prompt. A method is called better only "
+            "where the interval excludes zero. Made with Stepwell."
         ),
     }
 
@@ -120,7 +121,7 @@ def _tables(comparison: Comparison, findings: Findings, series: Mapping[str, int
 
 def _measures(comparison: Comparison, findings: Findings, series: Mapping[str, int]) -> dict[str, Any]:
     def cells(measures: Mapping[str, Interval]) -> list[dict[str, Any]]:
-        return [plain(*measure(found)) for found in measures.values()]
+        return [plain(*measure(value)) for value in measures.values()]
 
     rows = [
         {"label": row.label, "series": series[row.label], "kind": "", "cells": cells(row.measures)}
@@ -131,7 +132,7 @@ def _measures(comparison: Comparison, findings: Findings, series: Mapping[str, i
     over = f", with 95 % intervals over {seeds} seeds" if seeds > 1 else "; one seed has no interval"
     return {
         "title": "Measures",
-        "note": f"Of the same samples after training, besides their reward: means{over}.",
+        "note": f"Taken of the same samples after training, besides the reward: means{over}.",
         "header": ["method", *findings.start_measures],
         "rows": rows,
     }
@@ -142,13 +143,10 @@ def _table(comparison: Comparison, findings: Findings, series: Mapping[str, int]
     named = [unit_name(name, comparison.work) for name in spent]
     unit = " ".join(filter(None, (comparison.task["unit"], percent(comparison).strip())))
 
-    def scored(found: Interval, signed: bool = False) -> dict[str, Any]:
-        tone = ("up" if found.above_zero else "down" if found.below_zero else "") if signed else "score"
-        return {
-            "text": number(found.value, comparison, signed),
-            "small": spread(found, comparison, signed),
-            "tone": tone,
-        }
+    def scored(score: Interval, signed: bool = False) -> dict[str, Any]:
+        tone = ("up" if score.above_zero else "down" if score.below_zero else "") if signed else "score"
+        small = spread(score, comparison, signed)
+        return {"text": number(score.value, comparison, signed), "small": small, "tone": tone}
 
     rows = []
     for row in findings.rows:
@@ -175,16 +173,16 @@ def _sections(comparison: Comparison, findings: Findings, series: Mapping[str, i
     for name in units_spent(findings):
         values = [row.cost[name] for row in findings.rows]
         texts = [amount(value) for value in values]
-        said = unit_name(name, comparison.work)
-        svg = charts.bars(labels, [series[label] for label in labels], values, texts, f"Cost in {said}")
-        costs.append(chart(said.capitalize(), svg))
-    note = f"What a run spent on average, in every unit; the budget was {comparison.budget}. Evaluation is not in it."
+        unit = unit_name(name, comparison.work)
+        svg = charts.bars(labels, [series[label] for label in labels], values, texts, f"Cost in {unit}")
+        costs.append(chart(unit.capitalize(), svg))
+    note = f"The average cost of a run, in every unit, without evaluation; the budget was {comparison.budget}."
     sections.append({"title": "Cost", "note": note, "legend": False, "small": True, "charts": costs})
     return sections
 
 
 def _learning(comparison: Comparison, findings: Findings, series: Mapping[str, int]) -> dict[str, Any]:
-    """Held-out scores by what was spent, and rewards in training; of many methods the first alone, a panel each."""
+    """Held-out scores by cost, and rewards in training; of many methods held-out scores alone, a panel each."""
     shown, unit = bool(percent(comparison)), comparison.task["unit"]
     many, level = len(comparison.complete) > FEW, findings.start.value
     axes = [comparison.budget_unit, "steps"] if comparison.budget_unit != "steps" else ["steps", "seconds"]
@@ -203,30 +201,30 @@ def _learning(comparison: Comparison, findings: Findings, series: Mapping[str, i
         drawn.append(chart(title, svg, "training prompts, moving average"))
     one = len(comparison.shared_seeds) == 1
     band = f"The bands are 95 % intervals over {comparison.held_out}" if one else "The bands span the seeds"
-    note = f"{band}; the dotted line is the common start" + ("; grey are the others." if many else ".")
+    note = f"{band}; the dotted line is the common start" + ("; other methods are grey." if many else ".")
     return {"title": "Learning", "note": note, "legend": not many, "small": False, "charts": drawn}
 
 
 def _differences(comparison: Comparison, findings: Findings) -> dict[str, Any]:
-    """Every two methods' difference with its interval; of many methods the differences alone, in a table."""
+    """The difference of every two methods with its interval; of many methods the differences alone, in a table."""
     shown, unit = bool(percent(comparison)), comparison.task["unit"]
     axis = f"difference in {unit}" + (", percentage points" if shown else "")
-    bars = {
-        (pair.first, pair.second): Bar(f"{pair.first} − {pair.second}", 2, found.value, found.low, found.high, sure)
-        for pair in findings.pairs
-        for found in [pair.difference]
-        for sure in [found.above_zero or found.below_zero]
-    }
+    bars = {}
+    for pair in findings.pairs:
+        gap = pair.difference
+        sure = gap.above_zero or gap.below_zero
+        name = f"{pair.first} − {pair.second}"
+        bars[pair.first, pair.second] = Bar(name, 2, gap.value, gap.low, gap.high, sure)
     labels = [row.label for row in findings.rows]
     if len(labels) > FEW:
         place = {label: number for number, label in enumerate(labels)}
         cells = {(place[first], place[second]): bar for (first, second), bar in bars.items()}
         drawn = chart(
-            f"Row less column: {axis}", charts.matrix(labels, cells, "Paired differences", percent=shown), kind="full"
+            f"Row minus column: {axis}", charts.matrix(labels, cells, "Paired differences", percent=shown), kind="full"
         )
         note = (
-            "Paired by seed and prompt. Filled: the 95 % interval is without zero. Of all others neither is shown "
-            "to be better; of those marked = every score is the same."
+            "Paired by seed and prompt. Filled: the 95 % interval excludes zero. Otherwise neither method is shown to "
+            "be better; = marks pairs whose scores are all the same."
         )
     else:
         drawn = chart(
@@ -239,15 +237,14 @@ def _differences(comparison: Comparison, findings: Findings) -> dict[str, Any]:
 
 
 def _figure(comparison: Comparison) -> dict[str, Any]:
-    """The section of the task's own picture; its colours are those of the legend."""
+    """The section of the task's own picture, in the colours of the legend."""
     drawn = chart("All methods", charts.safe(comparison.figure), str(comparison.task.get("caption", "")), "whole")
     note = f"Held-out samples before and after training on seed {comparison.shared_seeds[0]}."
     return {"title": "Samples", "note": note, "legend": True, "small": False, "charts": [drawn]}
 
 
-def _curve(comparison: Comparison, entry: Entry, series: int, axis: str) -> Line:
-    """The held-out score over a common grid: the mean of the seeds and the span between them, or for one seed the
-    interval over prompts."""
+def _curve(comparison: Comparison, entry: Entry, series: int, axis: str) -> Curve:
+    """The held-out score over a common grid: mean and span of the seeds, or one seed's interval over prompts."""
     of_point = AXES[axis][1]
     trials = [trial for trial in entry.trials if trial.seed in comparison.shared_seeds]
     last = min(float(of_point(trial.curve[-1])) for trial in trials)
@@ -258,15 +255,16 @@ def _curve(comparison: Comparison, entry: Entry, series: int, axis: str) -> Line
     )
     mean = table.mean(0)
     band = (table.min(0), table.max(0)) if len(trials) > 1 else (mean - 1.96 * error[0], mean + 1.96 * error[0])
-    return Line(entry.label, series, grid, mean, *band)
+    return Curve(entry.label, series, grid, mean, *band)
 
 
-def _training(comparison: Comparison, entry: Entry, series: int) -> Line:
+def _training(comparison: Comparison, entry: Entry, series: int) -> Curve:
+    """The reward while training: the mean over seeds, as a moving average."""
     trials = [trial for trial in entry.trials if trial.seed in comparison.shared_seeds]
     steps = min(len(trial.history) for trial in trials)
     table = np.array([[number_or_nan(point.get("reward")) for point in trial.history[:steps]] for trial in trials])
     mean: Values = table.mean(0) if steps else np.zeros(0)
-    return Line(entry.label, series, np.arange(1, steps + 1, dtype=float), charts.smoothed(mean, max(1, steps // 20)))
+    return Curve(entry.label, series, np.arange(1, steps + 1, dtype=float), charts.smoothed(mean, max(1, steps // 20)))
 
 
 def plain(text: str, small: str = "") -> dict[str, Any]:
@@ -280,7 +278,7 @@ def count_of(count: int, word: str) -> str:
 
 
 def number_or_nan(value: Any) -> float:
-    """A metric as a float; NaN for what is missing or is no number."""
+    """A metric as a float; NaN for one that is missing or is not a number."""
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
@@ -290,9 +288,9 @@ def reproduction(settings: Mapping[str, Any], made: Mapping[str, Any]) -> list[t
     if made.get("versions"):
         rows.append(("versions", ", ".join(f"{name} {value}" for name, value in made["versions"].items())))
     machine: Sequence[tuple[str, str]] = (("device", "{}"), ("cores", "{} cores"), ("threads", "{} threads used"))
-    found = [form.format(made[name]) for name, form in machine if made.get(name)]
-    if found:
-        rows.append(("machine", ", ".join(found)))
+    words = [form.format(made[name]) for name, form in machine if made.get(name)]
+    if words:
+        rows.append(("machine", ", ".join(words)))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Single training runs as a page: the curves of every metric, what they cost, and how their completions changed."""
+"""Single training runs as a page: the curves of every metric, costs, and completions early and late in training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepwell.comparison.report.table import UNITS, amount, unit_name
 from stepwell.comparison.results import FILE, Comparison
 from stepwell.errors import InputError
 from stepwell.figures import charts
-from stepwell.figures.charts import Line
+from stepwell.figures.charts import Curve
 from stepwell.sampling.request import Prompt
 from stepwell.tasks.registry import plainly
 from stepwell.training.log import CLOCK, COMPLETIONS, METRICS, RUN, SAMPLES, read_lines
@@ -25,13 +25,14 @@ from stepwell.writing import write_whole
 FIRST = ("reward", "evaluation/reward", "length", "truncated", "kl", "old_kl", "clip_fraction", "gradient_norm")
 """The metrics that come first; all others follow by name."""
 MOST_POINTS = 400
+"""The most points of a curve."""
 MOST_PICTURES = 6
-"""Pictures of a run's samples, spread over all that it drew."""
+"""The most pictures of a run's samples, spread over all that it drew."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run left in its folder: a metrics entry a step, completions, run.json, and the seconds since the start."""
+    """The content of a run's folder: a metrics entry a step, completions, run.json, and the seconds since the start."""
 
     label: str
     path: Path
@@ -42,12 +43,12 @@ class RunFolder:
 
 
 def report_runs(folders: Sequence[str | Path], out: str | Path) -> Path:
-    """Write one page on the runs in these folders to `out`, at one stroke; returns where it is.
+    """Write one page on the runs in these folders to `out`, at one stroke, and return its path.
 
-    One folder with a comparison.json is reported as a comparison. Raises `InputError` for a folder that holds no run.
+    One folder with a comparison.json is reported as a comparison. Raises `InputError` for a folder without a run.
     """
     if not folders:
-        raise InputError("There is no run to report; name the folders of some.")
+        raise InputError("folders must name at least one run, got none.")
     out = Path(out) / "report.html" if Path(out).is_dir() else Path(out)
     if len(folders) == 1 and (Path(folders[0]) / FILE).is_file():
         return write_report(Comparison.load(folders[0]), out)
@@ -62,8 +63,8 @@ def report_runs(folders: Sequence[str | Path], out: str | Path) -> Path:
 def _read(folder: Path) -> RunFolder:
     metrics = read_lines(folder / METRICS)
     if not metrics:
-        reason = "holds no finished step" if folder.is_dir() else "is a file" if folder.exists() else "is not there"
-        raise InputError(f"'{folder}' {reason}; a run's folder has a {METRICS} with at least one line.")
+        reason = "no finished step" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
+        raise InputError(f"'{folder}' must be a run's folder, with at least one line in {METRICS}, got {reason}.")
     try:
         about = json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -75,7 +76,7 @@ def _read(folder: Path) -> RunFolder:
 
 
 def runs_page(runs: Sequence[RunFolder]) -> dict[str, Any]:
-    """What the template shows of runs."""
+    """The content of the page of runs, by the names that the template reads."""
     names = ", ".join(run.label for run in runs)
     galleries = [gallery for run in runs for gallery in _pictures(run, len(runs) > 1)]
     drawing = {run.label for run in runs if any("picture" in entry for entry in run.completions)}
@@ -88,8 +89,8 @@ def runs_page(runs: Sequence[RunFolder]) -> dict[str, Any]:
         "eyebrow": "Stepwell training runs" if len(runs) > 1 else "Stepwell training run",
         "heading": names,
         "sentences": [_sentence(run) for run in runs],
-        "description": "A run by itself has no interval: whether one method is better than another takes several seeds "
-        "of each, as a comparison runs them.",
+        "description": "A single run has no interval: whether one method is better than another takes several seeds of "
+        "each, as `stepwell compare` runs them.",
         "facts": facts,
         "errors": [],
         "tables": [_table(runs)],
@@ -100,7 +101,7 @@ def runs_page(runs: Sequence[RunFolder]) -> dict[str, Any]:
             _samples(run, place) for place, run in enumerate(runs) if run.completions and run.label not in drawing
         ],
         "samples_title": "Completions",
-        "samples_note": "Answers from the log: the first and the last.",
+        "samples_note": "The first and the last answers in the log.",
         "cards": [
             _card(run, place) for place, run in enumerate(runs) if run.about.get("card") or run.about.get("parts")
         ],
@@ -110,20 +111,18 @@ def runs_page(runs: Sequence[RunFolder]) -> dict[str, Any]:
             for run in runs
             for name, value in reproduction(run.about.get("settings", {}), run.about)
         ],
-        "footnote": "Rewards are those of training; evaluation/reward is the mean over held-out prompts, where it was "
-        "asked for. Made with Stepwell.",
+        "footnote": "Rewards are those of training; evaluation/reward is the mean over held-out prompts, where the run "
+        "was evaluated. Made with Stepwell.",
     }
 
 
 def _sentence(run: RunFolder) -> str:
-    """Where the reward went, over a tenth of the run at each end."""
+    """The reward's change between the first and the last tenth of the run."""
     rewards = np.array([number_or_nan(entry.get("reward")) for entry in run.metrics])
     tenth = max(1, len(rewards) // 10)
     first, last = float(np.nanmean(rewards[:tenth])), float(np.nanmean(rewards[-tenth:]))
-    over = f"over {count_of(len(rewards), 'step')}"
-    return (
-        f"{run.label}: the training reward went from {first:.3g} to {last:.3g} {over} (means of a tenth at each end)."
-    )
+    ends = f"from {first:.3g} to {last:.3g} over {count_of(len(rewards), 'step')}"
+    return f"{run.label}: the training reward went {ends} (means of the first and the last tenth)."
 
 
 def _table(runs: Sequence[RunFolder]) -> dict[str, Any]:
@@ -137,11 +136,11 @@ def _table(runs: Sequence[RunFolder]) -> dict[str, Any]:
         rows.append({"label": run.label, "series": place, "kind": "", "cells": cells})
     works = " or ".join(dict.fromkeys(str(run.about.get("work", "tokens")) for run in runs))
     header = ["run", "last reward", "steps", *(unit_name(unit, works) for unit in units)]
-    return {"title": "Costs", "note": "What each run spent, in every unit.", "header": header, "rows": rows}
+    return {"title": "Costs", "note": "The cost of each run, in every unit.", "header": header, "rows": rows}
 
 
 def _sections(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
-    """A chart for every metric that is a number somewhere and not the same everywhere."""
+    """A chart for every metric with numbers that are not all the same."""
     names = {name for run in runs for entry in run.metrics for name in entry}
     names -= {"step", "updates"} | {name for name in names if name.startswith("cost/")}
     ordered = [name for name in FIRST if name in names] + sorted(names - set(FIRST))
@@ -150,23 +149,24 @@ def _sections(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
         lines = [line for place, run in enumerate(runs) for line in _lines(run, place, name)]
         if lines and any(np.ptp(line.y) > 0 for line in lines):
             drawn.append(chart(name.replace("_", " "), charts.curves(lines, "steps", name)))
-    note = "Thin: each step. Thick: moving average."
+    note = "Thin: each step. Thick: the moving average."
     return [{"title": "Curves", "note": note, "legend": len(runs) > 1, "small": False, "charts": drawn}]
 
 
-def _lines(run: RunFolder, series: int, name: str) -> list[Line]:
+def _lines(run: RunFolder, series: int, name: str) -> list[Curve]:
+    """A metric over the steps: each step, and in a long run its moving average."""
     points = [(entry.get("step", place + 1), entry.get(name)) for place, entry in enumerate(run.metrics)]
-    known = [(float(step), float(value)) for step, value in points if isinstance(value, int | float)]
-    if not known:
+    numbers = [(float(step), float(value)) for step, value in points if isinstance(value, int | float)]
+    if not numbers:
         return []
-    x, y = np.array(known).T
+    x, y = np.array(numbers).T
     every = -(-len(x) // MOST_POINTS)
     if len(x) < 30:
-        return [Line(run.label, series, x, y)]
+        return [Curve(run.label, series, x, y)]
     smooth = charts.smoothed(y, max(3, len(y) // 20))
     return [
-        Line(run.label, series, x[::every], y[::every], faint=True),
-        Line(run.label, series, x[::every], smooth[::every]),
+        Curve(run.label, series, x[::every], y[::every], faint=True),
+        Curve(run.label, series, x[::every], smooth[::every]),
     ]
 
 
@@ -180,13 +180,13 @@ def _pictures(run: RunFolder, several: bool) -> list[dict[str, Any]]:
     drawn = []
     for file in chosen:
         step = int("".join(filter(str.isdigit, file.stem)) or 0)
-        said = [_prompt_and_reward(entry) for entry in run.completions if entry.get("step") == step]
+        captions = [_prompt_and_reward(entry) for entry in run.completions if entry.get("step") == step]
         image = embedded(file.read_bytes())
         tag = '<img src="{}" width="{}" height="{}" alt="samples of step {}">'
-        shown_as = Markup(tag).format(image["address"], image["width"], image["height"], step)
-        drawn.append(chart(f"step {step}", shown_as, ", ".join(said)))
+        element = Markup(tag).format(image["address"], image["width"], image["height"], step)
+        drawn.append(chart(f"step {step}", element, ", ".join(captions)))
     title = f"Samples of {run.label}" if several else "Samples"
-    note = "Completions of the log, side by side, with their prompts and rewards."
+    note = "Completions from the log, side by side, with their prompts and rewards."
     return [{"title": title, "note": note, "legend": False, "small": False, "charts": drawn}] if drawn else []
 
 
@@ -196,7 +196,7 @@ def _prompt_and_reward(entry: Mapping[str, Any], most: int = 24) -> str:
 
 
 def _samples(run: RunFolder, series: int, count: int = 6) -> dict[str, Any]:
-    """The first answers of the log and its last ones."""
+    """The first and the last answers of the log."""
     chosen = (
         run.completions if len(run.completions) <= 2 * count else run.completions[:count] + run.completions[-count:]
     )
@@ -210,8 +210,8 @@ def _samples(run: RunFolder, series: int, count: int = 6) -> dict[str, Any]:
         for entry in chosen
     ]
     about = f"steps {chosen[0].get('step')} to {chosen[-1].get('step')}"
-    found = {"label": run.label, "series": series, "about": about, "columns": ("answer", ""), "rows": rows}
-    return {**found, "images": False}
+    columns = ("answer", "")
+    return {"label": run.label, "series": series, "about": about, "columns": columns, "rows": rows, "images": False}
 
 
 def _card(run: RunFolder, series: int) -> dict[str, Any]:

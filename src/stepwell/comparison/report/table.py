@@ -24,7 +24,7 @@ UNITS = {
 
 
 def unit_name(unit: str, work: str = "tokens") -> str:
-    """A unit of cost in words; `work` is what the networks are given, tokens or latents.
+    """A unit of cost in words; `work` is what a network's forward pass is counted in (`Process.work`).
 
     Example:
         >>> unit_name("forward"), unit_name("forward", "latents")
@@ -34,7 +34,7 @@ def unit_name(unit: str, work: str = "tokens") -> str:
 
 
 def amount(value: float) -> str:
-    """A cost, short.
+    """A cost in few characters.
 
     Example:
         >>> [amount(value) for value in (0, 7.25, 812, 8_120, 3_456_000)]
@@ -46,21 +46,21 @@ def amount(value: float) -> str:
     return f"{value:.0f}" if value == int(value) or abs(value) >= 100 else f"{value:.1f}"
 
 
-def spread(found: Interval, comparison: Comparison, signed: bool = False) -> str:
+def spread(interval: Interval, comparison: Comparison, signed: bool = False) -> str:
     """An interval in brackets."""
-    low, high = (number(end, comparison, signed) for end in (found.low, found.high))
+    low, high = (number(end, comparison, signed) for end in (interval.low, interval.high))
     return f"[{low}, {high}]"
 
 
-def measure(found: Interval) -> tuple[str, str]:
-    """A measure and its interval, which is empty where there is none.
+def measure(value: Interval) -> tuple[str, str]:
+    """A measure and its interval, which is empty for a single seed.
 
     Example:
         >>> measure(Interval(0.1234, 0.1, 0.2)), measure(Interval(3.0, float("nan"), float("nan")))
         (('0.123', '[0.1, 0.2]'), ('3', ''))
     """
-    interval = "" if math.isnan(found.low) else f"[{found.low:.3g}, {found.high:.3g}]"
-    return ("–" if math.isnan(found.value) else f"{found.value:.3g}"), interval
+    interval = "" if math.isnan(value.low) else f"[{value.low:.3g}, {value.high:.3g}]"
+    return ("–" if math.isnan(value.value) else f"{value.value:.3g}"), interval
 
 
 def units_spent(findings: Findings) -> list[str]:
@@ -69,7 +69,7 @@ def units_spent(findings: Findings) -> list[str]:
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """The table, the findings and whatever went wrong."""
+    """Print the tables, the findings and the errors."""
     console = console or Console()
     findings = find(comparison)
     if findings is None:
@@ -90,9 +90,9 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     for row in findings.rows:
         gain = Text(f"{number(row.gain.value, comparison, True)} {spread(row.gain, comparison, True)}")
         gain.stylize("green" if row.gain.above_zero else "red" if row.gain.below_zero else "")
-        name_of = Text(row.label, style="bold")
-        scores.add_row(name_of, f"{number(row.score.value, comparison)} {spread(row.score, comparison)}", gain)
-        costs.add_row(name_of, amount(row.steps), *(amount(row.cost[cost]) for cost in spent))
+        label = Text(row.label, style="bold")
+        scores.add_row(label, f"{number(row.score.value, comparison)} {spread(row.score, comparison)}", gain)
+        costs.add_row(label, amount(row.steps), *(amount(row.cost[cost]) for cost in spent))
     start = findings.start
     scores.add_row("[dim]start", f"{number(start.value, comparison)} {spread(start, comparison)}", "")
     console.print(scores)
@@ -110,13 +110,13 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 
 def _measures(findings: Findings) -> Table:
-    """What the task measures of the samples besides their reward; intervals stand below, since names are long."""
+    """The task's measures of the samples, besides their reward; intervals stand below, since names are long."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("after training", no_wrap=True)
     for name in findings.start_measures:
         table.add_column(Text(name), justify="right")
     ends = [(Text(row.label, style="bold"), row.measures) for row in findings.rows]
     for label, measures in [*ends, (Text("start", style="dim"), findings.start_measures)]:
-        cells = [Text("\n".join(filter(None, measure(found)))) for found in measures.values()]
+        cells = [Text("\n".join(filter(None, measure(value)))) for value in measures.values()]
         table.add_row(label, *cells)
     return table

@@ -10,9 +10,9 @@ from stepwell.objective.preference.pairs import Logistic, Pairing, Pairs, Sequen
 from stepwell.objective.preference.scores import ImplicitReward, Parting, TokenGuided
 from stepwell.objective.preference.step_pairs import StepPairs
 from stepwell.objective.preference.unpaired import Prospect, RejectionPairs
-from stepwell.parts import NotNegative
 from stepwell.planning.groups import Groups
 from stepwell.planning.measured import Vines
+from stepwell.ranges import NotNegative
 from stepwell.recipe.recipe import Recipe
 from stepwell.recipe.registry import method
 
@@ -27,6 +27,7 @@ AVERAGE = SequenceScore(mean=True, against="none")
     arxiv="2402.01306",
     year=2024,
     differs="Rows judged one by one, good or bad, against a reference point: the divergence from the reference.",
+    when="When answers are judged good or bad one by one, with no pairs, and perhaps many more of one kind.",
     note="The reference point is the mean score of the rows, which are the policy's own: exactly the divergence in "
     "expectation. TRL estimates it on mismatched prompts and answers, as its rows are not.",
     proof=("loss_by_hand", "reference_point"),
@@ -42,6 +43,7 @@ def kto(beta: float = 0.1, desirable: float = 1.0, undesirable: float = 1.0, thr
     arxiv="2405.14734",
     year=2024,
     differs="dpo on mean log-probabilities, without a reference, and with a margin to reach.",
+    when="When there is no memory for a reference, and scores should not grow with length.",
     note="Defaults are the authors' for Llama-3-8B-Instruct (gamma / beta = 0.55); TRL's are beta 0.1, gamma 0.5.",
     proof=("loss_by_hand",),
 )
@@ -56,6 +58,7 @@ def simpo(beta: float = 2.5, gamma: float = 1.375, smoothing: float = 0.0) -> Re
     arxiv="2501.03884",
     year=2025,
     differs="simpo whose reward is (1 - p^-alpha) / alpha of the mean probability p; alpha to 0 is simpo.",
+    when="When simpo lowers the likelihood of chosen and rejected rows alike; `alpha` bends its reward.",
     note="The formula is TRL's; the defaults are simpo's and ours.",
     proof=("loss_by_hand",),
 )
@@ -70,6 +73,7 @@ def alphapo(beta: float = 2.5, gamma: float = 1.375, alpha: float = 0.25) -> Rec
     arxiv="2401.08417",
     year=2024,
     differs="dpo with a uniform reference, and so without one, plus the likelihood of the chosen rows.",
+    when="When there is no memory for a reference and the chosen answers are good enough to imitate.",
     proof=("loss_by_hand",),
 )
 def cpo(beta: float = 0.1, likelihood: NotNegative = 1.0, smoothing: float = 0.0) -> Recipe:
@@ -83,6 +87,7 @@ def cpo(beta: float = 0.1, likelihood: NotNegative = 1.0, smoothing: float = 0.0
     arxiv="2403.07691",
     year=2024,
     differs="Imitate the chosen rows, with a small penalty on the odds of the rejected against theirs.",
+    when="To imitate the best answers and move away from the worst in one stage, without a reference.",
     note="The likelihood is of the answer; TRL's is of prompt and answer. TRL computes the odds in float32.",
     proof=("loss_by_hand",),
 )
@@ -96,10 +101,11 @@ def orpo(odds: NotNegative = 0.1) -> Recipe:
     paper="Statistical Rejection Sampling Improves Preference Optimization",
     arxiv="2309.06657",
     year=2023,
-    differs="Pairs among those rows of a group that rejection sampling accepts, as if drawn from the optimal policy.",
-    note="The largest reward is the group's and not that of all answers, so the law of the accepted is tilted less.",
-    proof=("rejection_law", "loss_by_hand"),
     catalogue=25,
+    differs="Pairs among those rows of a group that rejection sampling accepts, as if drawn from the optimal policy.",
+    when="When pairs should look as if drawn from the optimal policy, and many samples a prompt are cheap.",
+    note="The largest reward is the group's and not that of all answers, so the accepted rows are tilted less.",
+    proof=("rejection_law", "loss_by_hand"),
 )
 def rso(beta: float = 0.5, accept: int = 4, loss: str = "hinge") -> Recipe:
     return Recipe(RejectionPairs(link(loss, beta), scored(loss), temperature=beta, keep=accept), Groups(size=16))
@@ -108,10 +114,12 @@ def rso(beta: float = 0.5, accept: int = 4, loss: str = "hinge") -> Recipe:
 @method(
     "online-dpo",
     title="Online DPO",
+    aliases=("oaif",),
     paper="Direct Language Model Alignment from Online AI Feedback",
     arxiv="2402.04792",
     year=2024,
     differs="dpo on two fresh samples a prompt, the better one chosen, against the starting policy.",
+    when="When two samples a prompt are all that a judge can compare; the plainest online form of dpo.",
     note="With loss='ipo' the score is the sum, as in TRL's online trainer; its DPO trainer takes the mean.",
     proof=("preference_fixed_point", "loss_by_hand"),
 )
@@ -126,11 +134,12 @@ def online_dpo(beta: float = 0.1, loss: str = "sigmoid") -> Recipe:
     "KL-Constraint",
     arxiv="2312.11456",
     year=2023,
-    differs="dpo in rounds: the best against the worst of each group, several passes over it, then fresh samples.",
-    note="The paper keeps the starting policy as reference; reference='synced' moves it to the policy every round. Its "
-    "ladder of rejection samplers is not here. Passes and minibatches are ours.",
-    proof=("preference_fixed_point", "loss_by_hand"),
     catalogue=68,
+    differs="dpo in rounds: the best against the worst of each group, several passes over it, then fresh samples.",
+    when="When rollouts are expensive: several passes over each before new samples, where dpo makes one.",
+    note="The paper keeps the starting policy as reference; reference='synced' moves it to the policy every round. "
+    "Its ladder of rejection samplers is not here. Passes and minibatches are ours.",
+    proof=("preference_fixed_point", "loss_by_hand"),
 )
 def iterative_dpo(
     beta: float = 0.1, epochs: int = 2, minibatches: int = 4, reference: Literal["start", "synced"] = "start"
@@ -144,9 +153,10 @@ def iterative_dpo(
     paper="Pre-DPO: Improving Data Utilization in Direct Preference Optimization Using a Guiding Reference Model",
     arxiv="2504.15843",
     year=2025,
-    differs="dpo from the start again, with an already optimised policy, the process's `teacher`, as its reference.",
-    proof=("loss_by_hand", "guiding_weight"),
     catalogue=185,
+    differs="dpo from the start again, with an already optimised policy, the `teacher`, as its reference.",
+    when="After a finished run of dpo or simpo: train once more from the start, guided by its result.",
+    proof=("loss_by_hand", "guiding_weight"),
 )
 def pre_dpo(beta: float = 0.1, pairs: str = "extremes") -> Recipe:
     return Recipe(Pairs(Logistic(beta), SequenceScore(against="teacher"), Pairing(pairs)))  # type: ignore[arg-type]
@@ -158,11 +168,12 @@ def pre_dpo(beta: float = 0.1, pairs: str = "extremes") -> Recipe:
     paper="Step-DPO: Step-wise Preference Optimization for Long-chain Reasoning of LLMs",
     arxiv="2406.18629",
     year=2024,
+    catalogue=392,
     differs="dpo on the one step in which the two rows of a pair part; what they share before it trains nothing.",
+    when="For long reasoning whose rows share a beginning: only the step in which they part is trained.",
     note="The paper finds a wrong step and resamples it; here a group's rows are compared, whichever step they part "
     "in, and judged by their outcome.",
     proof=("loss_by_hand",),
-    catalogue=392,
 )
 def step_dpo(beta: float = 0.4, pairs: str = "all") -> Recipe:
     return Recipe(Pairs(Logistic(beta), Parting(), Pairing(pairs)))  # type: ignore[arg-type]
@@ -174,14 +185,15 @@ def step_dpo(beta: float = 0.4, pairs: str = "all") -> Recipe:
     paper="Full-Step-DPO: Self-Supervised Preference Optimization with Step-wise Rewards for Mathematical Reasoning",
     arxiv="2502.14356",
     year=2025,
+    catalogue=170,
     differs="dpo in which each step weighs by its reward: the best steps of the chosen row, the worst of the rejected.",
+    when="For long reasoning, when there is time to measure each step's reward by drawing rows after it.",
     note="Formula and defaults are those of the authors' code, but for its softmax times n and sum over n, which "
     "cancel. It masks tokens whose step's reward is exactly 0; here those are masked that are not trained. There each "
     "prompt's pairs are averaged first; here all pairs count alike. In place of a process reward model, rows drawn "
     "after each step measure its reward; steps have a number of tokens. At rate = temperature = 0 the slope of a row "
     "of n tokens is dpo's of all pairs over 2 beta n.",
     proof=("loss_by_hand", "even_steps_are_dpo", "measured_step_values"),
-    catalogue=170,
 )
 def full_step_dpo(
     beta: float = 0.05, temperature: float = 0.5, rate: float = 1.0, segment: int = 32, vines: int = 4
@@ -196,10 +208,11 @@ def full_step_dpo(
     paper="TGDPO: Harnessing Token-Level Reward Guidance for Enhancing Direct Preference Optimization",
     arxiv="2506.14574",
     year=2025,
-    differs="dpo with tokens weighted by the implicit reward of an earlier DPO model, the process's `teacher`.",
+    catalogue=331,
+    differs="dpo with tokens weighted by the implicit reward of an earlier DPO model, the `teacher`.",
+    when="When an earlier dpo model is at hand: its implicit rewards say which tokens matter.",
     note="Weights are not clamped and may be negative, as in the authors' code.",
     proof=("loss_by_hand",),
-    catalogue=331,
 )
 def tgdpo(beta: float = 0.1, alpha: float = 0.5) -> Recipe:
     return Recipe(Pairs(Logistic(beta), TokenGuided(alpha, beta)))

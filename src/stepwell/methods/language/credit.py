@@ -10,23 +10,20 @@ from stepwell.credit.columns import AcrossPrompts, LengthClass, RewardColumn, St
 from stepwell.credit.contest import WinnerTakesAll, WinRate
 from stepwell.credit.entropy import EntropyModulated
 from stepwell.credit.group import GroupCredit
-from stepwell.credit.prefixes import PrefixValues, SegmentAdvantages, Subtrees
 from stepwell.credit.risk import MixedRisk
 from stepwell.credit.shaping import Outcome
 from stepwell.credit.traces import Coverage, RewardToGo, Whitened
 from stepwell.methods.language.policy_gradient import penalised, reward_with
 from stepwell.objective.constraint import Priced, Watch
-from stepwell.objective.gates.selection import Agreement, Influence, MostSpread
+from stepwell.objective.gates.selection import Agreement
 from stepwell.objective.policy import Policy
-from stepwell.objective.ratio import Ratio
 from stepwell.objective.reduction import Reduction
 from stepwell.objective.regularise import Divergence
-from stepwell.objective.state import Multiplier, Ramp
+from stepwell.objective.state import Multiplier
 from stepwell.objective.surrogate import Clip, Score
-from stepwell.parts import NotNegative, Part, Size
-from stepwell.planning.hints import Hinted
-from stepwell.planning.measured import Vines, WithGreedy
-from stepwell.planning.trees import SegmentTree
+from stepwell.parts import Part
+from stepwell.planning.measured import WithGreedy
+from stepwell.ranges import NotNegative
 from stepwell.recipe.recipe import Recipe
 from stepwell.recipe.registry import method
 
@@ -39,10 +36,12 @@ def score(credit: Part) -> Policy:
 @method(
     "reinforce++",
     title="REINFORCE++",
+    aliases=("rf++", "reinforce-plus-plus"),
     paper="REINFORCE++: A Simple and Efficient Approach for Aligning Large Language Models",
     arxiv="2501.03262",
     year=2025,
     differs="No groups: rewards to go, with the divergence penalty inside, whitened over all tokens of the batch.",
+    when="With one or few samples a prompt and no critic: the baseline is that of the whole batch.",
     note="Whitening is over tokens, so that long answers weigh more in the mean and the deviation.",
     proof=("penalised_sequence_gradient", "whitened_over_tokens"),
 )
@@ -53,10 +52,12 @@ def reinforce_plus_plus(clip: float = 0.2, kl: NotNegative = 0.0) -> Recipe:
 @method(
     "reinforce++-baseline",
     title="REINFORCE++ with a group baseline",
+    aliases=("rf++-baseline", "reinforce-plus-plus-baseline"),
     paper="REINFORCE++: A Simple and Efficient Approach for Aligning Large Language Models",
     arxiv="2501.03262",
     year=2025,
     differs="reinforce++ on rewards less their group's mean; the divergence penalty is a k2 term of the loss.",
+    when="With several samples a prompt, when the deviation of a small group is too noisy to divide by.",
     note="Whitening is over tokens, so that long answers weigh more in the mean and the deviation. A prompt with one "
     "sample keeps its reward, as in verl.",
     proof=("whitened_over_tokens",),
@@ -73,6 +74,7 @@ def reinforce_plus_plus_baseline(clip: float = 0.2, kl: NotNegative = 0.0) -> Re
     arxiv="2310.10505",
     year=2023,
     differs="REINFORCE less the reward of the greedy answer to the prompt, which is drawn beside the samples.",
+    when="When one more greedy answer is cheaper than a group of samples: its reward is the baseline.",
     proof=("greedy_baseline_gradient",),
 )
 def remax(kl: NotNegative = 0.0) -> Recipe:
@@ -86,6 +88,7 @@ def remax(kl: NotNegative = 0.0) -> Recipe:
     arxiv="2505.23585",
     year=2025,
     differs="REINFORCE less a mean of the group's rewards that weighs them by length.",
+    when="On fresh samples of uneven length: a baseline with less variance than the group's mean.",
     note="Published: the mean holds the sample itself, and the expected gradient is off by 54 % for two samples and "
     "37 % for three, on strings of one to three symbols.",
     proof=("unbiased_gradient", "length_baseline_by_hand"),
@@ -97,9 +100,11 @@ def opo(kl: NotNegative = 0.0, variant: Literal["corrected", "published"] = "cor
 @method(
     "otb",
     title="Optimal Token Baseline",
+    aliases=("optimal-token-baseline",),
     paper="The Optimal Token Baseline: Variance Reduction for Long-Horizon LLM-RL",
     year=2026,
     differs="opo token by token: rewards to go weigh by the squared norm of the score so far, in the logits.",
+    when="For long rows, where the variance grows with length: each token has the baseline of least variance.",
     note="Published: the mean holds the row itself, and the expected gradient is off by 59 % for two samples and 41 % "
     "for three, on strings of one to three symbols.",
     proof=("unbiased_gradient", "least_variance_by_token"),
@@ -115,8 +120,9 @@ def otb(kl: NotNegative = 0.0, variant: Literal["corrected", "published"] = "cor
     arxiv="2504.02546",
     year=2025,
     differs="The score function with mean-centred rewards, times all rows over those of groups that teach something.",
-    note="`nonzero` counts rows with a reward other than 0 in their place, as verl does: in a batch of one mixed group "
-    "of two and four of equal rewards, two right and two wrong, the gradient is then 0.4 times what it is.",
+    when="For a policy gradient without clip, critic or reference, where many groups are all right or all wrong.",
+    note="`nonzero` counts rows with a reward other than 0 in their place, as verl does: in a batch of one mixed "
+    "group of two and four of equal rewards, two right and two wrong, the gradient is then 0.4 times what it is.",
     proof=("equal_groups_change_nothing", "informative_gradient"),
 )
 def gpg(nonzero: bool = False) -> Recipe:
@@ -130,6 +136,7 @@ def gpg(nonzero: bool = False) -> Recipe:
     arxiv="2602.02710",
     year=2026,
     differs="Mean-centred rewards over the group's mean: the log-likelihood of success to order G - 1.",
+    when="For pass-or-fail rewards: rarely solved prompts count more, as the log-likelihood of success has it.",
     proof=("truncated_likelihood_gradient",),
 )
 def maxrl(epsilon: float = 1e-6) -> Recipe:
@@ -139,14 +146,16 @@ def maxrl(epsilon: float = 1e-6) -> Recipe:
 @method(
     "poppy",
     title="Poppy, on one policy: max@G",
+    aliases=("max@g", "max@k"),
     paper="Winner Takes It All: Training Performant RL Populations for Combinatorial Optimization",
     arxiv="2210.03475",
     year=2022,
+    catalogue=219,
     differs="The best of a group earns what it is better by than the second, the others nothing: E[max of G] rises.",
+    when="When the best of several answers counts and not their mean, as for pass@k.",
     note="The paper's policies are several; here they are the samples of one. verl's pass@k divides by the group's "
     "deviation and leaves the factor G out.",
     proof=("largest_of_group_gradient",),
-    catalogue=219,
 )
 def poppy(kl: NotNegative = 0.0) -> Recipe:
     return Recipe(score(WinnerTakesAll(reward_with(kl))))
@@ -158,12 +167,13 @@ def poppy(kl: NotNegative = 0.0) -> Recipe:
     paper="Stratified GRPO: Handling Structural Heterogeneity in Reinforcement Learning of LLM Search Agents",
     arxiv="2510.06214",
     year=2025,
+    catalogue=357,
     differs="grpo's credit blended with that among answers of the same structure.",
-    note="`column` is the number (from 0) of the reward function, of weight 0, that says an answer's structure, "
-    "such as its searches; 0 takes the power of two of its length. The paper's alpha could not be established; 1/2 is "
+    when="For agents whose answers differ in structure, such as the number of searches, and so in reward.",
+    note="`column` is the number (from 0) of the reward function, of weight 0, that says an answer's structure, such "
+    "as its searches; 0 takes the power of two of its length. The paper's alpha could not be established; 1/2 is "
     "even-handed. At alpha = 1 choices between structures have no gradient, as an oracle shows.",
     proof=("stratified_by_hand", "strata_hide_choices"),
-    catalogue=357,
 )
 def stratified_grpo(alpha: float = 0.5, column: int = 0, clip: float = 0.2) -> Recipe:
     credit = Stratified(RewardColumn(column) if column else LengthClass(), alpha)
@@ -176,10 +186,11 @@ def stratified_grpo(alpha: float = 0.5, column: int = 0, clip: float = 0.2) -> R
     paper="RiskPO: Risk-based Policy Optimization via Verifiable Reward for LLM Post-Training",
     arxiv="2510.00911",
     year=2025,
+    catalogue=281,
     differs="grpo's clip on the credit of a mixed value at risk: the least count most, the `top` share nothing.",
+    when="When the mean hides failures: the lowest rewards count most, and the highest not at all.",
     note="Quantiles are the batch's; the authors' code can also track them. Their deviation divides, as there.",
     proof=("risk_gradient", "bundles_by_hand"),
-    catalogue=281,
 )
 def riskpo(low: float = 0.1, top: float = 0.1, emphasis: float = 1.5, bundle: int = 1, clip: float = 0.2) -> Recipe:
     return Recipe(Policy(MixedRisk(low, 1 - top, emphasis, bundle), surrogate=Clip(clip, clip)))
@@ -191,11 +202,12 @@ def riskpo(low: float = 0.1, top: float = 0.1, emphasis: float = 1.5, bundle: in
     paper="COPO: Consistency-Aware Policy Optimization",
     arxiv="2508.04138",
     year=2025,
+    catalogue=291,
     differs="grpo's loss blended with one that compares prompts, the more of it the more a prompt's answers agree.",
+    when="When most groups are all right or all wrong: prompts are then compared with one another.",
     note="`column` is the number (from 0) of the reward function, of weight 0, that names an answer; 0 takes the "
     "reward. The factor 1 - lambda H on a prompt's reward is left out, as its lambda could not be established.",
     proof=("agreement_by_hand",),
-    catalogue=291,
 )
 def copo(
     slope: float = 1.0, centre: float = 0.5, forced: bool = True, column: int = 0, clip: float = 0.2, dual: float = 3.0
@@ -211,11 +223,12 @@ def copo(
     paper="Confronting Reward Model Overoptimization with Constrained RLHF",
     arxiv="2310.04373",
     year=2023,
+    catalogue=268,
     differs="grpo's first reward, plus the second at a price that rises while its mean is below `threshold`.",
+    when="With two rewards: one to raise, and one to keep above a threshold.",
     note="Two reward functions are needed. The paper has a value head for each, and bounds its prices by a sigmoid; "
     "here groups give each its credit, and prices are projected to [0, `ceiling`].",
     proof=("priced_credit", "price_finds_the_optimum"),
-    catalogue=268,
 )
 def constrained_rlhf(
     threshold: float = 0.5, price: float = 0.0, rate: float = 0.01, ceiling: float = 10.0, clip: float = 0.2
@@ -232,10 +245,11 @@ def constrained_rlhf(
     paper="A Minimaximalist Approach to Reinforcement Learning from Human Feedback",
     arxiv="2401.04056",
     year=2024,
+    catalogue=270,
     differs="A sample earns the share of its group that it beats: the policy plays against itself.",
+    when="When only the order of a group's rewards means something, and not their size.",
     note="The larger reward wins; with a `temperature`, as often as a Bradley-Terry model has it.",
     proof=("self_play_gradient",),
-    catalogue=270,
 )
 def spo_self_play(temperature: float = 0.0, clip: float = 0.2) -> Recipe:
     return Recipe(Policy(WinRate(temperature), surrogate=Clip(clip, clip), reduction=Reduction("row-sum")))
@@ -247,95 +261,14 @@ def spo_self_play(temperature: float = 0.0, clip: float = 0.2) -> Recipe:
     paper="Submodular Reinforcement Learning",
     arxiv="2307.13372",
     year=2023,
+    catalogue=277,
     differs="REINFORCE with rewards to go of marginal gains: `gain` for each token that an answer has not had yet.",
+    when="When repeating is worth nothing: rewards with diminishing returns within an answer.",
     note="The submodular function is the number of different tokens, beside the outcome; any other is a part.",
     proof=("submodular_gradient",),
-    catalogue=277,
 )
 def subpo(gain: float = 0.1) -> Recipe:
     return Recipe(score(RewardToGo(gain=Coverage(gain))))
-
-
-@method(
-    "treepo",
-    title="TreePO",
-    paper="TreePO: Bridging the Gap of Policy Optimization and Efficacy and Inference Efficiency with Heuristic "
-    "Tree-based Modeling",
-    arxiv="2508.17445",
-    year=2025,
-    differs="Rows part after each segment; a segment earns its leaves' mean less its siblings'.",
-    note="Published: a leaf earns its mean advance over its ancestors' leaves, whitened over tokens. Before that, with "
-    "two rows from each state and two segments, the first trains with 0.250 and the second with 0.625 of its policy "
-    "gradient; corrected, both with all of it. The authors' segments have 512 tokens.",
-    proof=("tree_gradient", "tree_without_branches"),
-    catalogue=398,
-)
-def treepo(
-    segment: int = 32,
-    branching: int = 2,
-    depth: Size = 3,
-    low: float = 0.2,
-    high: float = 0.28,
-    dual: float = 10.0,
-    variant: Literal["corrected", "published"] = "corrected",
-) -> Recipe:
-    tree = SegmentTree(size=branching**depth, branching=branching, segment=segment)
-    advantages = SegmentAdvantages(segment)
-    policy = Policy(advantages, surrogate=Clip(low, high, dual), reduction=Reduction("row-sum"))
-    if variant == "published":
-        policy = replace(policy, credit_of=Whitened(Subtrees(segment, depth)), reduction=Reduction())
-    return Recipe(policy, tree)
-
-
-@method(
-    "vineppo",
-    title="VinePPO",
-    paper="VinePPO: Refining Credit Assignment in RL Training of LLMs",
-    arxiv="2410.01679",
-    year=2024,
-    differs="ppo whose values are measured: rows drawn from the state before each segment say what it is worth.",
-    note="The paper's steps are those of the reasoning; here a segment has a number of tokens.",
-    proof=("vine_gradient",),
-)
-def vineppo(segment: int = 32, vines: int = 4, clip: float = 0.2) -> Recipe:
-    policy = Policy(PrefixValues(), surrogate=Clip(clip, clip), reduction=Reduction("fixed"))
-    return Recipe(policy, Vines(segment=segment, vines=vines))
-
-
-@method(
-    "guide",
-    title="Guide-GRPO",
-    paper="Adaptive Guidance Accelerates Reinforcement Learning of Reasoning Models",
-    arxiv="2506.13923",
-    year=2025,
-    differs="grpo that asks unsolved prompts again with a hint, and learns to do without it, by the ratio of laws.",
-    note="The data's column `hinted` holds a prompt with its hint; prompts without one are grpo's. As hints follow "
-    "failure, unclipped ratios give the gradient of a prompt 1 + (1 - p)^G / 2 times, p its success rate.",
-    proof=("hinted_gradient", "standardised_gradient"),
-    catalogue=10,
-)
-def guide(clip: float = 0.2, hints: int = 0) -> Recipe:
-    ratio = Ratio(denominator="behaviour")
-    policy = Policy(GroupCredit("mean", "std"), ratio, Clip(clip, clip), reduction=Reduction("row"))
-    return Recipe(policy, Hinted(hints=hints))
-
-
-@method(
-    "d3s",
-    title="Dynamic Dual-Level Down-Sampling",
-    paper="Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization",
-    arxiv="2509.22115",
-    year=2025,
-    differs="grpo on the rows whose credits spread most and the tokens of most credit times entropy; more by and by.",
-    note="The paper's shares could not be established: a half of each at first, and all after `updates`, are ours. "
-    "The best subset of rows is found exactly. Rows left out still count in the loss's denominator.",
-    proof=("most_spread_subset", "most_telling_steps", "everything_is_grpo"),
-    catalogue=23,
-)
-def d3s(rows: float = 0.5, tokens: float = 0.5, updates: int = 200, clip: float = 0.2) -> Recipe:
-    credit = MostSpread(GroupCredit("mean", "std"), Ramp("rows_kept", rows, updates=updates))
-    gate = Influence(Ramp("tokens_kept", tokens, updates=updates))
-    return Recipe(Policy(credit, surrogate=Clip(clip, clip), gates=(gate,)))
 
 
 @method(
@@ -344,12 +277,13 @@ def d3s(rows: float = 0.5, tokens: float = 0.5, updates: int = 200, clip: float 
     paper="Harnessing Uncertainty: Entropy-Modulated Policy Gradients for Long-Horizon LLM Agents",
     arxiv="2509.09265",
     year=2025,
+    catalogue=327,
     differs="grpo whose credit grows with how sure a turn was, plus a bonus for turns that lead to a sure one.",
+    when="For agents with many turns and one reward at the end: turns taken with confidence learn more.",
     note="Turns are sentences where the process knows of none. k = k_future = 1 and zeta = 0.1 are those of the "
     "pseudo-code on the authors' page; ARLArena's zeta is 0.05, and the paper's own table could not be read. At k = "
     "zeta = 0 it is grpo's credit less its mean over turns, which is 0 where all rows have as many turns.",
     proof=("entropy_by_hand", "gains_average_to_one", "unmodulated_is_grpo", "larger_scores_are_damped"),
-    catalogue=327,
 )
 def empg(k: float = 1.0, k_future: float = 1.0, zeta: float = 0.1, clip: float = 0.2) -> Recipe:
     credit = EntropyModulated(GroupCredit("mean", "std"), k, k_future, zeta)

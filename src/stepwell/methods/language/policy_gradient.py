@@ -16,8 +16,9 @@ from stepwell.objective.regularise import Divergence, Regulariser, entropy_bonus
 from stepwell.objective.surrogate import Clip, Score
 from stepwell.objective.term import Objective, Term
 from stepwell.objective.value import ValueLoss
-from stepwell.parts import NotNegative, Part
+from stepwell.parts import Part
 from stepwell.planning.groups import DynamicSampling
+from stepwell.ranges import NotNegative
 from stepwell.recipe.recipe import Recipe
 from stepwell.recipe.registry import method
 
@@ -38,6 +39,7 @@ def reward_with(kl: float) -> Part:
     paper="Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning",
     year=1992,
     differs="The score function with the reward itself: unbiased, and as noisy as it gets.",
+    when="For one sample a prompt, and as the unbiased baseline that others are compared with; expect noise.",
     proof=("exact_gradient",),
 )
 def reinforce(kl: NotNegative = 0.0) -> Recipe:
@@ -52,6 +54,7 @@ def reinforce(kl: NotNegative = 0.0) -> Recipe:
     arxiv="2402.14740",
     year=2024,
     differs="Each sample's baseline is the mean reward of the others; one clipped ratio a sequence, their product.",
+    when="A good first choice with several samples a prompt: no critic, no reference, and no bias on fresh samples.",
     note="TRL's is the paper's. semantics='verl' has token ratios, bounded and always clipped dually, the mean over "
     "tokens, and the reward itself for a prompt with one sample: it is ppo with this credit.",
     proof=("exact_gradient",),
@@ -70,6 +73,7 @@ def rloo(clip: float = 0.2, kl: NotNegative = 0.0, semantics: str = "paper") -> 
     arxiv="2402.03300",
     year=2024,
     differs="Rewards standardised within the group; token ratios, clipped; the mean of each row's mean.",
+    when="The usual choice for rewards that can be verified, and what most other methods are compared with.",
     note="`epsilon` is added to a group's deviation; 0 is the library's own, 1e-4 (verl: 1e-6). semantics='trl' "
     "weights the divergence with the ratio, so that its gradient is the reverse divergence's. semantics='verl' takes "
     "the mean over tokens, clips dually at 3, bounds log-ratios by 20, and gives a lone sample its reward itself.",
@@ -86,10 +90,12 @@ def grpo(clip: float = 0.2, kl: NotNegative = 0.0, epsilon: NotNegative = 0.0, s
 @method(
     "dr-grpo",
     title="GRPO Done Right",
+    aliases=("dr.grpo",),
     paper="Understanding R1-Zero-Like Training: A Critical Perspective",
     arxiv="2503.20783",
     year=2025,
     differs="grpo without its two biases: no division by the deviation, and a fixed length in place of each row's.",
+    when="When wrong answers grow longer under grpo, or prompts that are nearly always or never solved dominate it.",
     proof=("mean_centred_gradient",),
 )
 def dr_grpo(clip: float = 0.2, length: int = 0) -> Recipe:
@@ -104,6 +110,7 @@ def dr_grpo(clip: float = 0.2, length: int = 0) -> Recipe:
     arxiv="2503.14476",
     year=2025,
     differs="grpo with a wider upper clip, the mean over tokens, groups of equals replaced, and long answers punished.",
+    when="When many groups are all right or all wrong, entropy falls early, or answers run into the length limit.",
     note="TRL's loss type dapo is the clip and the mean alone: dynamic sampling and punishment are left to its user. "
     "semantics='verl' clips dually at 3 and bounds log-ratios by 20.",
     proof=("standardised_gradient", "refilled_gradient", "overlong_schedule"),
@@ -124,8 +131,9 @@ def dapo(
     arxiv="2507.18071",
     year=2025,
     differs="grpo with one ratio a sequence: the geometric mean of its token ratios, clipped far more tightly.",
-    note="TRL's is the paper's. semantics='verl' gives each token the sequence's ratio with its own gradient, which is "
-    "the same where a row's tokens share their advantage and stay below e^10. Its clip is 0.2 unless set.",
+    when="For long answers and mixtures of experts, where the ratios of single tokens are too noisy to clip.",
+    note="TRL's is the paper's. semantics='verl' gives each token the sequence's ratio with its own gradient, which "
+    "is the same where a row's tokens share their advantage and stay below e^10. Its clip is 0.2 unless set.",
     proof=("first_update_of_grpo", "one_token_is_ppo"),
 )
 def gspo(low: float = 3e-4, high: float = 4e-4, semantics: str = "paper") -> Recipe:
@@ -142,6 +150,7 @@ def gspo(low: float = 3e-4, high: float = 4e-4, semantics: str = "paper") -> Rec
     arxiv="2506.13585",
     year=2025,
     differs="The ratio is a weight, clipped from above, on the score function: no token loses its gradient.",
+    when="When rare tokens that matter lose their gradient to the clip, as with several updates a rollout.",
     note="The cap is TRL's. The paper's is 1 + epsilon; verl's bounds are [0.8, 1.2] unless set, far tighter: "
     "semantics='verl' with maximum=1.2, minimum=0.8. It also bounds log-ratios by 20.",
     proof=("gradient_multiplier", "standardised_gradient"),
@@ -158,6 +167,7 @@ def cispo(maximum: float = 5.0, minimum: float = 0.0, semantics: str = "paper") 
     arxiv="1707.06347",
     year=2017,
     differs="A value head's generalised advantages, whitened over tokens, in place of a group's statistics.",
+    when="With one sample a prompt, or rewards within a row: a value head gives each token its own credit.",
     note="semantics='verl' clips dually at 3 and bounds log-ratios by 20.",
     proof=("exact_critic_gradient",),
 )
@@ -187,6 +197,9 @@ def ppo(
     arxiv="2304.06767",
     year=2023,
     differs="Imitate the best sample of each group; `keep` may be top, above-mean or positive.",
+    when="A simple and stable start: supervised learning on the best samples, with no ratio, clip or reference.",
+    note="keep='positive', skip_equal=False imitates every rewarded row, as RFT, ReST-EM and, apart from its hints, "
+    "STaR do.",
     proof=("best_of_group_gradient",),
 )
 def raft(keep: str = "top", skip_equal: bool = True) -> Recipe:

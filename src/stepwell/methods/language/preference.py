@@ -11,13 +11,15 @@ from stepwell.objective.preference.pairs import (
     Logistic,
     Pairing,
     Pairs,
+    PairScore,
     SequenceScore,
     SortedPairs,
 )
 from stepwell.objective.preference.scores import ImplicitReward, LengthDesensitised, OnPolicyWeight
 from stepwell.objective.state import RunningMean
 from stepwell.objective.term import Objective, Term
-from stepwell.parts import NotNegative, Part, Positive
+from stepwell.parts import Part
+from stepwell.ranges import NotNegative, Positive
 from stepwell.recipe.recipe import Recipe
 from stepwell.recipe.registry import method
 
@@ -30,7 +32,7 @@ def scored(loss: str, divergence: str = "reverse-kl", tail: float = 1.0) -> Part
         )
     if loss.startswith("aot") and tail != 1.0:
         raise InputError(f"The loss '{loss}' sorts whole rows, so it takes no tail; leave it at 1.")
-    score: Part = SequenceScore() if tail == 1.0 else LengthDesensitised(tail)
+    score: Part | PairScore = SequenceScore() if tail == 1.0 else LengthDesensitised(tail)
     if divergence == "reverse-kl" and tail == 1.0:
         return SequenceScore(mean=loss in PER_STEP)
     return ImplicitReward(score, divergence, mean=loss in PER_STEP)  # type: ignore[arg-type]
@@ -48,6 +50,7 @@ def with_likelihood(pairs: Pairs, coefficient: float, rows: bool = False) -> Ter
     arxiv="2305.18290",
     year=2023,
     differs="A logistic loss on pairs built from each group (extremes, mean or all), against the starting policy.",
+    when="When rewards order answers better than they measure them, and the policy should stay near its start.",
     note="`loss` is any of TRL 1.16's with hyphens for underscores, equal to it to 1e-10 in loss and gradient. TRL's "
     "sigmoid ignores label smoothing; here it gives conservative DPO.",
     proof=("preference_fixed_point", "loss_by_hand"),
@@ -77,8 +80,9 @@ def dpo(
     arxiv="2310.12036",
     year=2023,
     differs="dpo with a square in place of the logistic: margins are drawn to 1 / (2 beta) and not without bound.",
-    note="semantics='trl' takes the mean log-ratio a step, as TRL's DPO trainer does on the authors' word; the paper's "
-    "formula, and TRL's online trainer, take the sum. For rows of length n the target margin differs n-fold.",
+    when="When dpo overfits clear preferences: margins stop at a target.",
+    note="semantics='trl' takes the mean log-ratio a step, as TRL's DPO trainer does on the authors' word; the "
+    "paper's formula, and TRL's online trainer, take the sum. For rows of length n the target margin differs n-fold.",
     proof=("loss_by_hand",),
 )
 def ipo(beta: float = 0.1, semantics: str = "paper") -> Recipe:
@@ -89,10 +93,12 @@ def ipo(beta: float = 0.1, semantics: str = "paper") -> Recipe:
 @method(
     "slic",
     title="Sequence Likelihood Calibration",
+    aliases=("slic-hf",),
     paper="SLiC-HF: Sequence Likelihood Calibration with Human Feedback",
     arxiv="2305.10425",
     year=2023,
     differs="A hinge on the log-probabilities themselves, without a reference, plus the likelihood of the chosen row.",
+    when="When there is no memory for a reference and the chosen answers must stay likely.",
     note="The likelihood is of the group's best row; the paper's is of a fine-tuning target. Defaults are ours.",
     proof=("loss_by_hand",),
 )
@@ -104,10 +110,12 @@ def slic(margin: Positive = 1.0, likelihood: NotNegative = 0.1) -> Recipe:
 @method(
     "exo",
     title="Efficient Exact Optimization",
+    aliases=("exo-pair",),
     paper="Towards Efficient Exact Optimization of Language Model Alignment",
     arxiv="2402.00856",
     year=2024,
     differs="The divergence of the pair's implied preference from its smoothed label: the reverse of dpo's.",
+    when="When dpo leaves the policy spread over mediocre answers: the reverse divergence seeks the best ones.",
     proof=("loss_by_hand",),
 )
 def exo(beta: float = 0.1, smoothing: float = 1e-3) -> Recipe:
@@ -117,10 +125,12 @@ def exo(beta: float = 0.1, smoothing: float = 1e-3) -> Recipe:
 @method(
     "nca",
     title="Noise Contrastive Alignment",
+    aliases=("nca-pair",),
     paper="Noise Contrastive Alignment of Language Models with Explicit Rewards",
     arxiv="2402.05369",
     year=2024,
     differs="Each row is told from the reference by itself, so that the chosen row's probability does not fall.",
+    when="When dpo lowers the probability of the chosen answers together with that of the rejected.",
     proof=("loss_by_hand",),
 )
 def nca(beta: float = 0.1) -> Recipe:
@@ -134,6 +144,7 @@ def nca(beta: float = 0.1) -> Recipe:
     arxiv="2403.00409",
     year=2024,
     differs="dpo whose mean over labels flipped at a known rate is dpo's loss of the true labels.",
+    when="When a known share of the comparisons is wrong, as with a noisy judge; `smoothing` is that share.",
     note="Unbounded below: at x beyond all bounds a pair's loss falls with slope -beta e / (1 - 2e).",
     proof=("loss_by_hand", "flipped_labels"),
 )
@@ -148,6 +159,7 @@ def robust_dpo(beta: float = 0.1, smoothing: float = 0.1) -> Recipe:
     arxiv="2404.04656",
     year=2024,
     differs="Each row is classified by itself as chosen or rejected, its score counted from the running mean score.",
+    when="When each answer is good or bad by itself and scores drift: the threshold between them follows.",
     note="TRL 1.16's bco_pair leaves the mean out, which dpo(loss='bco-pair') does too; the decay is ours.",
     proof=("loss_by_hand",),
 )
@@ -158,10 +170,12 @@ def bco(beta: float = 0.1, decay: float = 0.9) -> Recipe:
 @method(
     "apo",
     title="Anchored Preference Optimization",
+    aliases=("apo-zero",),
     paper="Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
     arxiv="2408.06266",
     year=2024,
-    differs="Says which way each row's own probability is to go: chosen up and rejected down, or both down.",
+    differs="The direction of each row's own probability is chosen: chosen up and rejected down, or both down.",
+    when="When the chosen answers are better than the policy's usual ones (anchor=zero), or worse (anchor=down).",
     proof=("loss_by_hand",),
 )
 def apo(beta: float = 0.1, anchor: str = "zero") -> Recipe:
@@ -175,6 +189,7 @@ def apo(beta: float = 0.1, anchor: str = "zero") -> Recipe:
     arxiv="2406.08414",
     year=2024,
     differs="A blend of logistic and exponential loss, found by a language model's search; it is not convex.",
+    when="To reproduce the published loss; it points away from reward at equal scores, so start with dpo.",
     note="At equal scores it falls towards the rejected row: its slope is (1 - log 2) / (4 tau) - 3/4 = +0.784 there, "
     "and dpo's -0.5. A run from the reference moves away from reward at first.",
     proof=("loss_by_hand",),
@@ -190,6 +205,7 @@ def discopop(beta: float = 0.05) -> Recipe:
     arxiv="2309.16240",
     year=2023,
     differs="dpo whose score is f'(pi / ref) of the divergence f that keeps the policy near its reference.",
+    when="When dpo collapses onto few answers: other divergences keep more of the reference's variety.",
     note="TRL 1.16 fails on the alpha divergence in float64; in float32 the two agree to its rounding.",
     proof=("loss_by_hand",),
 )
@@ -204,6 +220,7 @@ def f_dpo(beta: float = 0.1, divergence: str = "js", loss: str = "sigmoid") -> R
     arxiv="2409.06411",
     year=2024,
     differs="dpo in which the longer row's tokens beyond the shorter row's length count `tail` times.",
+    when="When dpo makes answers longer and not better.",
     proof=("loss_by_hand",),
 )
 def ld_dpo(beta: float = 0.1, tail: float = 0.5) -> Recipe:
@@ -217,6 +234,7 @@ def ld_dpo(beta: float = 0.1, tail: float = 0.5) -> Recipe:
     arxiv="2406.11827",
     year=2024,
     differs="dpo with each pair weighted by how likely the present policy is to have drawn its two rows.",
+    when="When rows come from an older policy: pairs that the present one would hardly draw count less.",
     proof=("loss_by_hand",),
 )
 def wpo(beta: float = 0.1, loss: str = "sigmoid") -> Recipe:

@@ -88,10 +88,11 @@ def all_gates(threshold: float | None, spread: tuple[Gate, ...], sampler: Sample
     paper="TRL: Transformer Reinforcement Learning, GRPOTrainer",
     year=2026,
     differs="grpo with the options of TRL 1.16's GRPOConfig, by their names and with their defaults.",
+    when="To run or reproduce a configuration of TRL's GRPO trainer, option by option.",
     note="Equal to TRL's loss and gradient to 1e-10 for every loss type, level and option here. TRL's bnpo is that of "
     "one micro-batch, with other values when rows are cut otherwise; cispo's epsilon_high is the cap itself. Options "
-    "that TRL would ignore for a loss type are refused. Not here: the shapes of sapo and vespo (methods of their own), "
-    "adaptive entropy, masked truncation, and what is no loss: engines, schedules, logging.",
+    "that TRL would ignore for a loss type are refused. Not here: the shapes of sapo and vespo (methods of their "
+    "own), adaptive entropy, masked truncation, and what is no loss: engines, schedules, logging.",
     proof=("standardised_gradient", "stated_slopes"),
 )
 def trl_grpo(

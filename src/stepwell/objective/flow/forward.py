@@ -1,4 +1,4 @@
-"""Losses on the forward path: what the network predicts around a sample, instead of the steps that led to it."""
+"""Losses on the forward path: predictions of the network around a sample, instead of the steps that led to it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch, Read
 from stepwell.credit.group import GroupCredit
 from stepwell.errors import InputError
 from stepwell.objective.preference.pairs import Pairs
-from stepwell.objective.state import State, value_of
+from stepwell.objective.state import Coefficient, value_of
 from stepwell.objective.surrogate import Clip, Surrogate
 from stepwell.objective.term import Loss, Term
-from stepwell.parts import Batch, Count, Part, Positive, Size
+from stepwell.parts import Node, Part
 from stepwell.process.abilities import Denoising, ability
 from stepwell.process.models import Models
+from stepwell.ranges import Count, Positive, Size
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories
 
@@ -25,11 +27,11 @@ Weighting = Literal["uniform", "data", "time"]
 
 
 @dataclass(frozen=True)
-class Noised(Part):
-    """Where around each final sample x_0 the network is asked: `points` pairs (t, e), x_t = alpha x_0 + sigma e.
+class Noised(Node):
+    """Points around each final sample x_0 at which the network is evaluated: `points` pairs (t, e) for each row.
 
-    Times are uniform in (0, 1), or one of the law's own (`grid`). `shared`: rows of a prompt get the same pairs, so
-    that they differ in nothing but the sample.
+    x_t = alpha x_0 + sigma e. Times are uniform in (0, 1), or one of the sampler's own (`grid`). `shared`: rows of a
+    prompt get the same pairs, so that they differ in nothing but the sample.
     """
 
     points: Size = 4
@@ -83,7 +85,7 @@ class DenoisingScore(Part):
     weight: Weighting = "data"
     scale: Positive = 1.0
     needs = frozenset({"forward"})
-    reads = frozenset({"reference_forward"})
+    reads = frozenset({Read("reference", "forward")})
 
     def __call__(self, batch: Batch) -> Tensor:
         target = batch.field("target")
@@ -104,18 +106,18 @@ class ForwardPairs(Pairs):
 
 @dataclass(frozen=True)
 class ForwardPolicy(Term):
-    """A policy loss whose log pi is -w(t) mean|v - u|^2 at drawn points; its ratio is against the sampler's own.
+    """A policy loss whose log pi is -w(t) mean|v - u|^2 at drawn points; its ratio is against the policy that drew.
 
-    Advantage weighted matching (AWM, arXiv 2509.25050) as in cards_flow.md, A15.
+    u is the velocity of the line that the point lies on. Source: advantage weighted matching, AWM, arXiv 2509.25050.
     """
 
     credit_of: Part = field(default_factory=lambda: GroupCredit("mean", "std"))
     surrogate: Surrogate = field(default_factory=Clip)
     weight: Weighting = "uniform"
     noised: Noised = field(default_factory=Noised)
-    coefficient: float | State = 1.0
+    coefficient: float | Coefficient = 1.0
     needs = frozenset({"forward"})
-    reads = frozenset({"old_forward"})
+    reads = frozenset({Read("policy", "forward")})
 
     def draw(self, rows: Trajectories, models: Models, rng: Rng) -> dict[str, Tensor]:
         return self.noised.draw(rows, models, rng)
@@ -125,14 +127,14 @@ class ForwardPolicy(Term):
 
     def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:
         weight, target = _weight(batch, self.weight), batch.field("target")
-        now, then = (
+        present, old = (
             -weight * mean_square(velocity - target)
             for velocity in (batch.present("forward"), batch.field("old_forward"))
         )
-        advantage = targets["advantage"].to(now.dtype)[:, None].expand_as(now)
-        each = self.surrogate(now - then, advantage, batch)
-        value = value_of(self.coefficient, batch) * each.sum() / (batch.counts.rows * now.shape[1])
-        clipped = self.surrogate.clipped(now - then, advantage).to(now.dtype).sum() / now.shape[1]
+        advantage = targets["advantage"].to(present.dtype)[:, None].expand_as(present)
+        each = self.surrogate(present - old, advantage, batch)
+        value = value_of(self.coefficient, batch) * each.sum() / (batch.counts.rows * present.shape[1])
+        clipped = self.surrogate.clipped(present - old, advantage).to(present.dtype).sum() / present.shape[1]
         return Loss(value, {"policy_loss": value.detach(), "clip_fraction": clipped / batch.counts.rows})
 
 
@@ -141,7 +143,8 @@ class NegativeAware(Term):
     """[r |x0(v+) - x_0|^2 + (1 - r) |x0(v-) - x_0|^2] / beta, with r = 1/2 + clip(A, -C, C) / (2 C).
 
     v+ = beta v + (1 - beta) v_old pulls towards good samples and v- = (1 + beta) v_old - beta v away from bad ones;
-    v_old is the sampler's. Means over dimensions. Source: DiffusionNFT (arXiv 2509.16117) as in cards_flow.md, A15.
+    v_old is the sampler's, x0(v) the data that a velocity v predicts. Squares are means over dimensions.
+    Source: DiffusionNFT, arXiv 2509.16117.
     """
 
     credit_of: Part = field(default_factory=lambda: GroupCredit("mean", "std"))
@@ -149,9 +152,9 @@ class NegativeAware(Term):
     bound: Positive = 1.0
     weight: Weighting = "data"
     noised: Noised = field(default_factory=Noised)
-    coefficient: float | State = 1.0
+    coefficient: float | Coefficient = 1.0
     needs = frozenset({"forward"})
-    reads = frozenset({"old_forward"})
+    reads = frozenset({Read("policy", "forward")})
 
     def draw(self, rows: Trajectories, models: Models, rng: Rng) -> dict[str, Tensor]:
         return self.noised.draw(rows, models, rng)
@@ -161,13 +164,13 @@ class NegativeAware(Term):
         return {"good": 0.5 + advantage / (2 * self.bound)}
 
     def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:
-        now, old, target = batch.present("forward"), batch.field("old_forward"), batch.field("target")
-        good = targets["good"].to(now.dtype)[:, None]
-        towards = mean_square(self.beta * now + (1 - self.beta) * old - target)
-        away = mean_square((1 + self.beta) * old - self.beta * now - target)
+        present, old, target = batch.present("forward"), batch.field("old_forward"), batch.field("target")
+        good = targets["good"].to(present.dtype)[:, None]
+        towards = mean_square(self.beta * present + (1 - self.beta) * old - target)
+        away = mean_square((1 + self.beta) * old - self.beta * present - target)
         each = _weight(batch, self.weight) * (good * towards + (1 - good) * away) / self.beta
         value = value_of(self.coefficient, batch) * each.sum() / (batch.counts.rows * each.shape[1])
-        drift = mean_square(now.detach() - old).sum() / (batch.counts.rows * each.shape[1])
+        drift = mean_square(present.detach() - old).sum() / (batch.counts.rows * each.shape[1])
         return Loss(value, {"policy_loss": value.detach(), "velocity_drift": drift})
 
 
@@ -176,7 +179,7 @@ class DirectReward(Term):
     """-r(x_0), differentiated through the last `depth` steps that led to x_0 (all of them for None).
 
     `up_to` draws each row's depth uniformly from depth..up_to (AlignProp's random truncation, Prabhudesai et al. 2023,
-    arXiv 2310.03739). `renoised` > 0 instead denoises that many noisings of x_0 at the law's last time, by one step
+    arXiv 2310.03739). `renoised` > 0 instead denoises that many noisings of x_0 at the sampler's last time, by one step
     (DRaFT-LV). `pinned` differentiates along the trajectory as it was drawn, by however old parameters: the adjoint of
     Implicit Diffusion (Marion et al. 2024, arXiv 2402.05468). Source: DRaFT, Clark et al. 2023, arXiv 2309.17400.
     """
@@ -185,23 +188,23 @@ class DirectReward(Term):
     up_to: Size | None = None
     renoised: Count = 0
     pinned: bool = False
-    coefficient: float | State = 1.0
+    coefficient: float | Coefficient = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.up_to is not None and self.up_to < (self.depth or 1):
-            raise InputError(f"A depth from {self.depth or 1} to {self.up_to} steps is none; give one from 1 on.")
+            raise InputError(f"DirectReward.up_to must be at least depth = {self.depth or 1}, got {self.up_to}.")
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"denoised" if self.renoised else "pinned" if self.pinned else "sample"})
 
     def draw(self, rows: Trajectories, models: Models, rng: Rng) -> dict[str, Tensor]:
-        law = ability(models.policy, Denoising, "A reward that is differentiated").sampler
-        steps = len(law.times) - 1
+        sampler = ability(models.policy, Denoising, "A reward that is differentiated").sampler
+        steps = len(sampler.times) - 1
         if self.renoised:
             shape = (len(rows), self.renoised)
-            time = torch.full(shape, law.times[-2], dtype=rows.action.dtype)
+            time = torch.full(shape, sampler.times[-2], dtype=rows.action.dtype)
             noise = rng.normal(*shape, *rows.action.shape[2:], dtype=rows.action.dtype)
             return {"time": time.to(rows.action.device), "noise": noise.to(rows.action.device)}
         least = min(self.depth or steps, steps)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch, Read
 from stepwell.objective.gates.step import Gate
 from stepwell.objective.ratio import Ratio
-from stepwell.parts import Batch, Part, Width
+from stepwell.parts import Part
+from stepwell.ranges import Width
 
 
 def step_divergence(batch: Batch) -> Tensor:
@@ -21,11 +23,11 @@ def step_divergence(batch: Batch) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MeanRatio(Ratio):
+class PerDimensionRatio(Ratio):
     """log r / D, the ratio of mean log-densities that flow repositories take.
 
-    It is no importance ratio: E_old[r] = exp(-K / D + K / D^2) with K = |mu - mu_old|^2 / (2 q^2), below 1
-    (cards_flow.md, G1).
+    It is no importance ratio: its mean under the old policy is exp(-K / D + K / D^2) < 1, with
+    K = |mu - mu_old|^2 / (2 q^2), q the step's deviation and D the number of dimensions.
     """
 
     def __call__(self, batch: Batch, advantage: Tensor | None = None) -> Tensor:
@@ -41,7 +43,7 @@ class RegulatedRatio(Ratio):
     """
 
     needs = frozenset({"mean", "deviation"})
-    reads = frozenset({"old_mean"})
+    reads = frozenset({Read("policy", "mean")})
 
     def __call__(self, batch: Batch, advantage: Tensor | None = None) -> Tensor:
         difference = super().__call__(batch, advantage)
@@ -52,16 +54,16 @@ class RegulatedRatio(Ratio):
 class DivergenceBound(Gate):
     """Drop a step once its divergence K / D from the old policy exceeds `threshold` in the direction of its advantage.
 
-    Dropped iff K / D >= threshold and ((r > 1 and A > 0) or (r < 1 and A < 0)). Source: Flow-DPPO as in
-    cards_flow.md, A15; the threshold is the user's to choose.
+    Dropped iff K / D >= threshold and ((r > 1 and A > 0) or (r < 1 and A < 0)), with K = |mu - mu_old|^2 / (2 q^2).
+    The rule is that of Flow-DPPO; the threshold is yours to choose.
     """
 
     threshold: Width = 1e-4
     when = "step"
     needs = frozenset({"mean", "deviation"})
-    reads = frozenset({"old_mean"})
+    reads = frozenset({Read("policy", "mean")})
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         assert log_ratio is not None
         far = step_divergence(batch) / batch.dimensions >= self.threshold
         onwards = ((log_ratio > 0) & (advantage > 0)) | ((log_ratio < 0) & (advantage < 0))
@@ -75,9 +77,9 @@ class NoiseAware(Gate):
     Source: TempFlow-GRPO, arXiv 2508.04324, whose code has the constant that does this for one schedule.
     """
 
-    reads = frozenset({"old_deviation"})
+    reads = frozenset({Read("policy", "deviation")})
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         deviation = batch.field("old_deviation").to(batch.mask.dtype) * batch.mask
         return deviation * batch.counts.steps / deviation.sum().clamp(min=1e-30)
 
@@ -86,18 +88,22 @@ class NoiseAware(Gate):
 class PerStepSize(Gate):
     """1 / |dt|: equal weight to equal steps of the mean, whatever the grid (GRPO-Guard, arXiv 2510.22319)."""
 
-    reads = frozenset({"old_step_size"})
+    reads = frozenset({Read("policy", "step_size")})
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         size = batch.field("old_step_size").to(batch.mask.dtype)
         return torch.where(batch.rows.mask, 1 / size.clamp(min=1e-12), 0.0)
 
 
 @dataclass(frozen=True)
 class StepSize(Part):
-    """|dt| (N, T): the factor by which Flow-GRPO's KL differs from the exact one (cards_flow.md, G2)."""
+    """|dt| (N, T): Flow-GRPO's KL divided by the exact one.
 
-    reads = frozenset({"old_step_size"})
+    With squares averaged over dimensions, the former is |mu - mu_ref|^2 / (2 sigma^2) and the latter
+    |mu - mu_ref|^2 / (2 sigma^2 |dt|).
+    """
+
+    reads = frozenset({Read("policy", "step_size")})
 
     def __call__(self, batch: Batch) -> Tensor:
         return batch.field("old_step_size").to(batch.mask.dtype)

@@ -1,1 +1,1 @@
-"""Which steps train: gates of a step, of a minibatch, and of whole rows."""
+"""Gates, which say what trains: of single steps, of a minibatch, and of whole rows."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from stepwell.batch import Batch
 from stepwell.objective.gates.step import Gate
-from stepwell.parts import Batch, Portion, Range, Width
+from stepwell.ranges import Portion, Range, Width
 from stepwell.rng import Rng
 
 
@@ -26,7 +27,7 @@ def covariance(batch: Batch, advantage: Tensor) -> Tensor:
 
 
 def _share(fraction: float, batch: Batch) -> int:
-    """How many of the trained steps a fraction is, at least one."""
+    """The number of trained steps that a fraction is, at least one."""
     return max(1, int(fraction * int(batch.rows.mask.sum())))
 
 
@@ -40,15 +41,15 @@ class TopCovariance(Gate):
     fraction: Portion = 2e-4
     when = "minibatch"
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         trained = batch.rows.mask
         order = batch.rows.node[trained].argsort(stable=True)
-        found = covariance(batch, advantage)[trained][order]
-        top = order[found.argsort(descending=True, stable=True)[: _share(self.fraction, batch)]]
-        chosen, answer = torch.zeros_like(found), torch.zeros_like(batch.mask)
+        values = covariance(batch, advantage)[trained][order]
+        top = order[values.argsort(descending=True, stable=True)[: _share(self.fraction, batch)]]
+        chosen, weight = torch.zeros_like(values), torch.zeros_like(batch.mask)
         chosen[top] = 1.0
-        answer[trained] = chosen
-        return answer
+        weight[trained] = chosen
+        return weight
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,14 @@ class DropCovariance(Gate):
     seed: int = 0
     when = "minibatch"
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         assert log_ratio is not None
-        found, ratio = covariance(batch, advantage), log_ratio.exp()
+        values, ratio = covariance(batch, advantage), log_ratio.exp()
         clipped = ((ratio > 1 + self.clip_high) & (advantage > 0)) | ((ratio < 1 - self.clip_low) & (advantage < 0))
-        candidates = (found > self.low) & (found < self.high) & ~clipped
+        candidates = (values > self.low) & (values < self.high) & ~clipped
         nodes, place = batch.rows.node[batch.rows.mask].unique(return_inverse=True)
         rng = Rng(self.seed).split("covariance", int(batch.rows.version.max()))
-        lot = torch.full_like(found, 2.0, dtype=torch.float64)
+        lot = torch.full_like(values, 2.0, dtype=torch.float64)
         lot[batch.rows.mask] = rng.uniform(len(nodes), dtype=torch.float64).to(place.device)[place]
         drawn = lot[candidates].sort().values[: _share(self.fraction, batch)]
         return (~candidates | (lot > drawn[-1])).to(batch.mask.dtype) if len(drawn) else torch.ones_like(batch.mask)
@@ -92,7 +93,7 @@ class SecondMoment(Gate):
     threshold: Width = 0.04
     when = "minibatch"
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         assert log_ratio is not None
         moved = (advantage * log_ratio > 0) & batch.rows.mask
         square = log_ratio.detach() ** 2
@@ -105,12 +106,12 @@ class SecondMoment(Gate):
 
 @dataclass(frozen=True)
 class EntropyChange(Gate):
-    """w = exp(-k |O|): the more a step would change the entropy of its law, the less it counts (STEER).
+    """w = exp(-k |O|): the more a step would change the entropy of its distribution, the less it counts (STEER).
 
     O = r A (1 - pi) (log pi + H), the paper's estimate, and k such that the largest |O| of the minibatch, or 0.02
     where that is larger, has weight `least`. With `exact`, O = r A (pi (log pi + H) - sum_v pi_v^2 (log pi_v + H)),
     which is minus the first-order change itself per unit of a step in the logits along r A (e_a - pi); it reads all
-    logits. Source: arXiv 2510.10150; cards_objectives.md section 2.
+    logits. Source: arXiv 2510.10150.
     """
 
     least: Portion = 0.8
@@ -118,7 +119,7 @@ class EntropyChange(Gate):
     when = "minibatch"
 
     @property
-    def present(self) -> frozenset[str]:  # type: ignore[override]
+    def present(self) -> frozenset[str]:
         return frozenset({"entropy", "logits"} if self.exact else {"entropy"})
 
     def change(self, batch: Batch, advantage: Tensor) -> Tensor:
@@ -126,15 +127,15 @@ class EntropyChange(Gate):
         present, entropy = batch.log_prob.detach(), batch.present("entropy").detach()
         surprise = present + entropy
         if self.exact:
-            law = batch.present("logits").detach()
-            terms = (2 * law).exp() * (law + entropy[..., None])
-            slope = present.exp() * surprise - torch.where(law > -torch.inf, terms, 0.0).sum(-1)
+            logits = batch.present("logits").detach()
+            terms = (2 * logits).exp() * (logits + entropy[..., None])
+            slope = present.exp() * surprise - torch.where(logits > -torch.inf, terms, 0.0).sum(-1)
         else:
             slope = -torch.expm1(present) * surprise
         ratio = ((present - batch.old) * batch.mask).exp()
         return ratio * advantage * slope * batch.mask
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         change = self.change(batch, advantage).abs()
         return (math.log(self.least) * change / change.max().clamp(min=0.02)).exp()
 
@@ -144,9 +145,9 @@ class HiddenReward(Gate):
     """1 + p sign(THR): steps that raise the likelihood of the good answers to their prompt count more, others less.
 
     THR_k = A_k sum_t <h_k, h_t> <e_k - pi_k, e_t - pi_t>, t over the steps of the prompt's rows with A > 0, h the last
-    hidden state, e the step's token and pi its law: what the step's policy gradient in the output layer does to the
-    log-likelihood of those rows, to first order. p > 0 exploits, p < 0 explores. It reads all logits and hidden
-    states, and compares every two steps of a prompt. Source: arXiv 2510.03669; its threshold on |THR| is left out.
+    hidden state, e the step's token and pi its distribution: the change, to first order, of the log-likelihood of those
+    rows by the step's policy gradient in the output layer. p > 0 exploits, p < 0 explores. It reads all logits and
+    hidden states, and compares every two steps of a prompt. Source: arXiv 2510.03669, without its threshold on |THR|.
     """
 
     p: Annotated[float, Range("a number from -1 to 1", -1, 1)] = 0.1
@@ -155,16 +156,16 @@ class HiddenReward(Gate):
 
     def influence(self, batch: Batch, advantage: Tensor) -> Tensor:
         """THR (N, T), 0 where nothing is trained."""
-        answer = torch.zeros_like(batch.mask)
+        influence = torch.zeros_like(batch.mask)
         for prompt in batch.rows.prompt.unique():
-            here = batch.rows.mask & (batch.rows.prompt == prompt)[:, None]
-            hidden, law = batch.present("hidden")[here].detach(), batch.present("logits")[here].detach().exp()
-            error = one_hot(batch.rows.action[here], law.shape[-1]).to(law.dtype) - law
-            own = advantage[here]
+            steps = batch.rows.mask & (batch.rows.prompt == prompt)[:, None]
+            hidden, chance = batch.present("hidden")[steps].detach(), batch.present("logits")[steps].detach().exp()
+            error = one_hot(batch.rows.action[steps], chance.shape[-1]).to(chance.dtype) - chance
+            own = advantage[steps]
             good = own > 0
             likeness = (hidden @ hidden[good].T) * (error @ error[good].T)
-            answer[here] = own * likeness.sum(1).to(answer.dtype)
-        return answer
+            influence[steps] = own * likeness.sum(1).to(influence.dtype)
+        return influence
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         return 1 + self.p * self.influence(batch, advantage).sign()

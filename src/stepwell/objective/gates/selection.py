@@ -1,4 +1,4 @@
-"""Which rows and steps train: the most telling of a batch, and prompts by how much their answers agree."""
+"""Selections of rows and steps: the most informative of a batch, and prompts by the agreement of their answers."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.credit.columns import RewardColumn, answer_entropy
 from stepwell.credit.group import GroupCredit, equal_groups, group_index
 from stepwell.objective.gates.step import Gate
-from stepwell.objective.state import State, value_of
-from stepwell.parts import Batch, Part, Portion, Share
+from stepwell.objective.state import Coefficient, value_of
+from stepwell.parts import Part
+from stepwell.ranges import Portion, Share
 
 
 @dataclass(frozen=True)
 class Influence(Gate):
-    """The share `top` of the trained steps with the largest |A_it| H_it trains, H the entropy of the step's law.
+    """The share `top` of the trained steps with the largest |A_it| H_it trains, H the entropy at the step.
 
-    `top` may be a State, as in D3S (arXiv 2509.22115), which keeps few steps at first and more as it goes on.
+    `top` may be a `Ramp`, as in D3S (arXiv 2509.22115), which keeps few steps at first and more as it goes on.
     """
 
-    top: Share | State = 0.5
+    top: Share | Coefficient = 0.5
     when = "minibatch"
     present = frozenset({"entropy"})
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         size = advantage.abs() * batch.present("entropy")
         threshold = torch.quantile(size[batch.rows.mask], 1 - min(max(value_of(self.top, batch), 0.0), 1.0))
         return (size >= threshold).to(batch.mask.dtype) * batch.mask
@@ -36,10 +38,10 @@ class Influence(Gate):
 class Agreement(Gate):
     """w = sigmoid(slope (H - centre)) for the rows of a prompt, H the entropy of its answers in bits; (N, 1).
 
-    `answers` says which rows gave the same answer. With `forced` w is 0 where all rewards of the prompt are equal, so
-    that there is nothing to learn inside of it. `rest` gives 1 - w, for the term that takes over.
+    `answers` (N,) is equal for rows that gave the same answer. With `forced` w is 0 where all rewards of the prompt
+    are equal, so that there is nothing to learn inside of it. `rest` gives 1 - w, for the term that takes over.
 
-    Source: COPO, arXiv 2508.04138; cards_objectives.md section 1.3.
+    Source: COPO, arXiv 2508.04138.
     """
 
     answers: Part = field(default_factory=RewardColumn)
@@ -48,7 +50,7 @@ class Agreement(Gate):
     forced: bool = True
     rest: bool = False
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         weight = torch.sigmoid(self.slope * (answer_entropy(batch, self.answers(batch)) - self.centre))
         if self.forced:
             group, groups = group_index(batch.rows.prompt)
@@ -63,11 +65,11 @@ class MostSpread(Part):
     The best subset of m is the k smallest and the m - k largest for one k, found exactly. Credits are those of whole
     groups and are not standardised anew; losses go on dividing by all rows.
 
-    Source: D3S, arXiv 2509.22115; cards_budget.md section 1.5.
+    Source: D3S, arXiv 2509.22115.
     """
 
     credit: Part = field(default_factory=lambda: GroupCredit("mean", "std"))
-    share: Portion | State = 0.5
+    share: Portion | Coefficient = 0.5
 
     def __call__(self, batch: Batch) -> Tensor:
         advantage = self.credit(batch)

@@ -1,48 +1,47 @@
-"""Which steps train, and with what weight: gates see rewards and advantages apart, and carry no gradient."""
+"""Gates: the weight with which each step trains. They see rewards and advantages apart, and carry no gradient."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch, Read
 from stepwell.credit.group import group_index, group_sum
-from stepwell.parts import Batch, NotNegative, Part, Portion, Width
+from stepwell.parts import Node
+from stepwell.ranges import NotNegative, Portion, Width
 
-When = Literal["rows", "minibatch", "step"]
 
+class Gate(Node, ABC):
+    """Maps (batch, log r, A) to weights (N, T) or (N, 1). Several gates of one term are multiplied.
 
-class Gate(Part):
-    """Maps (batch, log r, A) to weights (N, T) or (N, 1).
-
-    `when` says what it reads. `rows`: only what was drawn, so it is planned once. `minibatch`: the present scores of
-    the whole minibatch (quantiles, sorts), so it is planned before every update. `step`: the present scores of each
-    row by itself, so it is evaluated inside the loss.
+    `when` follows from what it reads. `rows`: only what was drawn, so it is planned once, and log r is None.
+    `minibatch`: the present scores of the whole minibatch (quantiles, sorts), so it is planned before every update.
+    `step`: the present scores of each row by itself, so it is evaluated inside the loss.
     """
 
-    when: When = "rows"
-
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
-        raise NotImplementedError(f"{type(self).__name__} gives no weights.")
+    @abstractmethod
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class SamplerCorrection(Gate):
-    """rho = pi_old / pi_behaviour, bounded: what mends a sampler that is not the policy (another engine, stale).
+    """rho = pi_old / pi_behaviour, bounded: corrects for a sampler that is not the policy (another engine, stale).
 
-    level: `token`, or `sequence`, the product over the row. kind: `truncate` clamps rho to [low, high]; `mask` keeps
-    it inside and drops it outside. Source: cards_objectives.md section 2.1.
+    level: `token`, or `sequence`, the product over the row. kind: `truncate` takes min(max(rho, low), high), known as
+    TIS; `mask` takes rho where low <= rho <= high and 0 elsewhere, known as MIS and IcePop.
     """
 
     level: Literal["token", "sequence"] = "token"
     low: NotNegative = 0.0
     high: Width = 2.0
     kind: Literal["truncate", "mask"] = "truncate"
-    reads = frozenset({"old_log_prob"})
+    reads = frozenset({Read("policy", "log_prob")})
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         difference = (batch.old - batch.behaviour) * batch.mask
         rho = (difference if self.level == "token" else difference.sum(1, keepdim=True)).exp()
         if self.kind == "truncate":
@@ -54,7 +53,7 @@ class SamplerCorrection(Gate):
 class CompleteRows(Gate):
     """Rows cut at the horizon do not train (DAPO's overlong filtering); they still count in the statistics."""
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         return (~batch.rows.truncated)[:, None].to(batch.mask.dtype)
 
 
@@ -66,7 +65,7 @@ class HighEntropy(Gate):
     when = "minibatch"
     present = frozenset({"entropy"})
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         entropy = batch.present("entropy")
         threshold = torch.quantile(entropy[batch.rows.mask], 1 - self.top)
         return (entropy >= threshold).to(batch.mask.dtype) * batch.mask
@@ -80,7 +79,7 @@ class OneSide(Gate):
     high: Width = 0.2
     when = "step"
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         assert log_ratio is not None
         ratio = log_ratio.exp()
         kept = ((ratio <= 1 + self.high) & (advantage >= 0)) | ((ratio >= 1 - self.low) & (advantage <= 0))
@@ -95,7 +94,7 @@ class TwoSide(Gate):
     high: Width = 0.2
     when = "step"
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         assert log_ratio is not None
         return self._near(log_ratio.exp()).to(batch.mask.dtype)
 
@@ -113,7 +112,7 @@ class Ring(TwoSide):
     far_low: Width = 0.6
     far_high: Width = 2.0
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         assert log_ratio is not None
         ratio = log_ratio.exp()
         back = ((advantage >= 0) & (ratio <= 1 - self.far_low)) | ((advantage <= 0) & (ratio >= 1 + self.far_high))
@@ -124,16 +123,16 @@ class Ring(TwoSide):
 class ProbabilityShift(Gate):
     """Drop a step once its probability itself moved past a bound in the direction of its advantage (DPPO).
 
-    A > 0 and pi - mu > high, or A < 0 and mu - pi > low, mu the sampler's: |pi - mu| is the total variation of the
-    two laws where all other tokens are taken for one. A rare token may so change its ratio by much, a common one not.
-    Source: arXiv 2602.04879 (Binary-TV); cards_objectives.md section 2.
+    Dropped are A > 0 with pi - mu > high, and A < 0 with mu - pi > low, where mu is the sampler's probability of the
+    token taken: |pi - mu| is the total variation of the two distributions where all other tokens count as one. A rare
+    token may therefore change its ratio by much, a common one may not. Source: arXiv 2602.04879 (Binary-TV).
     """
 
     low: Width = 0.15
     high: Width = 0.15
     when = "step"
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         shift = batch.log_prob.exp() - batch.behaviour.exp()
         over = ((advantage > 0) & (shift > self.high)) | ((advantage < 0) & (-shift > self.low))
         return (~over).to(batch.mask.dtype)
@@ -145,7 +144,7 @@ class Sources(Gate):
 
     own: bool = True
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         return ((batch.rows.source == 0) == self.own)[:, None].to(batch.mask.dtype)
 
 
@@ -161,7 +160,7 @@ class SuccessRate(Gate):
     above: bool = True
     threshold: float = 0.0
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         own = (batch.rows.source == 0).to(batch.mask.dtype)
         group, groups = group_index(batch.rows.prompt)
         solved = group_sum(own * (batch.reward > self.threshold), group, groups)
@@ -173,12 +172,12 @@ class SuccessRate(Gate):
 class OffPolicyRows(Gate):
     """Drop a row with A < 0 once the mean of log pi_behaviour - log pi over its steps exceeds a threshold.
 
-    Source: DeepSeek-V3.2 as in cards_objectives.md section 2.1; rows with A >= 0 are kept.
+    Rows with A >= 0 are kept. Source: DeepSeek-V3.2, which calls it off-policy sequence masking.
     """
 
     threshold: float = 1.0
     when = "step"
 
-    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         drift = batch.row_sum(batch.behaviour - batch.log_prob) / batch.steps
         return ((advantage >= 0) | (drift <= self.threshold)).to(batch.mask.dtype)

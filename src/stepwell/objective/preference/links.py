@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from stepwell.batch import Batch
 from stepwell.errors import InputError, UnknownName
 from stepwell.objective.preference.pairs import Hinge, Link, Logistic, Square
-from stepwell.objective.state import State, value_of
-from stepwell.parts import Batch, Positive
+from stepwell.objective.state import Coefficient, value_of
+from stepwell.ranges import Positive
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Robust(Link):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.smoothing < 0.5:
-            raise InputError(f"Labels are flipped with probability {self.smoothing}; from 0 to below 1/2 is right.")
+            raise InputError(f"Robust.smoothing must be from 0 to below 1/2, got {self.smoothing}.")
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         logit, e = self.beta * (chosen - rejected), self.smoothing
         return (e * logsigmoid(-logit) - (1 - e) * logsigmoid(logit)) / (1 - 2 * e)
 
@@ -46,9 +47,9 @@ class ExactPair(Link):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.smoothing < 1:
-            raise InputError(f"The loss exo-pair has smoothing {self.smoothing}; between 0 and 1 is right, say 1e-3.")
+            raise InputError(f"ExactPair.smoothing must be between 0 and 1, such as 1e-3, got {self.smoothing}.")
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         logit = self.beta * (chosen - rejected)
         won = torch.sigmoid(logit) * (logsigmoid(logit) - math.log1p(-self.smoothing))
         return won + torch.sigmoid(-logit) * (logsigmoid(-logit) - math.log(self.smoothing))
@@ -60,7 +61,7 @@ class NoiseContrast(Link):
 
     beta: Positive = 0.1
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         won, lost = self.beta * chosen, self.beta * rejected
         return -logsigmoid(won) - 0.5 * logsigmoid(-won) - 0.5 * logsigmoid(-lost)
 
@@ -69,17 +70,17 @@ class NoiseContrast(Link):
 class Classifier(Link):
     """BCO: -log sigmoid(beta (s_w - d)) - log sigmoid(-beta (s_l - d)), d the mean score (arXiv 2404.04656).
 
-    `shift` is d: 0 in TRL's pair loss, or a state that follows the metric `pair_score`.
+    `shift` is d: 0 in TRL's pair loss, or a coefficient that follows the metric `pair_score`.
     """
 
     beta: Positive = 0.1
-    shift: float | State = 0.0
+    shift: float | Coefficient = 0.0
 
     def at(self, batch: Batch) -> Link:
         return dataclasses.replace(self, shift=value_of(self.shift, batch))
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
-        shift = self.shift.initial if isinstance(self.shift, State) else self.shift
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        shift = self.shift.initial if isinstance(self.shift, Coefficient) else self.shift
         return -logsigmoid(self.beta * (chosen - shift)) - logsigmoid(-self.beta * (rejected - shift))
 
 
@@ -89,7 +90,7 @@ class Certain(Link):
 
     beta: Positive = 0.1
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return (chosen - 0.5 / self.beta) ** 2 + (rejected + 0.5 / self.beta) ** 2
 
 
@@ -99,7 +100,7 @@ class AnchoredZero(Link):
 
     beta: Positive = 0.1
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return 1 - torch.sigmoid(self.beta * chosen) + torch.sigmoid(self.beta * rejected)
 
 
@@ -109,7 +110,7 @@ class AnchoredDown(Link):
 
     beta: Positive = 0.1
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return torch.sigmoid(self.beta * chosen) + 1 - torch.sigmoid(self.beta * (chosen - rejected))
 
 
@@ -120,7 +121,7 @@ class Discovered(Link):
     beta: Positive = 0.05
     tau: Positive = 0.05
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         logit = self.beta * (chosen - rejected)
         mixed = torch.sigmoid(logit / self.tau)
         return (1 - mixed) * -logsigmoid(logit) + mixed * torch.exp(-logit)
@@ -132,12 +133,12 @@ class OddsRatio(Link):
     (Hong et al. 2024, arXiv 2403.07691, equations 4 and 7).
     """
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return -logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
 def _log_odds(log_probability: Tensor) -> Tensor:
-    """log p - log(1 - p), of whichever form of log(1 - p) loses no digits."""
+    """log p - log(1 - p), with the form of log(1 - p) that loses no digits."""
     near = log_probability > -math.log(2.0)
     low = torch.where(near, -math.log(2.0), log_probability)
     high = torch.where(near, log_probability, -math.log(2.0))
@@ -160,7 +161,7 @@ LINKS: dict[str, Callable[[float, float], Link]] = {
     "apo-down": lambda beta, _: AnchoredDown(beta),
     "discopop": lambda beta, _: Discovered(beta),
 }
-"""By TRL's names, with hyphens; the first six read the smoothing."""
+"""Links by TRL's names, with hyphens; the first six read the smoothing."""
 
 SMOOTHED = ("sigmoid", "sigmoid-norm", "robust", "exo-pair", "aot", "aot-unpaired")
 PER_STEP = ("ipo", "sigmoid-norm")
@@ -170,9 +171,9 @@ OF_MARGINS = ("sigmoid", "sigmoid-norm", "robust", "exo-pair", "hinge", "ipo", "
 
 
 def link(name: str, beta: float, smoothing: float = 0.0) -> Link:
-    """The link of a loss by name; raises for an unknown one, and for smoothing that the loss does not read."""
+    """The link of a loss by name. Raises `InputError` for an unknown one, and for smoothing that it does not read."""
     if name not in LINKS:
         raise UnknownName("preference loss", name, LINKS)
     if smoothing and name not in SMOOTHED:
-        raise InputError(f"The loss '{name}' reads no smoothing; {', '.join(SMOOTHED)} do.")
+        raise InputError(f"smoothing must be 0 for the loss '{name}', got {smoothing}; {', '.join(SMOOTHED)} read it.")
     return LINKS[name](beta, smoothing)

@@ -1,41 +1,43 @@
-"""Preference losses on pairs built from groups: which rows are compared, how each is scored, and the link."""
+"""Preference losses on pairs built from groups: the pairing of rows, the score of each, and the link."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, assert_never
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
+from stepwell.batch import Batch, Read
 from stepwell.credit.group import group_index, group_sum, top_of_groups
-from stepwell.errors import InputError
-from stepwell.objective.state import State, value_of
+from stepwell.objective.state import Coefficient, value_of
 from stepwell.objective.term import Coupling, Loss, Term
-from stepwell.parts import Batch, Part, Positive, Range
+from stepwell.parts import Node, Part
+from stepwell.ranges import Positive, Range
 
 Against = Literal["reference", "old", "teacher", "none"]
 
 
 def log_ratio(batch: Batch, against: Against) -> Tensor:
-    """(N, T) log pi - log of what it is measured against; log pi itself for `none`."""
+    """(N, T) log pi less the log-probability that it is measured against; log pi itself for `none`."""
     if against == "none":
         return batch.log_prob
-    if against == "teacher":
-        return batch.log_prob - batch.field("teacher_log_prob")
-    return batch.log_prob - getattr(batch, against)
+    return batch.log_prob - batch.under("teacher_log_prob" if against == "teacher" else against)
 
 
-def read_for(against: Against) -> frozenset[str]:
-    """The field that `log_ratio` reads and somebody has to fill."""
-    return frozenset({f"{against}_log_prob"} if against in ("reference", "teacher") else ())
+def read_for(against: Against) -> frozenset[Read]:
+    """The field that `log_ratio` reads and that has to be filled."""
+    if against == "reference" or against == "teacher":
+        return frozenset({Read(against, "log_prob")})
+    return frozenset()
 
 
 @dataclass(frozen=True)
 class SequenceScore(Part):
-    """s (N,) = the sum, or the mean, over a row's steps of log pi - log reference; `against` none leaves the latter.
+    """s (N,) = the sum, or the mean, over a row's steps of log pi - log reference; of log pi where `against` is none.
 
     `weight`: a constant factor for each step, (N, T), where steps are not to count alike.
     """
@@ -45,7 +47,7 @@ class SequenceScore(Part):
     weight: Part | None = None
 
     @property
-    def reads(self) -> frozenset[str]:  # type: ignore[override]
+    def reads(self) -> frozenset[Read]:
         return read_for(self.against)
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -56,24 +58,34 @@ class SequenceScore(Part):
         return score / batch.steps[:, 0] if self.mean else score
 
 
-def sides_of(score: Part, batch: Batch, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
-    """(P,), (P,) scores of the two sides of each pair; a score with `sides` judges a row by its counterpart too."""
-    sides = getattr(score, "sides", None)
-    if sides is not None:
-        return sides(batch, chosen, rejected)
+class PairScore(Node, ABC):
+    """A score that judges a row by its counterpart in the pair too."""
+
+    @abstractmethod
+    def sides(self, batch: Batch, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+        """(P,), (P,) scores of the two sides of each pair, for the rows (P,) that stand on them."""
+
+
+def sides_of(score: Part | PairScore, batch: Batch, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+    """(P,), (P,) scores of the two sides of each pair."""
+    if isinstance(score, PairScore):
+        return score.sides(batch, chosen, rejected)
     scores = score(batch)
     return scores[chosen], scores[rejected]
 
 
-class Link(Part):
-    """Maps the scores of chosen and rejected rows, each (P,), to a loss (P,); cards_objectives.md section 5.1."""
+class Link(Node, ABC):
+    """Maps the scores of chosen and rejected rows, each (P,), to a loss (P,).
+
+    For a loss of several links, add terms: `0.5 * Pairs(Logistic()) + 0.5 * Pairs(Hinge())`.
+    """
 
     def at(self, batch: Batch) -> Link:
-        """The link with its states as they are now."""
+        """The link with the present values of its coefficients."""
         return self
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
-        raise NotImplementedError(f"{type(self).__name__} gives no loss.")
+    @abstractmethod
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class Logistic(Link):
     smoothing: Annotated[float, Range("a number from 0 to 1/2", 0, 0.5)] = 0.0
     margin: float = 0.0
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         logit = self.beta * (chosen - rejected) - self.margin
         return -(1 - self.smoothing) * logsigmoid(logit) - self.smoothing * logsigmoid(-logit)
 
@@ -98,7 +110,7 @@ class Square(Link):
 
     beta: Positive = 0.1
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return (chosen - rejected - 1 / (2 * self.beta)) ** 2
 
 
@@ -108,13 +120,13 @@ class Hinge(Link):
 
     beta: Positive = 0.1
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return relu(1 - self.beta * (chosen - rejected))
 
 
 @dataclass(frozen=True)
 class Pairing(Part):
-    """Which rows of a group stand on which side, (N, 2) bool: chosen, rejected.
+    """The sides on which the rows of a group stand, (N, 2) bool: chosen, rejected.
 
     `extremes`: the best against the worst; `mean`: every row above its group's mean against every row below it;
     `all`: every two rows. A pair needs a strictly larger reward on the chosen side, so a group of equals has none.
@@ -126,7 +138,7 @@ class Pairing(Part):
     compares = True
 
     def group(self, batch: Batch) -> tuple[Tensor, int]:
-        """Dense numbers (N,) of the rows' groups, and how many there are."""
+        """Dense numbers (N,) of the rows' groups, and the number of groups."""
         return group_index(torch.stack([batch.field(key) for key in self.keys], 1))
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -142,7 +154,7 @@ class Pairing(Part):
             sides[top_of_groups(reward, group, groups), 0] = True
             sides[top_of_groups(-reward, group, groups), 1] = True
             return sides
-        raise InputError(f"Pairing has no kind '{self.kind}'; extremes, mean or all is right.")
+        assert_never(self.kind)
 
 
 def pairs_of(reward: Tensor, group: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,9 +172,9 @@ class Pairs(Term):
     """
 
     link: Link = field(default_factory=Logistic)
-    score: Part = field(default_factory=SequenceScore)
+    score: Part | PairScore = field(default_factory=SequenceScore)
     pairing: Pairing = field(default_factory=Pairing)
-    coefficient: float | State = 1.0
+    coefficient: float | Coefficient = 1.0
     coupling: Coupling = "groups"
     weight: Part | None = None
 
@@ -174,7 +186,7 @@ class Pairs(Term):
         return {"share": torch.full_like(batch.reward, 1.0 / max(len(chosen), 1))}
 
     def compare(self, batch: Batch, chosen: Tensor, rejected: Tensor) -> Tensor:
-        """(P,) the margin s_chosen - s_rejected of each pair, and its loss."""
+        """(3, P) of each pair the margin s_chosen - s_rejected, the loss, and the mean of the two scores."""
         sides = sides_of(self.score, batch, chosen, rejected)
         return torch.stack([sides[0] - sides[1], self.link.at(batch)(*sides), 0.5 * (sides[0] + sides[1])])
 
@@ -205,7 +217,7 @@ class SortedPairs(Pairs):
 
     paired: bool = True
     coupling: Coupling = "batch"
-    reads = frozenset({"reference_log_prob"})
+    reads = frozenset({Read("reference", "log_prob")})
 
     def compare(self, batch: Batch, chosen: Tensor, rejected: Tensor) -> Tensor:
         scores = [batch.row_sum(values)[:, 0] for values in (batch.log_prob, batch.reference)]
@@ -226,7 +238,7 @@ class ChosenLikelihood(Term):
     """
 
     pairing: Pairing = field(default_factory=Pairing)
-    coefficient: float | State = 1.0
+    coefficient: float | Coefficient = 1.0
     rows: bool = False
 
     def credit(self, batch: Batch) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""How a row of a preference pair is scored, beyond a sum of log-ratios: divergences, lengths, tokens, steps."""
+"""Scores of the rows of a preference pair, beyond a sum of log-ratios: divergences, lengths, tokens, steps."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from stepwell.objective.preference.pairs import Against, SequenceScore, log_ratio, read_for, sides_of
-from stepwell.parts import Batch, Part, Positive, Share
+from stepwell.batch import Batch, Read
+from stepwell.errors import InputError
+from stepwell.objective.preference.pairs import Against, PairScore, SequenceScore, log_ratio, read_for, sides_of
+from stepwell.parts import Part
+from stepwell.ranges import Positive, Share
 
 
 @dataclass(frozen=True)
-class ImplicitReward(Part):
+class ImplicitReward(Part, PairScore):
     """f'(e^s) (N,) of a row's score s, for the divergence that keeps the policy near what s is measured against.
 
     `reverse-kl`: s itself (DPO). `forward-kl`: 1 - e^-s. `js`: log 2 + log sigmoid(s). `alpha`: (e^((alpha-1) s) - 1)
@@ -23,7 +26,7 @@ class ImplicitReward(Part):
     alpha. `mean` divides by the row's steps afterwards. Source: f-DPO (Wang et al. 2023, arXiv 2309.16240).
     """
 
-    score: Part = field(default_factory=SequenceScore)
+    score: Part | PairScore = field(default_factory=SequenceScore)
     divergence: Literal["reverse-kl", "forward-kl", "js", "alpha"] = "reverse-kl"
     alpha: float = 0.5
     mean: bool = False
@@ -38,6 +41,11 @@ class ImplicitReward(Part):
         return s
 
     def __call__(self, batch: Batch) -> Tensor:
+        if isinstance(self.score, PairScore) and not isinstance(self.score, Part):
+            raise InputError(
+                "ImplicitReward.score must be a Part where rows are scored one by one, got "
+                f"{type(self.score).__name__}, which scores the two sides of pairs."
+            )
         value = self._transformed(self.score(batch))
         return value / batch.steps[:, 0] if self.mean else value
 
@@ -49,7 +57,7 @@ class ImplicitReward(Part):
 
 
 @dataclass(frozen=True)
-class LengthDesensitised(Part):
+class LengthDesensitised(PairScore):
     """LD-DPO: log-ratios beyond the shorter row of a pair count `tail` times (Liu et al. 2024, arXiv 2409.06411).
 
     `tail` 1 is DPO, 0 leaves the excess out.
@@ -59,7 +67,7 @@ class LengthDesensitised(Part):
     against: Against = "reference"
 
     @property
-    def reads(self) -> frozenset[str]:  # type: ignore[override]
+    def reads(self) -> frozenset[Read]:
         return read_for(self.against)
 
     def sides(self, batch: Batch, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,16 +82,16 @@ class LengthDesensitised(Part):
 
 
 @dataclass(frozen=True)
-class TokenGuided(Part):
+class TokenGuided(PairScore):
     """TGDPO: each step's log-ratio times 1 +- alpha beta (log guide - log reference), + for the chosen side.
 
-    The guide is the process's `teacher`, an earlier DPO model. alpha = 0 is DPO; factors may be negative, as they are
-    in the authors' code. Source: arXiv 2506.14574 as in cards_objectives.md section 5.3.
+    The guide is the run's `teacher`, an earlier DPO model. alpha = 0 is DPO; factors may be negative, as they are
+    in the authors' code. Source: TGDPO, arXiv 2506.14574.
     """
 
     alpha: float = 0.5
     beta: Positive = 0.1
-    reads = frozenset({"reference_log_prob", "teacher_log_prob"})
+    reads = frozenset({Read("reference", "log_prob"), Read("teacher", "log_prob")})
 
     def sides(self, batch: Batch, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
         guide = self.alpha * self.beta * (batch.field("teacher_log_prob") - batch.reference)
@@ -93,17 +101,17 @@ class TokenGuided(Part):
 
 
 @dataclass(frozen=True)
-class Parting(Part):
+class Parting(PairScore):
     """Step-DPO: the log-ratio of the step in which the two rows of a pair part, and of no other (arXiv 2406.18629).
 
-    What they share before it cancels, what follows it is left out. Steps are the rows' `segment`s.
+    The steps before it, which they share, cancel; those after it are left out. Steps are the rows' `segment`s.
     """
 
     against: Against = "reference"
 
     @property
-    def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return read_for(self.against) | {"segment"}
+    def reads(self) -> frozenset[Read]:
+        return read_for(self.against) | {Read("rows", "segment")}
 
     def sides(self, batch: Batch, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
         rows, values = batch.rows, log_ratio(batch, self.against) * batch.mask
@@ -114,8 +122,8 @@ class Parting(Part):
 
         def side(mine: Tensor) -> Tensor:
             last = (rows.length[mine] - 1).clamp(min=0)
-            here = segment[mine].gather(1, torch.minimum(first, last)[:, None])
-            inside = (segment[mine] == here) & (places >= first[:, None])
+            parting = segment[mine].gather(1, torch.minimum(first, last)[:, None])
+            inside = (segment[mine] == parting) & (places >= first[:, None])
             return (values[mine] * inside).sum(1)
 
         return side(chosen), side(rejected)
@@ -132,7 +140,7 @@ class MeanRatio(Part):
 
 @dataclass(frozen=True)
 class OnPolicyWeight(Part):
-    """WPO: exp of the mean over steps of log pi(a) - log sum_v pi(v)^2, (N,): how much a row is the policy's own.
+    """WPO: exp of the mean over steps of log pi(a) - log sum_v pi(v)^2, (N,): large for rows of the policy's own kind.
 
     Source: Zhou et al. 2024, arXiv 2406.11827, equation 2.
     """

@@ -1,4 +1,4 @@
-"""Pairs of rows whose steps count by what they are worth: a chosen row's best ones most, a rejected row's worst."""
+"""Pairs of rows whose steps count by their values: a chosen row's best steps most, a rejected row's worst."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from stepwell.batch import Batch, Read
 from stepwell.credit.prefixes import StepValues
 from stepwell.objective.preference.pairs import Pairing, log_ratio, pairs_of
 from stepwell.objective.reduction import total
-from stepwell.objective.state import State, value_of
+from stepwell.objective.state import Coefficient, value_of
 from stepwell.objective.term import Coupling, Loss, Term
-from stepwell.parts import Batch, NotNegative, Part, Positive
+from stepwell.parts import Part
+from stepwell.ranges import NotNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class StepPairs(Term):
     steps, s being the `values` (N, T) of steps. At rate = temperature = 0 a row of n steps has 1 / (2 n) for each: the
     slope is that of `Pairs` with `Logistic(beta)`, over 2 beta n.
 
-    It is a rule for the gradient, and the value of no objective: what is logged as `pair_loss` is DPO's.
+    This is a rule for the gradient and not the gradient of an objective; the `pair_loss` that is logged is DPO's.
 
     Source: Full-Step-DPO, arXiv 2502.14356, as in the authors' code.
     """
@@ -37,9 +39,9 @@ class StepPairs(Term):
     temperature: NotNegative = 0.5
     rate: NotNegative = 1.0
     pairing: Pairing = field(default_factory=lambda: Pairing("all"))
-    coefficient: float | State = 1.0
+    coefficient: float | Coefficient = 1.0
     coupling: Coupling = "groups"
-    reads = frozenset({"reference_log_prob"})
+    reads = frozenset({Read("reference", "log_prob")})
 
     def credit(self, batch: Batch) -> dict[str, Tensor]:
         worth = self.temperature * self.values(batch)

@@ -1,4 +1,4 @@
-"""Preference losses beside pairs: rows judged one by one (KTO), and pairs among what rejection sampling keeps (RSO)."""
+"""Preference losses of rows judged one by one (KTO), and of pairs that rejection sampling keeps (RSO)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.objective.preference.pairs import Pairing, Pairs, SequenceScore
-from stepwell.objective.state import State, value_of
+from stepwell.objective.state import Coefficient, value_of
 from stepwell.objective.term import Loss, Term
-from stepwell.parts import Batch, NotNegative, Part, Positive, Range
+from stepwell.parts import Part
 from stepwell.process.models import Models
+from stepwell.ranges import NotNegative, Positive, Range
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories
 
@@ -34,7 +36,7 @@ class Prospect(Term):
     threshold: float = 0.5
     centred: bool = True
     score: Part = field(default_factory=SequenceScore)
-    coefficient: float | State = 1.0
+    coefficient: float | Coefficient = 1.0
 
     @property
     def present(self) -> frozenset[str]:
@@ -55,24 +57,24 @@ class Prospect(Term):
 
 
 def accepted(reward: Sequence[float], beta: float, keep: int, rng: Rng) -> list[int]:
-    """Which of the candidates statistical rejection sampling keeps, in the order in which it accepts them.
+    """The candidates that statistical rejection sampling keeps, in the order in which it accepts them.
 
     Pass by pass over those that are left, in their order, each is accepted with probability exp((r - max) / beta),
     max the largest reward among those left as the pass began, until `keep` are. Were the maximum that of all
     sequences, those accepted in the first pass would be draws from pi exp(r / beta) / Z.
     """
     left = list(range(len(reward)))
-    found: list[int] = []
-    while left and len(found) < keep:
+    kept: list[int] = []
+    while left and len(kept) < keep:
         top = max(reward[i] for i in left)
         taken = []
         for i in left:
             chance = torch.tensor(math.exp((reward[i] - top) / beta), dtype=torch.float64)
-            if len(found) < keep and bool(rng.bernoulli(chance)):
-                found.append(i)
+            if len(kept) < keep and bool(rng.bernoulli(chance)):
+                kept.append(i)
                 taken.append(i)
         left = [i for i in left if i not in taken]
-    return found
+    return kept
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class RejectionPairs(Pairs):
 
     pairing: Pairing = field(default_factory=lambda: Pairing("all"))
     temperature: Positive = 0.5
-    keep: Annotated[int, Range("a whole number from 2 on", 2, whole=True)] = 4
+    keep: Annotated[int, Range("a whole number, at least 2", 2, whole=True)] = 4
 
     def draw(self, rows: Trajectories, models: Models, rng: Rng) -> dict[str, Tensor]:
         assert rows.reward is not None

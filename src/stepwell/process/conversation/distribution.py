@@ -1,4 +1,4 @@
-"""The law of a batch in which some rows read and some speak: what an environment said is no choice of the model's."""
+"""The distribution of a batch in which some rows speak and others read what their environment said."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from stepwell.rng import Rng
 
 @dataclass(frozen=True)
 class Partly:
-    """`law` of those rows in `drawn` (N,) bool, in their order; elsewhere the certain token `given` (N,), untrained."""
+    """The distribution (M) of the rows in `drawn` (N,) bool, and for the others the certain token `given` (N,).
 
-    law: Categorical
+    A given token is no choice of the model's: it is not random, and nothing trains on it.
+    """
+
+    distribution: Categorical
     drawn: Tensor
     given: Tensor
 
@@ -26,7 +29,7 @@ class Partly:
     def __getitem__(self, index: Any) -> Partly:
         place = (self.drawn.cumsum(0) - 1)[index]
         drawn = self.drawn[index]
-        return Partly(self.law[place[drawn]], drawn, self.given[index])
+        return Partly(self.distribution[place[drawn]], drawn, self.given[index])
 
     @property
     def random(self) -> Tensor:
@@ -35,22 +38,23 @@ class Partly:
     @property
     def logits(self) -> Tensor:
         """(N, V) log-probabilities; those of a given token are 0 there and minus infinity elsewhere."""
-        certain = torch.full((len(self), self.law.logits.shape[1]), -torch.inf, dtype=self.law.logits.dtype)
-        answer = certain.to(self.given.device).scatter(1, self.given.clamp(min=0)[:, None], 0.0)
-        answer[self.drawn] = self.law.logits
-        return answer
+        drawn = self.distribution.logits
+        impossible = torch.full((len(self), drawn.shape[1]), -torch.inf, dtype=drawn.dtype).to(self.given.device)
+        logits = impossible.scatter(1, self.given.clamp(min=0)[:, None], 0.0)
+        logits[self.drawn] = drawn
+        return logits
 
     def sample(self, rng: Rng) -> Tensor:
-        return self.given.masked_scatter(self.drawn, self.law.sample(rng))
+        return self.given.masked_scatter(self.drawn, self.distribution.sample(rng))
 
     def log_prob(self, action: Tensor) -> Tensor:
-        return self._spread(self.law.log_prob(action[self.drawn]))
+        return self._spread(self.distribution.log_prob(action[self.drawn]))
 
     def entropy(self) -> Tensor:
-        return self._spread(self.law.entropy())
+        return self._spread(self.distribution.entropy())
 
     def kl(self, other: Partly) -> Tensor:
-        return self._spread(self.law.kl(other.law))
+        return self._spread(self.distribution.kl(other.distribution))
 
     def _spread(self, values: Tensor) -> Tensor:
         """(N,) the values where rows draw, and 0 elsewhere."""

@@ -1,4 +1,4 @@
-"""A user's environment, called with care: what it gets, what it has to return, and one sentence where it does not."""
+"""Environments of the user: their interface, and calls that answer a broken one with a clear sentence."""
 
 from __future__ import annotations
 
@@ -15,30 +15,28 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-import numpy as np
-
 from stepwell.errors import InputError, StepwellError
-from stepwell.process.language.prompts import is_chat
+from stepwell.process.language.chat import is_chat
 
 Observation = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
-"""What an environment says: a text, or for a chat also a message, or several, with a 'role' and a 'content'."""
+"""An environment's words: a text, or for a chat also a message, or several, with a 'role' and a 'content'."""
 
 
 class Environment(Protocol):
-    """What a model talks to: one conversation, from `reset` on. Also any `gymnasium.Env` whose observations are text.
+    """The other side of one conversation, from `reset` on. Any `gymnasium.Env` whose observations are texts is one.
 
     `reset` gets the prompt and those columns of its row of data that it names (all, with `**columns`), and returns
-    what is said to the model after the prompt: an observation or None, alone or with a dict, as gymnasium has it. An
-    environment of gymnasium, or one with its `reset(*, seed, options)`, gets them as `options`, and as its seed the
-    column `seed` or a number made of the prompt.
+    the observation that the model reads after the prompt, or None; alone, or with a dict as gymnasium has it. An
+    environment of gymnasium, or one with its `reset(*, seed, options)`, gets prompt and columns as `options`, and as
+    its seed the column `seed` or a number made of the prompt.
 
-    `step` gets what the model said and returns an observation, the reward of that turn, whether the conversation is
-    over (`terminated`), whether it was cut short (`truncated`), and a dict. Nothing is said to the model after the
-    end. It may draw nothing from outside itself: the same words have to get the same answer.
+    `step` gets the model's message and returns an observation, the reward of that turn, `terminated` (the conversation
+    is over), `truncated` (it was cut short), and a dict. The model does not read the observation after the end. An
+    environment must be a function of the prompt and of the messages so far: the same words get the same answer.
 
-    Before it is told anything, an environment is copied by `copy.deepcopy`, since the same partial conversation may be
-    gone on with twice. One that cannot be copied is used as it is, which does for rows from the beginning on, each
-    with an environment of its own; any other fork is refused by `CannotFork`.
+    Before each message an environment is copied by `copy.deepcopy`, since the same partial conversation may be
+    continued twice. One that cannot be copied is stepped in place, which is enough for rows that are drawn from their
+    beginning, each with an environment of its own; any other fork raises `CannotFork`.
     """
 
     def reset(self, prompt: Any, **columns: Any) -> Any: ...
@@ -52,7 +50,7 @@ def environment_return(environment_return: list[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What an environment returned for one message."""
+    """An environment's answer to one message."""
 
     observation: Observation
     reward: float
@@ -61,7 +59,7 @@ class Answer:
 
 
 def opened(make: Callable[[], Any], prompt: Any, columns: Mapping[str, Any]) -> tuple[Any, Observation | None]:
-    """An environment of the factory's, reset for a prompt, and what it says first."""
+    """An environment of the factory's, reset for a prompt, and its first observation."""
     try:
         environment = make()
     except StepwellError:
@@ -71,8 +69,8 @@ def opened(make: Callable[[], Any], prompt: Any, columns: Mapping[str, Any]) -> 
     for ability in ("reset", "step"):
         if not callable(getattr(environment, ability, None)) or inspect.isclass(environment):
             raise InputError(
-                f"The environment's factory returned {_shown(environment)}, which has no method '{ability}'; an object "
-                "with reset(prompt, **columns) and step(message) is right."
+                "The environment's factory must return an object with reset(prompt, **columns) and step(message), got "
+                f"{_shown(environment)}, which has no method '{ability}'."
             )
     name = type(environment).__name__
     arguments, keywords = _reset_arguments(environment, prompt, columns)
@@ -87,8 +85,8 @@ def opened(make: Callable[[], Any], prompt: Any, columns: Mapping[str, Any]) -> 
     if isinstance(first, tuple):
         if len(first) != 2 or not isinstance(first[1], Mapping):
             raise InputError(
-                f"The environment {name} returned {_shown(first)} from reset; an observation, None, or "
-                "(observation, info) with a dict is right."
+                f"The reset of the environment {name} must return an observation, None, or (observation, info) with a "
+                f"dict, got {_shown(first)}."
             )
         first = first[0]
     if first is None:
@@ -97,7 +95,7 @@ def opened(make: Callable[[], Any], prompt: Any, columns: Mapping[str, Any]) -> 
 
 
 def answered(environment: Any, message: str, prompt: Any) -> Answer:
-    """What the environment says to a message; raises `InputError` for anything but the five values there have to be."""
+    """The environment's answer to a message; raises `InputError` unless `step` returns its five values."""
     name = type(environment).__name__
     try:
         returned = environment.step(message)
@@ -105,31 +103,37 @@ def answered(environment: Any, message: str, prompt: Any) -> Answer:
         raise
     except (Exception, SystemExit) as error:
         _failed(name, "step", environment.step, error, prompt)
-    right = "(observation, reward, terminated, truncated, info) is right."
     _refuse_async(name, "step", returned)
-    if not isinstance(returned, tuple):
-        raise InputError(f"The environment {name} returned {_shown(returned)} from step; {right}")
-    if len(returned) != 5:
-        raise InputError(f"The environment {name} returned {len(returned)} values from step; {right}")
+    if not isinstance(returned, tuple) or len(returned) != 5:
+        raise InputError(
+            f"The step of the environment {name} must return (observation, reward, terminated, truncated, info), got "
+            f"{_shown(returned)}."
+        )
     observation, reward, terminated, truncated, info = returned
     if getattr(reward, "ndim", None) == 0:
         reward = reward.item()
     if not isinstance(reward, Real) or not _finite(reward):
-        raise InputError(f"The environment {name} returned the reward {_shown(reward)}; a finite number is right.")
-    for what, value in (("terminated", terminated), ("truncated", truncated)):
-        if not isinstance(value, bool | np.bool_):
-            raise InputError(f"The environment {name} returned {what}={_shown(value)}; True or False is right.")
+        raise InputError(f"The reward of the environment {name} must be a finite number, got {_shown(reward)}.")
+    for flag, value in (("terminated", terminated), ("truncated", truncated)):
+        if not isinstance(value, _flags()):
+            raise InputError(f"'{flag}' of the environment {name} must be True or False, got {_shown(value)}.")
     if not isinstance(info, Mapping):
-        raise InputError(f"The environment {name} returned {_shown(info)} as info; a dict is right.")
+        raise InputError(f"'info' of the environment {name} must be a dict, got {_shown(info)}.")
     said = _observation(name, "step", observation)
     return Answer(said, float(reward), bool(terminated), bool(truncated and not terminated))
 
 
+def _flags() -> tuple[type, ...]:
+    """The types of a truth value, numpy's among them where it is in use."""
+    numpy = sys.modules.get("numpy")
+    return (bool,) if numpy is None else (bool, numpy.bool_)
+
+
 def origin(make: Callable[[], Any]) -> tuple[str, str]:
-    """A factory's qualified name and a digest of the text it comes from: the same in whatever process it is asked for.
+    """A factory's qualified name and a digest of the text that it comes from, the same in every run and on every rank.
 
     The text is that of the source file; of a file that is run as a program, whose other lines may be about the run, it
-    is the factory's own. Where it cannot be had it is empty, and the name begins with the module's.
+    is the factory's own. Without a text the digest is empty, and the name begins with the module's.
 
     Example:
         >>> name, digest = origin(functools.partial(Answer, "yes", reward=1.0))
@@ -167,7 +171,7 @@ def _word(value: Any) -> str:
 def _reset_arguments(
     environment: Any, prompt: Any, columns: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """How `reset` is called: with what it names, or as gymnasium calls it."""
+    """The arguments of `reset`: those that it names, or gymnasium's."""
     signature = _signature(environment.reset)
     parameters = [] if signature is None else list(signature.parameters.values())
     if _as_in_gymnasium(environment, parameters):
@@ -179,17 +183,17 @@ def _reset_arguments(
     first = parameters[0] if parameters else None
     if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD and first.name in columns.keys() - {"prompt"}:
         raise InputError(
-            f"The reset of the environment {name} takes the column '{first.name}' first, where it is given the prompt; "
-            f"{right} is right."
+            f"The reset of the environment {name} must take the prompt first, as {right}, got the column "
+            f"'{first.name}' there."
         )
     everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     others = [p for p in parameters[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for parameter in others:
         if parameter.default is parameter.empty and parameter.name not in columns and parameter.name != "prompt":
-            there = ", ".join(f"'{column}'" for column in columns)
+            given = ", ".join(f"'{column}'" for column in columns)
             raise InputError(
                 f"The reset of the environment {name} requires '{parameter.name}', but the data has no such column; "
-                + (f"it has {there} besides the prompt." if there else "it has none besides the prompt.")
+                + (f"it has {given} besides the prompt." if given else "it has none besides the prompt.")
             )
     named = {parameter.name for parameter in others}
     keywords = {column: value for column, value in columns.items() if everything or column in named}
@@ -200,12 +204,12 @@ def _reset_arguments(
 def _signature(function: Any) -> inspect.Signature | None:
     try:
         return inspect.signature(function)
-    except (TypeError, ValueError):  # some functions written in C do not tell
+    except (TypeError, ValueError):  # some functions written in C have none
         return None
 
 
 def _as_in_gymnasium(environment: Any, parameters: Sequence[inspect.Parameter]) -> bool:
-    """Whether it is an environment of gymnasium, or one whose `reset` is written like theirs: (*, seed, options)."""
+    """True for an environment of gymnasium, and for a `reset` that is written like theirs: (*, seed, options)."""
     gymnasium = sys.modules.get("gymnasium")  # an environment of gymnasium cannot be there without it
     if gymnasium is not None and isinstance(environment, gymnasium.Env):
         return True
@@ -215,7 +219,7 @@ def _as_in_gymnasium(environment: Any, parameters: Sequence[inspect.Parameter]) 
 def _refuse_other_arguments(
     name: str, function: Any, method: str, arguments: tuple[Any, ...], keywords: Mapping[str, Any], right: str
 ) -> None:
-    """Raise `InputError` where a method cannot be called with what it is given."""
+    """Raise `InputError` for a method that cannot be called with these arguments."""
     signature = _signature(function)
     if signature is None:
         return
@@ -223,18 +227,18 @@ def _refuse_other_arguments(
         signature.bind(*arguments, **keywords)
     except TypeError as error:
         raise InputError(
-            f"The {method} of the environment {name} is called as {right}, which {signature} does not take ({error})."
+            f"The {method} of the environment {name} must be callable as {right}, got the signature {signature} ({error})."
         ) from error
 
 
 def _refuse_async(name: str, method: str, returned: Any) -> None:
-    """Raise `InputError` for a coroutine: a conversation's next word waits for the answer in any case."""
+    """Raise `InputError` for a coroutine: the next token has to wait for the answer in any case."""
     if inspect.isawaitable(returned):
         if inspect.iscoroutine(returned):
             returned.close()  # else Python complains of it as well
         raise InputError(
-            f"The {method} of the environment {name} is async, and environments are not awaited; a plain function is "
-            "right."
+            f"The {method} of the environment {name} must be a plain function, got an async one; environments are not "
+            "awaited."
         )
 
 
@@ -246,23 +250,23 @@ def _finite(number: Any) -> bool:
 
 
 def _observation(name: str, method: str, value: Any) -> Observation:
-    """The observation, which has to be a text, a message or messages."""
+    """The observation; raises `InputError` unless it is a text, a message or messages."""
     messages = [value] if isinstance(value, Mapping) else value
     if isinstance(value, str) or (is_chat(messages) and all(map(_is_said, messages))):
         return value  # type: ignore[no-any-return]
     raise InputError(
-        f"The environment {name} returned {_shown(value)} as the observation of {method}; a text, or for a chat "
-        "messages with a 'role' and a 'content', is right."
+        f"The observation that the environment {name} returns from {method} must be a text, or for a chat messages "
+        f"with a 'role' and a 'content', got {_shown(value)}."
     )
 
 
 def _is_said(message: Mapping[str, Any]) -> bool:
-    """Whether a message has a role and a content that a chat template may read."""
+    """True if a message has a role and a content that a chat template may read."""
     return isinstance(message["role"], str) and isinstance(message["content"], str | list | None)
 
 
 def _failed(name: str, method: str, function: Any, error: BaseException, prompt: Any) -> NoReturn:
-    """What is raised in place of the environment's own exception: the line that failed, and the prompt."""
+    """Raise `InputError` in place of the environment's own exception, with the line that failed and the prompt."""
     maker = function.__init__ if inspect.isclass(function) else function
     code = getattr(inspect.unwrap(maker), "__code__", None)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if code and f.filename == code.co_filename]
@@ -275,7 +279,7 @@ def _failed(name: str, method: str, function: Any, error: BaseException, prompt:
 
 
 def _shown(value: Any) -> str:
-    """A value in a sentence, by its type where it is no plain one."""
+    """A value in a sentence: itself if it is a plain one, else its type."""
     if value is None or isinstance(value, bool | int | float | str):
         return f"{value!r:.60}"
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""One row's conversation so far: the turns it took, what it is to read next, and its environment."""
+"""One row's conversation so far: its turns, the tokens it has to read next, and its environment."""
 
 from __future__ import annotations
 
@@ -12,59 +12,60 @@ from stepwell.process.conversation.environment import Answer, Observation, answe
 
 
 class Seat:
-    """The environment of a row after some turns, which no other row's words may change.
+    """The environment of a row after some turns, which no other row's messages may change.
 
-    It is copied before it is told anything. One that cannot be copied goes on as it is, and leaves this seat empty;
-    whoever comes here a second time finds a new one at the beginning of a conversation, and `CannotFork` later on.
+    It is copied before each message. An environment that cannot be copied is stepped in place, which leaves this seat
+    empty: forking the state afterwards makes a new one at the beginning of a conversation, and raises `CannotFork`
+    later on.
     """
 
     def __init__(self, environment: Any, turns: int, again: Callable[[], tuple[Any, Observation | None]], prompt: Any):
         self.environment, self.turns, self.again, self.prompt = environment, turns, again, prompt
-        self.reason = ""
+        self.reason = ""  # it cannot be copied
 
     @classmethod
     def open(cls, make: Callable[[], Any], prompt: Any, columns: Mapping[str, Any]) -> tuple[Seat, Observation | None]:
-        """A seat at the beginning, and what its environment says first."""
+        """A seat at the beginning of a conversation, and the first observation."""
         environment, first = opened(make, prompt, columns)
 
         def again() -> tuple[Any, Observation | None]:
             environment, said = opened(make, prompt, columns)
             if said != first:
                 raise InputError(
-                    f"The environment {type(environment).__name__} began with {said!r:.40}, and for another row of the "
-                    f"prompt {prompt!r:.40} with {first!r:.40}; what it says has to depend on its prompt alone."
+                    f"The environment {type(environment).__name__} must begin with the same observation for every row "
+                    f"of a prompt, got {first!r:.40} and {said!r:.40} for {prompt!r:.40}."
                 )
             return environment, said
 
         return cls(environment, 0, again, prompt), first
 
-    def tell(self, message: str) -> tuple[Seat, Answer]:
-        """The seat after one message more, and what the environment says to it."""
+    def step(self, message: str) -> tuple[Seat, Answer]:
+        """The seat after one more message, and the environment's answer to it."""
         environment = self._take()
         answer = answered(environment, message, self.prompt)
         return Seat(environment, self.turns + 1, self.again, self.prompt), answer
 
     def _take(self) -> Any:
-        """The environment, to be changed: a copy, where that is possible."""
+        """An environment that may be changed: a copy, or the one there is if it cannot be copied."""
         if self.environment is None:
             if self.turns == 0:
                 return self.again()[0]
             raise CannotFork(self.reason)
         try:
             return copy.deepcopy(self.environment)
-        except (Exception, SystemExit) as error:  # whatever an attribute of the user's says to being copied
+        except (Exception, SystemExit) as error:  # an attribute of the user's may raise anything when it is copied
             own, self.environment = self.environment, None
             said = " ".join(str(error).split()).rstrip(".")
             self.reason = (
                 f"The environment {type(own).__name__} cannot be copied ({type(error).__name__}: {said:.120}), so that "
-                "its conversations cannot be forked once they are under way; a __deepcopy__ of its own would do."
+                "its conversations cannot be forked once they are under way; give it a __deepcopy__ of its own."
             )
             return own
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What the model said, what it was answered, what it earned, and the row's steps up to its last token."""
+    """The model's message, the environment's observation and reward, and the row's steps up to the message's end."""
 
     message: str
     observation: Observation
@@ -74,7 +75,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Episode:
-    """A row's turns so far. The model's present message begins at step `begin`; `given` are the tokens just before."""
+    """A row's turns so far. The model's present message begins at step `begin`; `given` are the tokens just before.
+
+    truncated: cut short, by the environment, after the last turn or for lack of room.
+    """
 
     seat: Seat
     turns: tuple[Turn, ...] = ()
@@ -83,5 +87,5 @@ class Episode:
     truncated: bool = False
 
     def given_at(self, step: int) -> int:
-        """The token that the environment has put at a step, or -1 where the model draws."""
+        """The environment's token at a step, or -1 at a step that the model draws."""
         return self.given[step - self.begin] if step < self.begin else -1

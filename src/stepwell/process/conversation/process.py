@@ -2,65 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import copy
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from stepwell.columns import Columns
 from stepwell.distributions import Categorical, Point
 from stepwell.errors import InputError
-from stepwell.process.base import Samples, Steps
+from stepwell.meter import Meter
+from stepwell.process.base import Process, Samples, Scores, Steps
 from stepwell.process.conversation.distribution import Partly
 from stepwell.process.conversation.environment import origin
 from stepwell.process.conversation.episode import Episode, Seat, Turn
+from stepwell.process.conversation.state import ConversationState
 from stepwell.process.conversation.words import ConversationEncoder
 from stepwell.process.language.process import Language
 from stepwell.process.language.state import LanguageState
 from stepwell.rng import Rng
+from stepwell.trajectories import Trajectories
 
 
-@dataclass(frozen=True)
-class TurnsState(LanguageState):
-    """Partial texts, each with the conversation that it is. `ended` (N,): the environment, or `max_turns`, ended it."""
-
-    episodes: tuple[Episode, ...]
-
-    def __getitem__(self, index: Tensor) -> TurnsState:
-        rows = torch.arange(len(self))[index.cpu()].tolist()
-        return replace(super().__getitem__(index), episodes=tuple(self.episodes[row] for row in rows))
-
-    @property
-    def given(self) -> Tensor:
-        """(N,) the next token of rows that read what the environment said; -1 where the model draws, or is done."""
-        step = self.tokens.shape[1]
-        return torch.tensor([episode.given_at(step) for episode in self.episodes], device=self.tokens.device)
-
-
-class Turns(Language):
-    """A language model in conversation with environments; `language(...).turns(make)` makes one.
+class Conversation(Process):
+    """A language model in conversation with environments; see `sw.conversation`, which makes one.
 
     A row is one conversation: the model draws tokens until it draws an end token (or has written one of the texts in
     `stop`), its environment answers, and so on until the environment ends it (`terminated`, `truncated`), after
-    `max_turns`, or at `max_new_tokens`, which counts the environment's tokens too. What the environment says are
-    steps of the row that the model has no choice in: they are not random, so nothing that trains reads them, and the
-    network reads them all at once when it is next asked for a law. An answer that would leave the model no room is
-    not begun; such a row, like one after `max_turns`, is `truncated`.
+    `max_turns`, or at `max_new_tokens`, which counts the environment's tokens too. The environment's tokens are steps
+    of the row that the model has no choice in: they are not random, so nothing trains on them, and the network reads
+    them all at once when the model's next token is proposed. An answer that would leave the model no room is left out;
+    such a row, like one after `max_turns`, is `truncated`.
 
-    `make_environment()` is called once for each row (see `Environment`). An answer is appended as it stands after
-    prompts that are plain texts, so an environment writes its own separators. In chats it is a message of the given
-    `role` unless it brings its own, and the tokenizer's template says what stands around it.
+    `make_environment()` is called once for each row (see `Environment`). After prompts that are plain texts, an answer
+    is appended as it stands, so an environment writes its own separators. In chats it is a message of the given `role`
+    unless it brings its own, and the tokenizer's template writes whatever surrounds it.
 
-    Rows have their `segment`, the number of the turn that each token belongs to (what the environment says belongs to
-    the turn it leads to), and `step_reward`, what each turn earned, at its last token; their sum is the column
-    `environment_return`, and so the reward where the reward function is that of this name. The column `turns` lists
-    each turn's message, observation and reward.
+    Rows have their `segment`, the number of the turn that each token belongs to (the environment's tokens belong to
+    the turn that they lead to), and `step_reward`, the reward of each turn at its last token. The sum of these is the
+    column `environment_return`, and the reward for the reward function of that name. The column `turns` lists each
+    turn's message, observation and reward.
 
-    Raises `InputError` for an environment that does not do as it should.
+    `language` is the model, as it reads conversations: a twin on the given model's parameters and meter. Raises
+    `InputError` for an environment that breaks its interface.
     """
 
-    encoder: ConversationEncoder
+    kind = "language"
+    any_prompt = False
 
     def __init__(
         self,
@@ -69,128 +60,114 @@ class Turns(Language):
         *,
         max_turns: int = 8,
         role: str = "user",
-        stop: str | Sequence[str] = (),
+        stop: Sequence[str] = (),
     ):
-        if not isinstance(language, Language) or isinstance(language, Turns):
-            raise InputError(f"A conversation needs a language model, such as language(FOLDER), not {language!r:.60}.")
-        if not callable(make_environment):
-            raise InputError(
-                f"Environments are made by a function without arguments, or a class, not by {make_environment!r:.60}."
-            )
-        if isinstance(max_turns, bool) or not isinstance(max_turns, int) or max_turns < 1:
-            raise InputError(f"max_turns={max_turns!r} is not a whole number from 1 upwards.")
-        if not isinstance(role, str) or not role.strip():
-            raise InputError(f"role={role!r:.60} is not the name of a chat's role, such as 'user' or 'tool'.")
-        stops = (stop,) if isinstance(stop, str) and stop else tuple(stop)
-        if not all(isinstance(text, str) and text for text in stops):
-            raise InputError(f"stop={stop!r:.60} is not a text, nor texts, that end a turn.")
-        vars(self).update(vars(language))
-        bare = self.encoder
+        bare = language.encoder
         self.encoder = ConversationEncoder(bare.tokenizer, bare.limit, bare.vocabulary, bare.system, role)
-        self.make_environment, self.max_turns, self.stop = make_environment, max_turns, stops
+        self.make_environment, self.max_turns, self.stop = make_environment, max_turns, tuple(stop)
         self.environment, self.environment_source = origin(make_environment)
+        self.language = language.with_encoder(self.encoder)
+        self.module, self.meter = language.module, language.meter
 
-    def describe(self) -> dict[str, Any]:
-        """The model's, and what makes it this conversation: the environment, its file, and the settings."""
-        settings = {"max_turns": self.max_turns, "role": self.encoder.role, "stop": list(self.stop)}
-        own = {"environment": self.environment, **settings, "source": self.environment_source}
-        return {**super().describe(), **own}
+    # drawing
 
-    def start(self, prompts: Sequence[Any], rng: Rng) -> TurnsState:
+    def start(self, prompts: Sequence[Any], rng: Rng) -> ConversationState:
         """One row and one environment a prompt."""
         return self.start_on(prompts, [{}] * len(prompts), rng)
 
-    def start_on(self, prompts: Sequence[Any], columns: Sequence[Mapping[str, Any]], rng: Rng) -> TurnsState:
+    def start_on(self, prompts: Sequence[Any], columns: Sequence[Mapping[str, Any]], rng: Rng) -> ConversationState:
         """One row and one environment a prompt; `columns` are those of each prompt's data."""
-        state = super().start(prompts, rng)
+        text = self.language.start(prompts, rng)
         episodes: list[Episode] = []
-        for prompt, data, limit in zip(prompts, columns, state.limit.tolist(), strict=True):
-            seat, said = Seat.open(self.make_environment, prompt, data)
+        for prompt, data, limit in zip(prompts, columns, text.limit.tolist(), strict=True):
+            seat, observation = Seat.open(self.make_environment, prompt, data)
             if any(seat.environment is other.seat.environment for other in episodes):
                 raise InputError(
-                    f"The environment's factory returned the same {type(seat.environment).__name__} twice; a new one "
-                    "each time is right."
+                    "The environment's factory must return a new object each time, got the same "
+                    f"{type(seat.environment).__name__} twice."
                 )
-            given = self.encoder.opening(prompt, said)
+            given = self.encoder.opening(prompt, observation)
             if len(given) >= limit:
                 raise InputError(
                     f"The environment's first words for the prompt {prompt!r:.60} take {len(given)} tokens, and the "
                     f"row has {limit} in all; raise max_new_tokens or shorten them."
                 )
             episodes.append(Episode(seat, given=tuple(given), begin=len(given)))
-        return TurnsState(**vars(state), episodes=tuple(episodes))
+        return ConversationState(text, tuple(episodes))
 
     @torch.no_grad()
-    def propose(self, state: TurnsState) -> Categorical | Partly | Point:  # type: ignore[override]
-        """The law of the next token where the model speaks, and the token to read where the environment did."""
+    def propose(self, state: ConversationState) -> Categorical | Partly | Point:
+        """The distribution of the next token of rows that speak, and the given token of rows that read."""
         given = state.given
         drawn = ~state.done & (given < 0)
-        certain = torch.where(given < 0, self.pad, given)
+        certain = torch.where(given < 0, self.language.pad, given)
         if not bool(drawn.any()):
             return Point(certain)
-        self._bring_up_to_date(state, drawn)
-        law = Categorical(state.memory.pasts[-1].law[state.memory.slot[drawn]])
-        return law if bool(drawn.all()) else Partly(law, drawn, certain)
+        distribution = Categorical(self.language.log_probs(state.text, drawn))
+        return distribution if bool(drawn.all()) else Partly(distribution, drawn, certain)
 
-    def deterministic(self, state: TurnsState) -> Point:  # type: ignore[override]
+    def deterministic(self, state: ConversationState) -> Point:
         """The likeliest token of each row that speaks."""
-        law = self.propose(state)
-        return law if isinstance(law, Point) else Point(law.logits.argmax(-1))
+        distribution = self.propose(state)
+        return distribution if isinstance(distribution, Point) else Point(distribution.logits.argmax(-1))
 
-    def advance(self, state: TurnsState, action: Tensor, rng: Rng) -> TurnsState:  # type: ignore[override]
-        """One token more in every row that is not done; where it ends the model's turn, the environment answers."""
-        given, action, live = state.given, action.to(self.device), ~state.done
-        other = (live & (given >= 0) & (given != action)).nonzero()[:, 0].tolist()
-        if other:
+    def advance(self, state: ConversationState, action: Tensor, rng: Rng) -> ConversationState:
+        """One token more in every row that is not done; if it ends the model's turn, the environment answers."""
+        given, action, live = state.given, action.to(self.language.device), ~state.done
+        others = (live & (given >= 0) & (given != action)).nonzero()[:, 0].tolist()
+        if others:
             raise InputError(
-                f"Row {other[0]} goes on with the token {int(action[other[0]])}, where its environment says "
-                f"{int(given[other[0]])}; what an environment says is not to be chosen, and has to depend on the "
-                "prompt and on what it was told alone."
+                f"Row {others[0]} must go on with its environment's token {int(given[others[0]])}, got "
+                f"{int(action[others[0]])}: observation tokens cannot be chosen, and an environment must be a function "
+                "of the prompt and of the messages so far."
             )
-        longer: Any = super().advance(state, action, rng)
+        text = self.language.advance(state.text, action, rng)
         spoke = live & (given < 0)
-        by_itself = torch.isin(action, self.ends.to(self.device))
+        by_itself = torch.isin(action, self.language.ends.to(action.device))
         over = spoke & by_itself
         if self.stop:
-            over = over | self._stopped(longer, spoke)
-        ended, episodes = state.ended.clone(), list(state.episodes)
+            over = over | self._stopped(text, state.episodes, spoke)
+        ended, episodes = state.text.ended.clone(), list(state.episodes)
         for row in over.nonzero()[:, 0].tolist():
             end = int(action[row]) if by_itself[row] else None
-            episodes[row], ended[row] = self._answered(longer, row, end)
-        return replace(longer, ended=ended, episodes=tuple(episodes))
+            episodes[row], ended[row] = self._after_turn(text, episodes[row], row, end)
+        return ConversationState(replace(text, ended=ended), tuple(episodes))
 
-    def _answered(self, state: TurnsState, row: int, end: int | None) -> tuple[Episode, bool]:
-        """A row's conversation after the turn that its last token ended, and whether that is all of it."""
-        episode, steps = state.episodes[row], state.tokens.shape[1]
-        message = self._text(state.tokens[row, episode.begin :].tolist())
-        seat, answer = episode.seat.tell(message)
+    def _after_turn(self, text: LanguageState, episode: Episode, row: int, end: int | None) -> tuple[Episode, bool]:
+        """A row's conversation after the turn that its last token ended, and True if it is over.
+
+        `end` is that token if the model ended its turn by itself.
+        """
+        steps = text.tokens.shape[1]
+        message = self._decoded(text.tokens[row, episode.begin :].tolist())
+        seat, answer = episode.seat.step(message)
         turns = (*episode.turns, Turn(message, answer.observation, answer.reward, steps))
         episode = Episode(seat, turns, begin=steps)
         if answer.terminated or answer.truncated or len(turns) == self.max_turns:
             return replace(episode, truncated=not answer.terminated), True
-        given = self.encoder.answer(answer.observation, bool(state.chat[row]), end)
-        if steps + len(given) >= int(state.limit[row]):
+        given = self.encoder.answer(answer.observation, bool(text.chat[row]), end)
+        if steps + len(given) >= int(text.limit[row]):
             return replace(episode, truncated=True), True
         return replace(episode, given=tuple(given), begin=steps + len(given)), False
 
-    def _stopped(self, state: TurnsState, spoke: Tensor) -> Tensor:
+    def _stopped(self, text: LanguageState, episodes: Sequence[Episode], spoke: Tensor) -> Tensor:
         """(N,) bool: rows whose message has come to hold a text that ends it."""
-        found = torch.zeros_like(spoke)
+        stopped = torch.zeros_like(spoke)
         for row in spoke.nonzero()[:, 0].tolist():
-            message = self._text(state.tokens[row, state.episodes[row].begin :].tolist())
-            found[row] = any(text in message for text in self.stop)
-        return found
+            message = self._decoded(text.tokens[row, episodes[row].begin :].tolist())
+            stopped[row] = any(stop in message for stop in self.stop)
+        return stopped
 
-    def _text(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+    def _decoded(self, tokens: list[int]) -> str:
+        return str(self.encoder.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def finish(self, state: TurnsState) -> Samples:  # type: ignore[override]
+    def finish(self, state: ConversationState) -> Samples:
         """The text of each row, the environment's words included; for a chat, the messages after the prompt.
 
-        What the environment said last of all is in the column `turns` alone: no model has read it.
+        The last observation of a conversation that is over is in the column `turns` alone: no model has read it.
         """
-        plain = super().finish(state)
-        rows = list(zip(state.episodes, state.length.tolist(), strict=True))
+        plain = self.language.finish(state.text)
+        rows = list(zip(state.episodes, state.text.length.tolist(), strict=True))
         values = [
             self._messages(state, row) if isinstance(value, list) else value for row, value in enumerate(plain.values)
         ]
@@ -203,39 +180,108 @@ class Turns(Language):
             "turns": turns,
             "environment_return": [sum(turn.reward for turn in episode.turns) for episode, _ in rows],
         }
-        ended = zip(rows, state.ended.tolist(), strict=True)
+        ended = zip(rows, state.text.ended.tolist(), strict=True)
         truncated = [episode.truncated or not whole for (episode, _), whole in ended]
         segment = [torch.tensor(_segments(episode, length), dtype=torch.long) for episode, length in rows]
         reward = [torch.tensor(_step_rewards(episode, length), dtype=torch.float64) for episode, length in rows]
         return Samples(values, columns, truncated, Steps(reward, segment))
 
-    def _messages(self, state: TurnsState, row: int) -> list[dict[str, Any]]:
-        """A chat after its prompt: what the model said, and what it was answered."""
-        episode, length = state.episodes[row], int(state.length[row])
-        answer: list[dict[str, Any]] = []
+    def _messages(self, state: ConversationState, row: int) -> list[dict[str, Any]]:
+        """A chat after its prompt: the model's messages and the answers to them."""
+        episode, length = state.episodes[row], int(state.text.length[row])
+        messages: list[dict[str, Any]] = []
         for turn in episode.turns:
-            answer.append({"role": "assistant", "content": turn.message})
+            messages.append({"role": "assistant", "content": turn.message})
             if turn.end < length:
-                answer += self.encoder.messages(turn.observation)
-        unfinished = state.tokens[row, episode.begin : length].tolist()
-        if unfinished or not answer:
-            answer.append({"role": "assistant", "content": self._text(unfinished)})
-        return answer
+                messages += self.encoder.messages(turn.observation)
+        unfinished = state.text.tokens[row, episode.begin : length].tolist()
+        if unfinished or not messages:
+            messages.append({"role": "assistant", "content": self._decoded(unfinished)})
+        return messages
+
+    # the language model's own
+
+    @property
+    def offers(self) -> frozenset[str]:
+        return self.language.offers
+
+    @property
+    def horizon(self) -> int:
+        return self.language.horizon
+
+    def check_prompt(self, value: Any) -> None:
+        """Raise `InputError` for a prompt that is neither a text nor a chat, or is too long for the model."""
+        self.language.check_prompt(value)
+
+    def condition(self, prompts: Sequence[Any]) -> Columns:
+        """`prompt_ids` and `prompt_mask` (N, P), padded on the left."""
+        return self.language.condition(prompts)
+
+    def row_sizes(self, rows: Trajectories) -> Tensor:
+        """(N,) tokens of each row, its prompt's and its own."""
+        return self.language.row_sizes(rows)
+
+    def score(
+        self,
+        trajectories: Trajectories,
+        needs: Collection[str] = (),
+        context: Columns | None = None,
+        reference: Process | None = None,
+    ) -> Scores:
+        """Log-probabilities (N, T) of the model's own tokens, and its other scores (`Language.score`)."""
+        other = reference.language if isinstance(reference, Conversation) else reference
+        return self.language.score(trajectories, needs, context, other)
+
+    def encode_completion(self, completion: Any) -> Tensor:
+        """(T,) tokens of a conversation of one turn: a text or an assistant's message, with the end token."""
+        return self.language.encode_completion(completion)
+
+    def segments(self, trajectories: Trajectories) -> Tensor:
+        """(N, T) the number of the sentence that each step belongs to; rows that were drawn have their turns."""
+        return self.language.segments(trajectories)
+
+    def with_value_head(self) -> Self:
+        """A twin with a linear value head on the last hidden state (`Language.with_value_head`)."""
+        return self._around(self.language.with_value_head())
+
+    def frozen(self) -> Self:
+        """A twin that cannot learn, on the same meter (`Language.frozen`)."""
+        return self._around(self.language.frozen())
+
+    def metered(self, meter: Meter) -> Self:
+        """A twin on the same parameters that spends on another meter."""
+        return self._around(self.language.metered(meter))
+
+    def _around(self, language: Language) -> Self:
+        """A twin that holds another language model."""
+        twin = copy.copy(self)
+        twin.language, twin.module, twin.meter = language, language.module, language.meter
+        return twin
+
+    def describe(self) -> dict[str, Any]:
+        """The model's description, and what makes it this conversation: the environment, its file, and the settings."""
+        settings = {"max_turns": self.max_turns, "role": self.encoder.role, "stop": list(self.stop)}
+        own = {"environment": self.environment, **settings, "source": self.environment_source}
+        return {**self.language.describe(), **own}
+
+    def save(self, folder: str | os.PathLike[str], merged: bool = True) -> None:
+        """Write the model's weights and tokenizer into a folder (`Language.save`)."""
+        self.language.save(folder, merged)
 
 
 def _segments(episode: Episode, length: int) -> list[int]:
-    """The turn that each of a row's tokens belongs to."""
+    """The number of the turn that each of a row's tokens belongs to."""
     ends = {turn.end for turn in episode.turns}
-    turn, answer = 0, []
+    turn, numbers = 0, []
     for step in range(length):
         turn += step in ends
-        answer.append(turn)
-    return answer
+        numbers.append(turn)
+    return numbers
 
 
 def _step_rewards(episode: Episode, length: int) -> list[float]:
-    """What each turn earned, at its last token; 0 elsewhere."""
-    answer = [0.0] * length
+    """The reward of each turn, at its last token; 0 elsewhere."""
+    rewards = [0.0] * length
     for turn in episode.turns:
-        answer[turn.end - 1] = turn.reward
-    return answer
+        rewards[turn.end - 1] = turn.reward
+    return rewards

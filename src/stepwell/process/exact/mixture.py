@@ -1,8 +1,8 @@
 """Gaussian mixtures: data whose predictions are exact on every path, whose tilts are known, and the oracles they give.
 
 A component N(m, S) is N(alpha m, alpha^2 S + sigma^2 I) at time t of a path, so the marginal, the posterior of the data
-and all four predictions are closed forms. The law tilted by a quadratic reward is a mixture again: what a method that
-maximises E[r] - beta KL should arrive at is known, with its evidence, reward and KL.
+and all four predictions are closed forms. A mixture tilted by a quadratic reward is a mixture again: the optimum of
+E[r] - beta KL, which a method should arrive at, is known, with its evidence, reward and KL.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Mixture:
 
     Example:
         >>> from stepwell.solver.path import Linear
-        >>> law = Mixture(torch.ones(1), torch.tensor([[1.0, 0.0]]), 0.5 * torch.eye(2)[None])
-        >>> law.predict(torch.zeros(1, 2), 1.0, Linear(), "data").tolist()
+        >>> data = Mixture(torch.ones(1), torch.tensor([[1.0, 0.0]]), 0.5 * torch.eye(2)[None])
+        >>> data.predict(torch.zeros(1, 2), 1.0, Linear(), "data").tolist()
         [[1.0, 0.0]]
     """
 
@@ -51,7 +51,7 @@ class Mixture:
             raise InputError(f"A mixture's {wrong}")
         values, vectors = torch.linalg.eigh(self.covariances)
         if not bool((values > 0).all()):
-            raise InputError("A mixture's covariances are positive definite; one of these is not.")
+            raise InputError("A mixture's covariances must be positive definite.")
         object.__setattr__(self, "weights", self.weights / self.weights.sum())
         object.__setattr__(self, "_values", values)
         object.__setattr__(self, "_vectors", vectors)
@@ -60,15 +60,15 @@ class Mixture:
         weights, means, covariances = self.weights, self.means, self.covariances
         if weights.dim() != 1 or means.dim() != 2 or covariances.shape != (*means.shape, means.shape[-1]):
             shapes = ", ".join(str(tuple(value.shape)) for value in (weights, means, covariances))
-            return f"shapes are (K,), (K, D) and (K, D, D), not {shapes}."
+            return f"shapes must be (K,), (K, D) and (K, D, D), got {shapes}."
         if len(weights) != len(means) or not len(weights):
-            return f"{len(weights)} weights do not fit its {len(means)} means; one each is right."
+            return f"weights must be as many as its means, {len(means)}, got {len(weights)}."
         if not all(bool(value.isfinite().all()) for value in (weights, means, covariances)):
-            return "weights, means and covariances are finite; some of these are not."
+            return "weights, means and covariances must be finite."
         if bool((weights < 0).any()) or abs(float(weights.sum()) - 1.0) > 1e-6:
-            return f"weights are at least 0 and add up to 1, unlike {weights.tolist()}."
+            return f"weights must be at least 0 and add up to 1, got {weights.tolist()}."
         if not torch.allclose(covariances, covariances.mT, rtol=1e-9, atol=1e-12):
-            return "covariances are symmetric; one of these is not."
+            return "covariances must be symmetric."
         return None
 
     @property
@@ -98,16 +98,16 @@ class Mixture:
         return self._components(x, 1.0, 0.0)[2].logsumexp(1)
 
     def marginal(self, path: Path, t: float) -> Mixture:
-        """The law of x_t = alpha x_0 + sigma e: the mixture itself at t = 0, pure noise where alpha = 0."""
+        """The distribution of x_t = alpha x_0 + sigma e: the mixture itself at t = 0, pure noise where alpha = 0."""
         alpha, sigma = path.alpha(float(t)), path.sigma(float(t))
         noise = sigma**2 * torch.eye(self.dimension, dtype=torch.float64)
         return Mixture(self.weights, alpha * self.means, alpha**2 * self.covariances + noise)
 
     def posterior(self, x: Tensor, path: Path, t: float) -> Mixture:
-        """The law of x_0 given x_t = x, for one x (D,). Raises `InputError` at t = 0, where x_0 is x itself."""
+        """The distribution of x_0 given x_t = x, for one x (D,). Raises `InputError` at t = 0, where x_0 is x."""
         alpha, sigma = path.alpha(float(t)), path.sigma(float(t))
         if sigma == 0.0:
-            raise InputError("At t = 0 there is no noise, so the data given x is x itself and has no density.")
+            raise InputError("t must be above 0 for a posterior, got 0: without noise the data given x is x itself.")
         offsets, variances, logs = self._components(x[None], alpha, sigma)
         shrunk = sigma**2 * self._values / variances
         covariances = torch.einsum("kde,ke,kfe->kdf", self._vectors, shrunk, self._vectors)
@@ -124,7 +124,7 @@ class Mixture:
             raise UnknownName("prediction", kind, PREDICTIONS)
         if isinstance(t, Tensor) and t.dim() > 0:
             if t.shape != x.shape[:1]:
-                raise InputError(f"There are {len(x)} states but times of shape {tuple(t.shape)}; one each is right.")
+                raise InputError(f"t must be a number or ({len(x)},), one time a state, got shape {tuple(t.shape)}.")
             time: Any = t.to(x.device, torch.float64)[:, None, None]
         else:
             time = float(t)
@@ -144,17 +144,17 @@ class Mixture:
             return number[:, 0] if isinstance(number, Tensor) else number
 
         if kind == "data":
-            answer = data()
+            prediction = data()
         elif kind == "velocity":
-            answer = flat(path.alpha_rate(time)) * data() - flat(_half_variance_rate(path, time)) * score()
+            prediction = flat(path.alpha_rate(time)) * data() - flat(_half_variance_rate(path, time)) * score()
         else:
-            answer = score() if kind == "score" else -flat(sigma) * score()
-        return answer.to(x.dtype)
+            prediction = score() if kind == "score" else -flat(sigma) * score()
+        return prediction.to(x.dtype)
 
     def _components(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x - alpha m in each component's eigenvectors (N, K, D), the variances there, and log w_k p_k(x), (N, K)."""
         if x.dim() != 2 or x.shape[1] != self.dimension:
-            raise InputError(f"States of a {self.dimension}-D mixture are (N, {self.dimension}), not {tuple(x.shape)}.")
+            raise InputError(f"x must be (N, {self.dimension}), states of this mixture, got {tuple(x.shape)}.")
         means, values, vectors = (part.to(x.device) for part in (self.means, self._values, self._vectors))
         offsets = torch.einsum("kde,nkd->nke", vectors, x.double()[:, None] - alpha * means)
         variances = alpha**2 * values + sigma**2
@@ -162,23 +162,24 @@ class Mixture:
         return offsets, variances, self.weights.to(x.device).log() + logs
 
     def tilted(self, linear: Tensor, quadratic: Tensor) -> tuple[Mixture, float]:
-        """The law proportional to p(x) exp(b.x - x'Qx / 2), b (D,), Q (D, D), and the log of its normaliser E_p[...].
+        """p(x) exp(b.x - x'Qx / 2) / Z as a mixture, with b (D,) and Q (D, D), and log Z, the log of E_p[exp(...)].
 
         N(m, S) becomes N(m + S' y, S'), S' = (S^-1 + Q)^-1, y = b - Q m, and its weight is multiplied by
-        exp(b.m - m'Qm / 2 + y'S'y / 2) / sqrt(det(1 + S Q)). Q may be indefinite as long as the law exists; raises
-        `InputError` where it does not.
+        exp(b.m - m'Qm / 2 + y'S'y / 2) / sqrt(det(1 + S Q)). Q may be indefinite as long as that can be normalised;
+        raises `InputError` where it cannot.
         """
         b, q = (torch.as_tensor(part).detach().double() for part in (linear, quadratic))
         if b.shape != self.means.shape[1:] or q.shape != self.covariances.shape[1:]:
             raise InputError(
-                f"A tilt of a {self.dimension}-D law is (D,) and (D, D), not {tuple(b.shape)}, {tuple(q.shape)}."
+                f"linear and quadratic must be ({self.dimension},) and ({self.dimension}, {self.dimension}), got "
+                f"{tuple(b.shape)} and {tuple(q.shape)}."
             )
         q = 0.5 * (q + q.mT)
         factor = torch.linalg.cholesky(self.covariances)
         change = torch.eye(self.dimension, dtype=torch.float64) + factor.mT @ q @ factor
         root, failed = torch.linalg.cholesky_ex(change)
         if bool(failed.any()) or not bool(change.isfinite().all()):
-            raise InputError("The tilt outgrows a component of the mixture, so that the law cannot be normalised.")
+            raise InputError("The tilt outgrows a component of the mixture, so that the result cannot be normalised.")
         half = torch.linalg.solve_triangular(root, factor.mT, upper=False)
         covariances = half.mT @ half
         pull = b - self.means @ q
@@ -198,9 +199,9 @@ def _half_variance_rate(path: Path, t: Any) -> Any:
 
 @dataclass(frozen=True)
 class Optimum:
-    """The law p that maximises E_p[r] - beta KL(p || start): start exp(r / beta) / Z, whose value is beta log Z."""
+    """The p that maximises E_p[r] - beta KL(p || start): start exp(r / beta) / Z, whose value is beta log Z."""
 
-    law: Mixture
+    distribution: Mixture
     reward: float
     kl: float
     value: float
@@ -217,26 +218,26 @@ class Quadratic:
         """r, (..., D) -> (...,), differentiable."""
         return -0.5 * self.strength * ((x - self.target.to(x)) ** 2).sum(-1)
 
-    def expected(self, law: Mixture) -> float:
+    def expected(self, mixture: Mixture) -> float:
         """E[r] exactly."""
-        spread = law.covariance.trace() + ((law.mean - self.target.double()) ** 2).sum()
+        spread = mixture.covariance.trace() + ((mixture.mean - self.target.double()) ** 2).sum()
         return float(-0.5 * self.strength * spread)
 
     def optimum(self, start: Mixture, beta: float) -> Optimum:
-        """The KL-regularised optimum, in closed form. Raises `InputError` unless beta > 0 and the law exists.
+        """The KL-regularised optimum, in closed form. Raises `InputError` unless beta > 0 and the optimum exists.
 
         Example:
             >>> start = Mixture(torch.ones(1), torch.zeros(1, 1), torch.ones(1, 1, 1))
-            >>> round(Quadratic(torch.tensor([2.0])).optimum(start, beta=1.0).law.mean.item(), 12)
+            >>> round(Quadratic(torch.tensor([2.0])).optimum(start, beta=1.0).distribution.mean.item(), 12)
             1.0
         """
         if not beta > 0.0:
-            raise InputError(f"The weight of the KL is above 0, not {beta}; without it the optimum is a point.")
+            raise InputError(f"beta must be above 0, got {beta}; without a KL the optimum is a point.")
         pull, target = self.strength / beta, self.target.double()
-        law, log_evidence = start.tilted(pull * target, pull * torch.eye(start.dimension).double())
+        best, log_evidence = start.tilted(pull * target, pull * torch.eye(start.dimension).double())
         log_evidence -= 0.5 * pull * float(target @ target)
-        reward = self.expected(law)
-        return Optimum(law, reward, reward / beta - log_evidence, beta * log_evidence)
+        reward = self.expected(best)
+        return Optimum(best, reward, reward / beta - log_evidence, beta * log_evidence)
 
 
 Perturbation = Callable[[float], tuple[Tensor, Tensor]]
@@ -244,7 +245,7 @@ Perturbation = Callable[[float], tuple[Tensor, Tensor]]
 
 
 def chain_moments(
-    law: Mixture,
+    data: Mixture,
     path: Path,
     table: Table,
     times: Sequence[float],
@@ -259,15 +260,17 @@ def chain_moments(
     `scale`, sigma(times[0]) unless it is given (`Flow` begins with that of data of variance one). Raises `InputError`
     for more than one component and for solvers that use several predictions.
     """
-    _only_one(law)
+    _only_one(data)
     if table.remembers or table.inner is not None:
-        raise InputError(f"Solver '{table.name}' uses several predictions a step; the moments are those of one.")
-    eye, zero = torch.eye(law.dimension, dtype=torch.float64), torch.zeros(1, law.dimension, dtype=torch.float64)
+        raise InputError(
+            f"table must be a solver of one prediction a step, got '{table.name}', which uses several predictions."
+        )
+    eye, zero = torch.eye(data.dimension, dtype=torch.float64), torch.zeros(1, data.dimension, dtype=torch.float64)
     means, covariances = [zero[0]], [(path.sigma(times[0]) if scale is None else scale) ** 2 * eye]
     for time, target in itertools.pairwise(times):
         row = coefficients(path, table, (time,), target)
-        offset = law.predict(zero, time, path)
-        slope = (law.predict(eye, time, path) - offset).mT
+        offset = data.predict(zero, time, path)
+        slope = (data.predict(eye, time, path) - offset).mT
         if perturbation is not None:
             change, shift = perturbation(time)
             slope, offset = slope + change, offset + shift
@@ -279,19 +282,19 @@ def chain_moments(
     return torch.stack(means), torch.stack(covariances)
 
 
-def flow_map(law: Mixture, path: Path, start: float, end: float) -> tuple[Tensor, Tensor]:
+def flow_map(data: Mixture, path: Path, start: float, end: float) -> tuple[Tensor, Tensor]:
     """The ODE from time `start` to `end` on Gaussian data N(m, S), exactly: x -> A x + b, A (D, D), b (D,).
 
     A = C(end)^(1/2) C(start)^(-1/2) and b = alpha(end) m - alpha(start) A m, with C(t) = alpha^2 S + sigma^2 I, all of
     which commute. Raises `InputError` for more than one component.
     """
-    _only_one(law)
-    values, vectors = torch.linalg.eigh(law.covariances[0])
+    _only_one(data)
+    values, vectors = torch.linalg.eigh(data.covariances[0])
     begin, over = (path.alpha(t) ** 2 * values + path.sigma(t) ** 2 for t in (start, end))
     matrix = vectors @ torch.diag((over / begin).sqrt()) @ vectors.mT
-    return matrix, path.alpha(end) * law.means[0] - path.alpha(start) * matrix @ law.means[0]
+    return matrix, path.alpha(end) * data.means[0] - path.alpha(start) * matrix @ data.means[0]
 
 
-def _only_one(law: Mixture) -> None:
-    if len(law.weights) != 1:
-        raise InputError(f"Only Gaussian data keeps steps affine; this mixture has {len(law.weights)} components.")
+def _only_one(data: Mixture) -> None:
+    if len(data.weights) != 1:
+        raise InputError(f"data must have one component, so that steps are affine, got {len(data.weights)} components.")

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
+from torch.nn.functional import one_hot, pad
 
 from stepwell.columns import Columns
 from stepwell.distributions import Categorical, Point
@@ -57,8 +57,8 @@ class TabularLanguage(Process):
     """A language model that is a table: every string, probability and gradient can be written down.
 
     Strings have at most `length` symbols out of 0..symbols-1. With `end`, symbol 0 ends a string early; without,
-    all strings have the full length. The law of a symbol depends on the prompt (an integer below `prompts`) and on
-    the last `order` symbols, or on all of them where `order` is None. All numbers are float64.
+    all strings have the full length. The distribution of a symbol depends on the prompt (an integer below `prompts`)
+    and on the last `order` symbols, or on all of them where `order` is None. All numbers are float64.
 
     Example:
         >>> model = markov(symbols=3, length=2)
@@ -77,7 +77,7 @@ class TabularLanguage(Process):
         self.length, self.order, self.end = length, length if order is None else min(order, length), end
         expected = (self.symbols + 1) ** self.order
         if self.contexts != expected:
-            raise ValueError(f"{self.contexts} contexts were given; {expected} are right for order {self.order}.")
+            raise ValueError(f"logits must have {expected} contexts for order {self.order}, got {self.contexts}.")
         value = torch.zeros(logits.shape[:2], dtype=torch.float64) if value is None else value
         self.module: nn.Module = StringTable(logits.double(), value.double())
         self.module.get_parameter("value").requires_grad_(False)
@@ -98,7 +98,8 @@ class TabularLanguage(Process):
 
     def propose(self, state: StringState) -> Categorical:
         self.meter.add(model_evaluations=len(state), forward=len(state))
-        context = self._contexts(state.text[:, : state.position + 1])[:, state.position]
+        place = torch.where(state.done, self.length, state.position)  # of done rows: after all of their text
+        context = self._contexts(pad(state.text, (0, 1))).gather(1, place[:, None])[:, 0]
         return Categorical(self.logits[state.prompt, context])
 
     def deterministic(self, state: StringState) -> Point:
@@ -106,6 +107,8 @@ class TabularLanguage(Process):
         return Point(self.propose(state).logits.argmax(-1))
 
     def advance(self, state: StringState, action: Tensor, rng: Rng) -> StringState:
+        if bool(state.done.all()):
+            return state
         text, live = state.text.clone(), ~state.done
         text[live, state.position] = action[live]
         over = (action == END) if self.end else torch.zeros_like(state.done)
@@ -130,16 +133,18 @@ class TabularLanguage(Process):
         check_needs(self, needs, reference)
         condition = trajectories.condition if context is None else context
         if condition is None:
-            raise MissingAbility("A tabular model scores rows by their prompt; these trajectories have no condition.")
+            raise MissingAbility(
+                "A tabular model scores rows by their prompt, but these trajectories have no condition."
+            )
         rows, mask = condition["prompt"][:, None], trajectories.mask
         amount = int(mask.sum())
         self.meter.add(model_evaluations=len(mask), forward=amount)
         if torch.is_grad_enabled():
             self.meter.add(backward=amount)
         contexts = self._contexts(trajectories.action)
-        law = self.logits[rows, contexts].log_softmax(-1)
-        log_prob = law.gather(-1, trajectories.action[..., None])[..., 0].masked_fill(~mask, 0.0)
-        steps = Categorical(law.flatten(0, 1))  # all steps of all rows, one after another
+        logits = self.logits[rows, contexts].log_softmax(-1)
+        log_prob = logits.gather(-1, trajectories.action[..., None])[..., 0].masked_fill(~mask, 0.0)
+        steps = Categorical(logits.flatten(0, 1))  # all steps of all rows, one after another
         extra: dict[str, Tensor] = {}
         for need in needs:
             if need == "entropy":
@@ -149,11 +154,11 @@ class TabularLanguage(Process):
             elif need == "final_value":
                 extra[need] = self._final_value(trajectories, condition["prompt"])
             elif need == "sum_of_squares":
-                extra[need] = law.exp().pow(2).sum(-1) * mask
+                extra[need] = logits.exp().pow(2).sum(-1) * mask
             elif need == "logits":
-                extra[need] = law
-            elif need == "hidden":  # the table is a linear output layer on which context it is
-                extra[need] = one_hot(rows * self.contexts + contexts, self.prompts * self.contexts).to(law.dtype)
+                extra[need] = logits
+            elif need == "hidden":  # a one-hot context, on which the table is a linear output layer
+                extra[need] = one_hot(rows * self.contexts + contexts, self.prompts * self.contexts).to(logits.dtype)
             else:
                 assert reference is not None
                 with torch.no_grad():
@@ -168,7 +173,7 @@ class TabularLanguage(Process):
         return self.module.get_parameter("value")[prompt, context]
 
     def segments(self, trajectories: Trajectories) -> Tensor:
-        """(N, T) which segment each step is in: one ends with the symbol `STOP`."""
+        """(N, T) the number of each step's segment; a segment ends with the symbol `STOP`."""
         return segments(trajectories.action, torch.tensor([STOP]))
 
     def encode_completion(self, completion: Sequence[int]) -> Tensor:
@@ -176,7 +181,7 @@ class TabularLanguage(Process):
         symbols = [int(symbol) for symbol in completion]
         if not symbols or len(symbols) > self.length or not all(0 <= symbol < self.symbols for symbol in symbols):
             raise InputError(
-                f"The completion {symbols} is no string of 1 to {self.length} symbols from 0 to {self.symbols - 1}."
+                f"A completion must be 1 to {self.length} symbols from 0 to {self.symbols - 1}, got {symbols}."
             )
         return torch.tensor(symbols)
 
@@ -226,30 +231,30 @@ class TabularLanguage(Process):
         return (self.string_probabilities(prompt) * values).sum()
 
     def log_partition(self, log_potential: Callable[[tuple[int, ...]], float], prompt: int = 0) -> Tensor:
-        """log of the sum over strings of p(y) exp(log_potential(y)): the evidence of the tilted law."""
+        """log of the sum over strings of p(y) exp(log_potential(y)): the evidence of the tilted model."""
         potential = torch.tensor([float(log_potential(text)) for text in self.strings()], dtype=torch.float64)
         return torch.logsumexp(self.string_log_probabilities(prompt) + potential, 0)
 
     def tilted(self, log_potential: Callable[[tuple[int, ...]], float]) -> TabularLanguage:
-        """The model whose law of strings is p(y) exp(log_potential(y)) / Z, exactly, for every prompt."""
+        """The model under which a string has probability p(y) exp(log_potential(y)) / Z, exactly, for every prompt."""
         logits = torch.full(
             (self.prompts, (self.symbols + 1) ** self.length, self.symbols), -torch.inf, dtype=torch.float64
         )
-        answer = TabularLanguage(torch.zeros_like(logits), self.length, None, self.end)
+        twin = TabularLanguage(torch.zeros_like(logits), self.length, None, self.end)
         potential = torch.tensor([float(log_potential(text)) for text in self.strings()], dtype=torch.float64)
         rows = self.trajectories()
-        contexts = answer._contexts(rows.action)
+        contexts = twin._contexts(rows.action)
         for prompt in range(self.prompts):
             mass = torch.zeros(logits.shape[1:], dtype=torch.float64)
             weight = (self.string_log_probabilities(prompt).detach() + potential).softmax(0)
             for step in range(self.length):
-                here = rows.mask[:, step]
-                mass.index_put_((contexts[here, step], rows.action[here, step]), weight[here], accumulate=True)
+                live = rows.mask[:, step]
+                mass.index_put_((contexts[live, step], rows.action[live, step]), weight[live], accumulate=True)
             reached = mass.sum(-1) > 0
             logits[prompt, reached] = mass[reached].log()
             logits[prompt, ~reached] = 0.0
-        answer.logits.data.copy_(logits)
-        return answer
+        twin.logits.data.copy_(logits)
+        return twin
 
     def _contexts(self, text: Tensor) -> Tensor:
         """(N, T) index of the context before each symbol of `text` (N, T): its last `order` symbols."""

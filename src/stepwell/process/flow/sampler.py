@@ -1,4 +1,4 @@
-"""How a flow is drawn: a table for each step of a grid of times, and guidance; all of it can be set anew."""
+"""The sampler of a flow: a table for each step of a grid of times, and guidance; all of it can be set anew."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SamplerSettings:
 
     @cached_property
     def remembers(self) -> bool:
-        """Whether some step depends on what was predicted before it."""
+        """True where some step depends on earlier predictions."""
         return any(table.remembers for table in self.tables)
 
 
@@ -62,18 +62,18 @@ def sampler_with(sampler: SamplerSettings | None, path: Path, settings: Mapping[
     """The sampler with other settings (`SETTINGS`); raises `InputError` for what contradicts itself."""
     for name in settings:
         if name not in SETTINGS:
-            raise UnknownName("setting of a flow's law", name, SETTINGS)
+            raise UnknownName("setting of a flow's sampler", name, SETTINGS)
     solver = settings.get("solver", None if sampler is None else sampler.solver)
     solver = table_named(solver) if isinstance(solver, str) else solver
     if not isinstance(solver, Table | Schedule):
-        raise InputError(f"A flow's solver is a name, a Table or a Schedule, not {type(solver).__name__}.")
+        raise InputError(f"solver must be a name, a Table or a Schedule, got a {type(solver).__name__}.")
     guidance = _number("guidance", settings.get("guidance", 1.0 if sampler is None else sampler.guidance))
     if not 0.0 <= guidance < math.inf:
-        raise InputError(f"The guidance scale is {guidance}; 0 or more is right.")
+        raise InputError(f"guidance must be 0 or more, got {guidance}.")
     if isinstance(solver, Schedule):
         for name in ("level", "steps", "times", "shift", "tail", "stride"):
             if name in settings:
-                raise InputError(f"The schedule '{solver.name}' has its own steps; '{name}' cannot be set beside it.")
+                raise InputError(f"{name} cannot be set beside the schedule '{solver.name}', which has its own steps.")
         grid.check_grid(solver.times, path)
         return SamplerSettings(solver, solver, None, guidance)
     if "level" in settings:
@@ -84,23 +84,23 @@ def sampler_with(sampler: SamplerSettings | None, path: Path, settings: Mapping[
         shift = None
     kept = sampler is not None and not {"solver", "level", "steps", "times", "shift"} & settings.keys()
     schedule = sampler.schedule if sampler is not None and kept else Schedule.of(times, solver)
-    answer = SamplerSettings(schedule, solver, shift, guidance)
+    made = SamplerSettings(schedule, solver, shift, guidance)
     if "stride" in settings:
-        answer = _strided(answer, *_several("stride", settings["stride"], 2))
+        made = _strided(made, *_several("stride", settings["stride"], 2))
     if "tail" in settings:
-        answer = _with_tail(answer, path, *_several("tail", settings["tail"], 3))
-    return answer
+        made = _with_tail(made, path, *_several("tail", settings["tail"], 3))
+    return made
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise InputError(f"A flow's {name} is {value!r}; a number is right.")
+        raise InputError(f"{name} must be a number, got {value!r}.")
     return float(value)
 
 
 def _several(name: str, value: Any, count: int) -> Any:
     if not isinstance(value, tuple | list) or len(value) != count:
-        raise InputError(f"A flow's {name} is {value!r}; {SETTINGS[name]} is right.")
+        raise InputError(f"{name} must be {SETTINGS[name]}; got {value!r}.")
     return value
 
 
@@ -111,15 +111,17 @@ def _times(
         try:
             times = [float(time) for time in settings["times"]]
         except (TypeError, ValueError):
-            raise InputError(f"A flow's times are {settings['times']!r:.60}; falling numbers are right.") from None
+            raise InputError(f"times must be falling numbers, got {settings['times']!r:.60}.") from None
         if "shift" in settings or settings.get("steps", len(times) - 1) != len(times) - 1:
-            raise InputError("A flow takes the times of its grid, or the steps and shift to make one, not both.")
+            raise InputError(
+                "times cannot be given beside steps or shift; give the grid itself, or what it is made from."
+            )
         return grid.check_grid(times, path)
     if sampler is not None and "steps" not in settings and "shift" not in settings:
         return sampler.times
     steps = settings.get("steps", None if sampler is None else len(sampler.times) - 1)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(f"A flow takes 1 step or more, not {steps!r}.")
+        raise InputError(f"steps must be a whole number of at least 1, got {steps!r}.")
     return grid.shifted(steps, path, 1.0 if shift is None else _number("shift", shift))
 
 
@@ -127,7 +129,7 @@ def _strided(sampler: SamplerSettings, step: int, stride: int) -> SamplerSetting
     """After `step` steps only every `stride`-th time, and 0 at the end whatever the stride leaves over."""
     last = len(sampler.times) - 1
     if stride < 1 or not 0 <= step <= last:
-        raise InputError(f"A stride is 1 or more, after one of {last} steps, not {stride} after {step}.")
+        raise InputError(f"stride must be (step, stride) with 0 <= step <= {last} and stride >= 1, got {step, stride}.")
     places = [*range(step), *range(step, last, stride), last]
     return replace(sampler, schedule=Schedule.of([sampler.times[i] for i in places], sampler.tables[0]))
 
@@ -136,7 +138,10 @@ def _with_tail(sampler: SamplerSettings, path: Path, step: int, solver: str | Ta
     """After `step` steps another solver, in `steps` steps that are equal in the time before the shift."""
     last = len(sampler.times) - 1
     if steps < 1 or not 0 <= step < last:
-        raise InputError(f"A tail has 1 step or more after fewer than {last} steps, not {steps} after {step}.")
+        raise InputError(
+            f"tail must be (step, solver, steps) with 0 <= step < {last} and steps >= 1, got step {step} and {steps} "
+            "steps."
+        )
     solver = table_named(solver) if isinstance(solver, str) else solver
     factor = sampler.shift or 1.0
     begin = shift_time(sampler.times[step], 1.0 / factor)

@@ -1,4 +1,4 @@
-"""Key-value caches that fork: one row may go on as many, and the cache it came from stays as it was."""
+"""Key-value caches that fork: a row can be continued several times, and the cache it came from stays as it was."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepwell.errors import CannotFork
 
 
-def empty_cache(model: nn.Module) -> Any:
+def empty_cache(model: Any) -> Any:
     """A fresh dynamic cache for a causal language model of `transformers`.
 
-    Raises `CannotFork` where some layer keeps anything but keys and values (state-space, convolution, hybrid and
-    linear-attention layers overwrite their state in place).
+    Raises `CannotFork` for a model with a layer that keeps anything but keys and values (state-space, convolution,
+    hybrid and linear-attention layers overwrite their state in place).
     """
     from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     name = type(model).__name__
     if getattr(model, "_is_stateful", False):
         raise CannotFork(f"{name} keeps a recurrent state, not keys and values only, so its samples cannot be forked.")
-    cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    cache = DynamicCache(config=model.config)
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
             raise CannotFork(
@@ -34,10 +34,10 @@ def empty_cache(model: nn.Module) -> Any:
 
 
 def forked(cache: Any, index: Tensor | None) -> Any:
-    """The cache with its rows picked by `index` (N,), or all of them where it is None.
+    """The cache with the rows at `index` (N,), or all of them if it is None.
 
-    Only the layer objects are copied where rows stay as they are: the next forward pass concatenates keys and
-    values to new tensors, so the cache that was forked never changes.
+    With all rows, only the layer objects are copied: the next forward pass concatenates keys and values to new
+    tensors, so the cache that was forked never changes.
     """
     from stepwell.process.language.shared_prefix import SharedCache
 
@@ -53,15 +53,15 @@ def forked(cache: Any, index: Tensor | None) -> Any:
 
 
 def joined(caches: Sequence[Any]) -> Any:
-    """The rows of caches of as many columns, one after another, in a cache of their own."""
+    """The rows of caches with equally many columns, one after another, in a cache of their own."""
     from stepwell.process.language.shared_prefix import SharedCache, together
 
     if len(caches) == 1:
         return caches[0]
     if any(isinstance(cache, SharedCache) for cache in caches):
-        same = together(caches) if all(isinstance(cache, SharedCache) for cache in caches) else None
-        if same is not None:
-            return same
+        sharing = together(caches) if all(isinstance(cache, SharedCache) for cache in caches) else None
+        if sharing is not None:
+            return sharing
         caches = [cache.plain() if isinstance(cache, SharedCache) else cache for cache in caches]
     whole = copy.copy(caches[0])
     whole.layers = [copy.copy(layer) for layer in caches[0].layers]

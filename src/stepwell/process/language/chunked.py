@@ -1,4 +1,4 @@
-"""What a step's law says (log-probability, entropy, ...) from hidden states, never holding all logits at once."""
+"""Log-probability, entropy, ... of each step from hidden states, never holding all logits at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stepwell.process.language.truncation import Truncation, in_full
 
 STATISTICS = ("log_prob", "entropy", "sum_of_squares", "kl")
-"""What is computed chunk by chunk: one number a step."""
+"""The scores that are computed chunk by chunk: one number a step."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class Head:
         return self.scale if self.cap is None else self.scale * (1.0 - (logits / self.cap) ** 2)
 
 
-def head_of(model: nn.Module) -> Head | None:
-    """The output head of a causal language model of `transformers`, or None where it is not known for certain.
+def head_of(model: Any) -> Head | None:
+    """The output head of a causal language model of `transformers`, or None if it is of an unknown kind.
 
     Gemma caps its logits (`final_logit_softcapping`), Granite divides them (`logits_scaling`), Cohere multiplies
     them (`logit_scale`). Any head but a plain linear layer, an adapted one included, is left to the model itself.
     """
-    layer = model.get_output_embeddings()  # type: ignore[operator]
+    layer = model.get_output_embeddings()
     if type(layer) is not nn.Linear:
         return None
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     return Head(layer.weight, layer.bias, scale, None if cap is None else float(cap))
@@ -56,27 +56,27 @@ def statistics(
     needs: Collection[str],
     reference_logits: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """`log_prob` (M,) of `action` (M,) from `logits` (M, V), and what else of `STATISTICS` is needed; differentiable.
+    """`log_prob` (M,) of `action` (M,) from `logits` (M, V), and the needed ones of `STATISTICS`; differentiable.
 
-    The law is the truncated one, `action` kept, except in `kl`: there both laws have the temperature and no
-    truncation, because truncated laws with different supports are infinitely far apart.
+    They are of the truncated distribution, `action` kept, except for `kl`: there both have the temperature and no
+    truncation, because truncated distributions with different supports are infinitely far apart.
     """
-    law = truncation.law(logits, action)
-    answer = {"log_prob": law.gather(-1, action[:, None])[:, 0]}
+    log_p = truncation.log_probs(logits, action)
+    values = {"log_prob": log_p.gather(-1, action[:, None])[:, 0]}
     if "entropy" in needs:
-        answer["entropy"] = -(law.exp() * law.masked_fill(law == -torch.inf, 0.0)).sum(-1)
+        values["entropy"] = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
     if "sum_of_squares" in needs:
-        answer["sum_of_squares"] = law.exp().square().sum(-1)
+        values["sum_of_squares"] = log_p.exp().square().sum(-1)
     if "kl" in needs:
         assert reference_logits is not None
         log_q, log_r = ((x / truncation.temperature).log_softmax(-1) for x in (logits, reference_logits))
-        answer["kl"] = (log_q.exp() * (log_q - log_r)).sum(-1)
-    return answer
+        values["kl"] = (log_q.exp() * (log_q - log_r)).sum(-1)
+    return values
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What stays the same from chunk to chunk."""
+    """The settings that all chunks share."""
 
     truncation: Truncation
     needs: tuple[str, ...]  # of STATISTICS, in their order, log_prob first
@@ -97,9 +97,9 @@ def chunked_statistics(
 ) -> dict[str, Tensor]:
     """`statistics` of `head(hidden)`, for (M, D) hidden states, `chunk` steps at a time.
 
-    At no time are more than a few (chunk, V) tensors alive, neither forward nor backward: the backward pass
-    computes each chunk's logits anew. Gradients reach `hidden` and the head's weight and bias. `reference` is the
-    hidden states and the head that `kl` is measured from; they are constants.
+    No more than a few (chunk, V) tensors are ever alive, forward or backward: the backward pass computes each chunk's
+    logits anew. Gradients reach `hidden` and the head's weight and bias. `reference` is the hidden states and the
+    head that `kl` is measured from; they are constants.
     """
     names = tuple(name for name in STATISTICS if name == "log_prob" or name in needs)
     reference_hidden, reference_head = (None, None) if reference is None else reference
@@ -111,7 +111,7 @@ def chunked_statistics(
 class _ChunkedStatistics(torch.autograd.Function):
     """The statistics of one head, chunk by chunk, with the gradient written out by hand.
 
-    With p the truncated law, l = log p, z the scores before the softmax, q and r the laws of `kl`:
+    With p the truncated distribution, l = log p, z the scores before the softmax, q and r the distributions of `kl`:
 
         d log p(a) / dz = 1[a] - p               d H / dz = -p (l + H)
         d S / dz        = 2 p (p - S)            d KL / dz = q (log q - log r - KL)
@@ -131,16 +131,16 @@ class _ChunkedStatistics(torch.autograd.Function):
         ctx.task = task
         head = Head(weight, bias, task.scale, task.cap)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        answer = {name: torch.empty(len(hidden), dtype=dtype, device=hidden.device) for name in task.needs}
+        values = {name: torch.empty(len(hidden), dtype=dtype, device=hidden.device) for name in task.needs}
         for start in range(0, len(hidden), task.chunk):
-            here = slice(start, start + task.chunk)
+            chunk = slice(start, start + task.chunk)
             other = None
             if task.reference is not None and reference_hidden is not None:
-                other = task.reference(reference_hidden[here])
-            part = statistics(head(hidden[here]), action[here], task.truncation, task.needs, other)
+                other = task.reference(reference_hidden[chunk])
+            part = statistics(head(hidden[chunk]), action[chunk], task.truncation, task.needs, other)
             for name in task.needs:
-                answer[name][here] = part[name]
-        return tuple(answer[name] for name in task.needs)
+                values[name][chunk] = part[name]
+        return tuple(values[name] for name in task.needs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
@@ -154,25 +154,25 @@ class _ChunkedStatistics(torch.autograd.Function):
         weight_gradient = torch.zeros_like(in_full(weight)) if to_weight else None
         bias_gradient = torch.zeros_like(in_full(bias)) if to_bias else None
         for start in range(0, len(hidden), task.chunk):
-            here = slice(start, start + task.chunk)
-            logits = head(hidden[here])
+            chunk = slice(start, start + task.chunk)
+            logits = head(hidden[chunk])
             other = None
             if task.reference is not None and reference_hidden is not None:
-                other = task.reference(reference_hidden[here])
-            part = {name: gradient[here, None] for name, gradient in gradients.items()}
-            slope = _score_gradient(logits, action[here], task.truncation, part, other)
+                other = task.reference(reference_hidden[chunk])
+            part = {name: gradient[chunk, None] for name, gradient in gradients.items()}
+            slope = _score_gradient(logits, action[chunk], task.truncation, part, other)
             slope = slope.mul_(head.slope(logits)).div_(task.truncation.temperature)
             if bias_gradient is not None:
                 bias_gradient += slope.sum(0)
             slope = slope.to(weight.dtype)
             if hidden_gradient is not None:
-                hidden_gradient[here] = slope @ weight
+                hidden_gradient[chunk] = slope @ weight
             if weight_gradient is None:
                 continue
             if weight_gradient.dtype == hidden.dtype:  # adds in place: a product of its own would be (V, D) once more
-                weight_gradient.addmm_(slope.T, hidden[here])
+                weight_gradient.addmm_(slope.T, hidden[chunk])
             else:
-                weight_gradient += slope.T @ hidden[here]
+                weight_gradient += slope.T @ hidden[chunk]
         return (
             hidden_gradient,
             None if weight_gradient is None else weight_gradient.to(weight.dtype),
@@ -187,12 +187,12 @@ def _score_gradient(
     logits: Tensor, action: Tensor, truncation: Truncation, upstream: dict[str, Tensor], other: Tensor | None
 ) -> Tensor:
     """(C, V) gradient to the scores of one chunk, from upstream gradients (C, 1) by name."""
-    law = truncation.law(logits, action)
-    p = law.exp()
+    log_p = truncation.log_probs(logits, action)
+    p = log_p.exp()
     slope = p * -upstream["log_prob"]
     slope.scatter_add_(1, action[:, None], upstream["log_prob"].to(slope.dtype))
     if "entropy" in upstream:
-        finite = law.masked_fill(law == -torch.inf, 0.0)
+        finite = log_p.masked_fill(log_p == -torch.inf, 0.0)
         entropy = -(p * finite).sum(-1, keepdim=True)
         slope -= upstream["entropy"] * p * (finite + entropy)
     if "sum_of_squares" in upstream:

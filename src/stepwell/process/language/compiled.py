@@ -1,8 +1,8 @@
-"""The parts of a model's layers that see one token at a time, compiled: updates keep fewer numbers, and the same ones.
+"""Norms and perceptrons of a model, compiled: updates keep fewer numbers for the backward pass, and get the same ones.
 
-Norms and perceptrons keep everything in between for the backward pass; compiled, they keep what is expensive and
-compute the rest again. Attention, whose caches and lines have ever new shapes, stays as it is: so one piece of code
-serves all layers and any number of tokens.
+Plain, these parts keep every number in between; compiled, they keep the expensive ones and compute the rest again.
+Only parts that see one token at a time are compiled. Attention, whose inputs change their shapes from call to call,
+is not: so one piece of code serves all layers and any number of tokens.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ T = TypeVar("T")
 
 
 class Compiled:
-    """Runs a model with its parts compiled, once these were seen to give the numbers and gradients of plain ones.
+    """Runs a model with its parts compiled, once they have given the numbers and gradients of the plain ones.
 
-    It is tried on the first scores and on the first that have gradients. Where compiling fails, then or later, or
-    the numbers are others, there is one warning, and the model runs as it is from there on.
+    They are tried on the first scores and on the first that have gradients. If compiling fails, then or later, or
+    gives other numbers, there is one warning, and the model runs without it from then on.
     """
 
     def __init__(self) -> None:
-        self.agrees: dict[str, bool] = {}  # by "score" and "learn", what is done with the numbers
+        self.agrees: dict[str, bool] = {}  # by use of the numbers, "score" or "learn"
 
     def run(self, model: nn.Module, work: Callable[[], T], trial: Callable[[], Tensor], tolerance: float) -> T:
-        """What `work` answers; `trial` gives numbers by which to tell whether the compiled parts are right."""
+        """Return `work()`, with compiled parts if these are right; `trial()` gives numbers to compare them by."""
         if self._agrees(model, trial, tolerance):
             from torch._dynamo.exc import TorchDynamoException  # takes a second to import
 
@@ -44,19 +44,19 @@ class Compiled:
         return work()
 
     def _agrees(self, model: nn.Module, trial: Callable[[], Tensor], tolerance: float) -> bool:
-        what = "learn" if torch.is_grad_enabled() else "score"
-        if what not in self.agrees:
+        use = "learn" if torch.is_grad_enabled() else "score"
+        if use not in self.agrees:
             plain = _with_gradients(model, trial())
             try:
                 with compiled(model):
-                    found = _with_gradients(model, trial())
-                self.agrees[what] = all(near(*pair, tolerance) for pair in zip(found, plain, strict=True))
+                    fast = _with_gradients(model, trial())
+                self.agrees[use] = all(near(*pair, tolerance) for pair in zip(fast, plain, strict=True))
                 reason = "compiled, it gives other numbers"
             except (RuntimeError, TypeError, ValueError, AttributeError, ImportError, OSError) as error:
-                self.agrees[what], reason = False, _first_line(error)
-            if not self.agrees[what]:
+                self.agrees[use], reason = False, _first_line(error)
+            if not self.agrees[use]:
                 self._give_up(model, reason)
-        return self.agrees[what]
+        return self.agrees[use]
 
     def _give_up(self, model: nn.Module, reason: str) -> None:
         self.agrees |= {"score": False, "learn": False}
@@ -68,10 +68,10 @@ class Compiled:
 
 @contextlib.contextmanager
 def compiled(model: nn.Module) -> Iterator[None]:
-    """While it is on, the parts are compiled; outside, the model is the one it always was, for copies and for files."""
+    """Inside, the parts are compiled; outside, the model is the plain one, for copies and for files."""
     parts = [part for _, parts in _layers(model) for part in parts if "forward" not in vars(part)]
     if not parts:
-        raise NotImplementedError("it has no layers of a kind that is known here")
+        raise NotImplementedError("it has no layers of a known kind")
     for part in parts:
         part.forward = functools.partial(_in_one_row, _code(type(part).forward), part)
     try:
@@ -88,23 +88,23 @@ def _code(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _in_one_row(code: Callable[..., Any], part: nn.Module, *values: Tensor) -> Tensor:
     """(N, L, D) from values (N, L, D), all tokens in one row, so that the code is the same for rows and lines."""
-    answer: Tensor = code(part, *(x.reshape(1, -1, x.shape[-1]) for x in values))
-    return answer.reshape(*values[0].shape[:-1], answer.shape[-1])
+    row: Tensor = code(part, *(x.reshape(1, -1, x.shape[-1]) for x in values))
+    return row.reshape(*values[0].shape[:-1], row.shape[-1])
 
 
 def _layers(model: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
-    """Every module with attention in it, which knows its layer's number, and the parts with parameters beside that."""
-    found = []
+    """Every module that holds attention (which has its layer's number), and its other parts with parameters."""
+    layers = []
     for module in model.modules():
         children = [] if isinstance(module, nn.ModuleList) else list(module.children())
         parts = [part for part in children if not hasattr(part, "layer_idx") and any(True for _ in part.parameters())]
         if parts and any(hasattr(child, "layer_idx") for child in children):
-            found.append((module, parts))
-    return found
+            layers.append((module, parts))
+    return layers
 
 
 def _with_gradients(model: nn.Module, values: Tensor) -> list[Tensor]:
-    """The values and, where they have a gradient, that of the first layer's parameters, which went through them all."""
+    """The values and, if they have one, their gradient in the first layer's parameters, which passed through all."""
     learning = [p for layer, _ in _layers(model)[:1] for p in layer.parameters() if p.requires_grad]
     if not values.requires_grad or not learning:
         return [values.detach()]

@@ -1,4 +1,4 @@
-"""A model and its tokenizer from a folder, a hub id or objects at hand, with one clear sentence for what is wrong."""
+"""Load a model and its tokenizer from a folder, a hub id or objects at hand, or say in one sentence what is wrong."""
 
 from __future__ import annotations
 
@@ -20,42 +20,43 @@ SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "floa
 
 
 def dtype_named(dtype: str | torch.dtype) -> torch.dtype:
-    """A floating-point type by its name; bf16 and the like are understood."""
+    """A floating-point type by its name, also by a short one such as bf16."""
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
     name = SHORT.get(str(dtype), str(dtype))
     if name not in DTYPES:
-        raise InputError(f"dtype={dtype} is not one of {', '.join(DTYPES)}.")
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}.")
     return DTYPES[name]
 
 
 def device_named(device: str | torch.device | int) -> torch.device:
-    """A device by its name, that is there."""
+    """A device of this machine, by its name."""
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        named = torch.device(device)
+        torch.empty(0, device=named)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         there = "cpu" if accelerator is None else f"cpu and {accelerator}"
         raise InputError(f"There is no device '{device}' here; there is {there}.") from error
-    return found
+    return named
 
 
 def load_model(model: Any, dtype: torch.dtype) -> nn.Module:
-    """A causal language model of `transformers`, its weights from safetensors, never with code of its own.
+    """A causal language model of `transformers`, its weights from safetensors; code that comes with it is never run.
 
-    An already built model is cast in place.
+    A model that is already built is cast in place.
     """
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
         if model.get_output_embeddings() is None:
             raise InputError(
-                f"{type(model).__name__} has no output head over tokens; a causal language model is needed."
+                f"model must be a causal language model, got {type(model).__name__}, which has no output head over "
+                "tokens."
             )
         return model.to(dtype)  # type: ignore[arg-type]
     if not isinstance(model, (str, os.PathLike)):
-        raise InputError(f"A model is a folder, a hub id or a PreTrainedModel, not a {type(model).__name__}.")
+        raise InputError(f"model must be a folder, a hub id or a PreTrainedModel, got {type(model).__name__}.")
     _check_folder(model)
     try:
         with quiet():
@@ -77,10 +78,10 @@ def load_tokenizer(tokenizer: Any, model: Any) -> Any:
             raise InputError("A model that is already built needs its tokenizer: language(model, tokenizer).")
         return tokenizer
     folder = Path(source)
-    if folder.is_dir() and not any(found for kind in TOKENIZER_FILES for found in folder.glob(kind)):
+    if folder.is_dir() and not any(file for kind in TOKENIZER_FILES for file in folder.glob(kind)):
         raise InputError(f"The folder '{source}' holds no tokenizer; give one: language(model, tokenizer).")
-    # a tokenizer of no special class is all in its tokenizer.json; AutoTokenizer would for some kinds of model
-    # (Qwen2 is one) put that model's usual splitting of words in its place without a word
+    # a tokenizer of no special class is wholly in its tokenizer.json; for some kinds of model, such as Qwen2,
+    # AutoTokenizer would silently replace its splitting of words by that model's usual one
     plain = _tokenizer_class(folder) in ("TokenizersBackend", "PreTrainedTokenizerFast")
     kind = PreTrainedTokenizerFast if plain and (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
@@ -90,14 +91,16 @@ def load_tokenizer(tokenizer: Any, model: Any) -> Any:
 
 
 def _check_folder(model: str | os.PathLike[str]) -> None:
-    """A folder must hold a configuration and safetensors; a name that looks like a folder must be one."""
+    """Raise `InputError` for a folder without configuration or safetensors, and for a name that can only be a folder's
+    and is none.
+    """
     folder = Path(model)
     if folder.is_file():
         raise InputError(f"The model '{model}' is a file; name the folder that it lies in.")
     if not str(model).strip():
         raise InputError("The model has an empty name; give a folder or a hub id.")
     if not folder.is_dir():
-        # an id of the hub is 'name' or 'owner/name'; everything else can only have meant a folder
+        # an id of the hub is 'name' or 'owner/name'; everything else can only mean a folder
         if folder.is_absolute() or str(model).startswith((".", "~")) or len(folder.parts) > 2:
             raise InputError(f"There is no model folder '{model}'.")
         return
@@ -119,7 +122,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def padding_token(tokenizer: Any, vocabulary: int) -> int:
-    """The id that pads: the tokenizer's own, else its end of sequence. What it is changes no number."""
+    """The id that pads: the tokenizer's own, else its end of sequence. No number depends on it."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
         raise InputError("The tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token.")
@@ -131,8 +134,8 @@ def end_tokens(model: nn.Module, tokenizer: Any, extra: Sequence[int | str] | in
     extra = [extra] if isinstance(extra, (int, str)) else list(extra)
     declared: list[Any] = [tokenizer.eos_token_id, *(_token_id(token, tokenizer, vocabulary) for token in extra)]
     for settings in (getattr(model, "generation_config", None), model.config):
-        found = getattr(settings, "eos_token_id", None)
-        declared += list(found) if isinstance(found, (list, tuple)) else [found]
+        eos = getattr(settings, "eos_token_id", None)
+        declared += list(eos) if isinstance(eos, (list, tuple)) else [eos]
     ends = sorted({int(token) for token in declared if token is not None})
     if not ends:
         raise InputError("Neither the model nor its tokenizer has an end-of-sequence token; name one with eos=....")
@@ -142,10 +145,10 @@ def end_tokens(model: nn.Module, tokenizer: Any, extra: Sequence[int | str] | in
 def _token_id(token: int | str, tokenizer: Any, vocabulary: int) -> int:
     if isinstance(token, int):
         if not 0 <= token < vocabulary:
-            raise InputError(f"eos={token} is no token id of this model, which has {vocabulary}.")
+            raise InputError(f"eos must be a token id from 0 to {vocabulary - 1}, got {token}.")
         return token
     if token not in tokenizer.get_vocab():
-        raise InputError(f"eos='{token}' is not one token of this tokenizer.")
+        raise InputError(f"eos must be one token of this tokenizer, got '{token}'.")
     return int(tokenizer.get_vocab()[token])
 
 
@@ -167,9 +170,9 @@ def with_adapter(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
 
 @contextlib.contextmanager
 def fixed_start() -> Iterator[None]:
-    """Adapters made in here begin alike: peft draws their start from torch's global generator and takes no other.
+    """Inside, adapters always get the same start: peft draws it from torch's global generator and takes no other.
 
-    The generator is put back as it was.
+    Afterwards the generator is as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -178,7 +181,7 @@ def fixed_start() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The bars that `transformers` draws while it reads and writes weights hide what a run has to say."""
+    """Inside, `transformers` draws no progress bars over the messages of a run."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""The network of a causal language model: it reads tokens, counts them, and gives logits or hidden states."""
+"""The network of a causal language model: it reads tokens, counts them, and returns logits or hidden states."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from stepwell.process.language.shared_prefix import SharedCache
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""How far the fast path's logits may be from the model's own, relative to the largest of them or to 1."""
+"""The largest difference of the fast path's logits from the model's own, relative to the largest of them or to 1."""
 
 
 class LanguageModule(nn.Module):
-    """All parameters in one place, for optimisers and checkpoints: the model and, where there is one, a value head."""
+    """All parameters in one place, for optimisers and checkpoints: the model and, if there is one, a value head."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -50,28 +50,28 @@ class CausalNetwork:
     """
 
     def __init__(self, module: LanguageModule, meter: Meter, compile: bool = False):
-        self.module: nn.Module = module.eval()
+        self.module = module.eval()
         self.meter = meter
         self.can_learn = True
-        self.fast: bool | None = None  # whether the fast path agrees with the plain one; None until first used
-        self.shares: dict[str, bool] = {}  # whether shared prompts agree with the plain path, by "rollout" and "score"
+        self.fast: bool | None = None  # the fast path agrees with the plain one; None until first used
+        self.shares: dict[str, bool] = {}  # shared prompts agree with the plain path, by use: "rollout" or "score"
         self.compiled = Compiled() if compile else None
         self.adapted = hasattr(module.model, "disable_adapter")
         self.base_only = False  # the adapter is left out: this is the frozen twin of an adapted model
 
     @property
     def causal(self) -> PreTrainedModel:
-        """The model of `transformers` itself, with the adapter's layers in it where there is one."""
+        """The model of `transformers` itself, with the layers of an adapter in it."""
         model: Any = self.module.model
         return model.get_base_model() if self.adapted else model
 
     @property
     def value_head(self) -> nn.Linear | None:
-        return self.module.value_head  # type: ignore[return-value]
+        return self.module.value_head
 
     @property
     def head(self) -> Head:
-        """What turns hidden states into logits, on the fast path."""
+        """The layer from hidden states to logits, on the fast path."""
         head = head_of(self.causal)
         assert head is not None
         return head
@@ -81,14 +81,14 @@ class CausalNetwork:
         return self.causal.get_input_embeddings().weight.device  # type: ignore[return-value]
 
     def position_ids(self, mask: Tensor) -> Tensor:
-        """(N, L) how many real tokens come before each, from which tokens are real (N, L)."""
+        """(N, L) the number of real tokens before each, from the mask (N, L) of real ones."""
         return (mask.long().cumsum(1) - 1).clamp(min=0)
 
     def read_on(self, cache: Any, ids: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
         """Read `ids` (R, n) after what the cache holds: the longer cache, and the logits (R, V) after the last token.
 
-        `mask` (R, columns) says which of all columns, old and new, are real. The layers of `cache` change. Rows that
-        go on from prompts share what was read of these, for models that can and where it agrees with the plain path.
+        `mask` (R, columns) is True for the real ones of all columns, old and new. The layers of `cache` change. Rows
+        share the keys and values of their prompts, for models that can and if it agrees with the plain path.
         """
         from stepwell.process.language.shared_prefix import SharedCache, shared
 
@@ -122,7 +122,7 @@ class CausalNetwork:
 
     @functools.cached_property
     def _cache_name(self) -> str:
-        """What the model calls its cache; transformers 5.24 gave it another name."""
+        """The model's argument for its cache, which transformers 5.24 renamed."""
         names = inspect.signature(self.causal.forward).parameters
         for name in ("cache", "past_key_values"):
             if name in names:
@@ -130,7 +130,7 @@ class CausalNetwork:
         raise InputError(f"{type(self.causal).__name__} takes no cache, so it cannot be read token by token.")
 
     def _shares_rollouts(self, cache: SharedCache, ids: Tensor, mask: Tensor) -> bool:
-        """Whether rows that share their prompts get the model's own logits: tried once, on up to 4 rows, unmetered."""
+        """True if rows that share prompts get the model's own logits: tried once, on up to 4 rows, unmetered."""
         if "rollout" not in self.shares:
             few = torch.linspace(0, len(ids) - 1, min(len(ids), 4), device=ids.device).long()
             some = cache.chosen(few)
@@ -142,16 +142,18 @@ class CausalNetwork:
         device = self.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.causal.dtype
 
-    def _try(self, what: str, fast: Callable[[], Any], plain: Tensor) -> None:
+    def _try(self, use: str, fast: Callable[[], Any], plain: Tensor) -> None:
+        """Remember whether prompts can be shared for a use ("rollout" or "score"), and warn if they cannot."""
         try:
-            self.shares[what] = attention.near(fast(), plain, TOLERANCE[self._precision()])
+            self.shares[use] = attention.near(fast(), plain, TOLERANCE[self._precision()])
             reason = "it does not agree with the model's own attention"
         except (NotImplementedError, TypeError, RuntimeError, AttributeError) as error:
-            self.shares[what], reason = False, str(error).splitlines()[0].rstrip(".")
-        if not self.shares[what]:
+            self.shares[use], reason = False, str(error).splitlines()[0].rstrip(".")
+        if not self.shares[use]:
+            name, action = type(self.causal).__name__, {"rollout": "drawing", "score": "scoring"}[use]
             warnings.warn(
-                f"Prompts are not shared by their groups to {what} with {type(self.causal).__name__}: {reason}. The "
-                "plain path is used, which takes longer.",
+                f"Prompts are not shared by their groups when {action} with {name}: {reason}. The plain path is used, "
+                "which takes longer.",
                 stacklevel=2,
             )
 
@@ -173,13 +175,13 @@ class CausalNetwork:
 
     def _tried(self, packed: Packed, fast: bool) -> Tensor:
         """Hidden states, or the model's own logits, of a few tokens; unmetered."""
-        found: Any = self._run(_shortened(packed), fast, hidden=False)[0 if fast else 1]
-        return found
+        values: Any = self._run(_shortened(packed), fast, hidden=False)[0 if fast else 1]
+        return values
 
     def _run(
         self, packed: Packed, fast: bool, hidden: bool, together: Line | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """What `read` answers, from rows side by side or from all of them `together` in one line."""
+        """`read`, for rows side by side or for all of them `together` in one line."""
         if together is None:
             ids, mask, positions = packed.ids, packed.mask.long(), self.position_ids(packed.mask)
             where, own = (packed.row, packed.column), {}
@@ -197,7 +199,7 @@ class CausalNetwork:
         return (output.hidden_states[-1][where] if hidden else logits.new_empty(0)), logits
 
     def _line(self, packed: Packed, fast: bool) -> Line | None:
-        """All rows in one line where that pays and agrees with the plain path, which is tried once, unmetered."""
+        """All rows in one line, or None unless that pays and agrees with the plain path (tried once, unmetered)."""
         if not self.shares.get("score", attention.can_take(self.causal)):
             return None
         together = line(packed)
@@ -213,7 +215,7 @@ class CausalNetwork:
 
     @torch.no_grad()
     def is_fast(self, packed: Packed) -> bool:
-        """Whether hidden states and head give the model's own logits: tried once, on up to 16 tokens, unmetered."""
+        """True if hidden states and head give the model's own logits: tried once, on up to 16 tokens, unmetered."""
         if self.fast is None:
             length = int(packed.mask[0, :16].sum())
             column = torch.arange(length, device=self.device)
@@ -222,8 +224,8 @@ class CausalNetwork:
             self.fast = self._agrees(few)
             if not self.fast:
                 warnings.warn(
-                    f"{type(self.causal).__name__} turns hidden states into logits in a way that is not known here; "
-                    "scoring holds all its logits at once, which takes more memory.",
+                    f"{type(self.causal).__name__} turns hidden states into logits in an unknown way; scoring holds "
+                    "all its logits at once, which takes more memory.",
                     stacklevel=2,
                 )
         return self.fast
@@ -239,7 +241,7 @@ class CausalNetwork:
 
     @contextlib.contextmanager
     def _ready(self) -> Iterator[None]:
-        """No dropout, and for the frozen twin of an adapted model no adapter."""
+        """Switch off dropout and, for the frozen twin of an adapted model, the adapter."""
         if self.module.training:
             self.module.eval()
         model: Any = self.module.model
@@ -255,7 +257,7 @@ class CausalNetwork:
             head = nn.utils.skip_init(nn.Linear, size, 1, device=self.device, dtype=dtype)  # draws no random numbers
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
-            module = LanguageModule(self.module.model)  # type: ignore[arg-type]
+            module = LanguageModule(self.module.model)
             module.value_head = head
             twin.module = module.eval()
         return twin
@@ -282,7 +284,7 @@ class CausalNetwork:
             parameter.copy_(theirs[name] if rate == 1.0 else parameter.lerp(theirs[name].to(parameter), rate))
 
     def save(self, folder: str | os.PathLike[str], merged: bool) -> None:
-        """Weights, adapter and value head as safetensors; what is in memory does not change."""
+        """Write weights, adapter and value head as safetensors; the model in memory does not change."""
         from safetensors.torch import save_file
 
         model: Any = self.module.model
@@ -297,7 +299,7 @@ class CausalNetwork:
 
 
 def _accepted(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments that the model's forward names: not every model has positions or can skip logits."""
+    """The arguments that the model's forward names: not every model has positions or can skip logits."""
     names = inspect.signature(model.forward).parameters
     always = {"output_hidden_states", "use_cache"}
     return {name: value for name, value in arguments.items() if name in names or name in always}

@@ -4,49 +4,46 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from stepwell.columns import Columns
 from stepwell.distributions import Categorical, Point
-from stepwell.errors import InputError, MissingAbility, StepwellError
+from stepwell.errors import InputError, MissingAbility
 from stepwell.meter import Meter
 from stepwell.process.base import Process, Samples, Scores, check_needs
 from stepwell.process.batching import token_batches
-from stepwell.process.language import loading
-from stepwell.process.language.cache import empty_cache, forked, joined
+from stepwell.process.language.chat import is_chat
 from stepwell.process.language.chunked import chunked_statistics, statistics
 from stepwell.process.language.network import CausalNetwork, LanguageModule
-from stepwell.process.language.prompts import PromptEncoder, is_chat, left_padded, pack
+from stepwell.process.language.prompts import PromptEncoder, left_padded, pack
+from stepwell.process.language.reading import Reader
 from stepwell.process.language.segments import segments, sentence_ends
-from stepwell.process.language.state import LanguageState, Memory, Past
+from stepwell.process.language.state import LanguageState, Memory
 from stepwell.process.language.truncation import Truncation
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from stepwell.process.conversation import Turns
-
 CHUNK_ELEMENTS = {"cpu": 2**22, "accelerator": 2**26}
-"""How many logits a chunk holds at most, unless `chunk` says how many steps: 16 and 256 MiB in float32."""
+"""The most logits that a chunk holds, unless `chunk` gives its number of steps: 16 and 256 MiB in float32."""
 
 
 class Language(Process):
     """A causal language model; see `language`, which makes one.
 
-    The network is always in evaluation mode, also while it learns: dropout would draw other numbers when
-    scoring than when sampling, and the ratio of the two laws would not start at 1.
+    The network is always in evaluation mode, also while it learns: with dropout, scoring would use other numbers than
+    sampling, and their ratio would not start at 1.
 
-    The truncation (top-k, top-p, min-p) is computed from the parameters of the moment, and `score` keeps the action
-    that was taken whatever they have become, so that its log-probability stays finite; with unchanged parameters it
-    is kept anyway, so the two laws are the same (up to rounding where a token lies exactly at the border).
+    The truncation (top-k, top-p, min-p) is computed from the present parameters, and `score` keeps the action that was
+    taken whatever they have become, so that its log-probability stays finite; with unchanged parameters it is kept
+    anyway, so both distributions are the same (up to rounding where a token lies exactly at the border).
+
+    `final_value` is not among the offers: a text that is cut at `max_new_tokens` is judged as it stands, since its
+    longest length is part of the task.
     """
 
     kind = "language"
@@ -66,7 +63,7 @@ class Language(Process):
         compile: bool = False,
     ):
         self.network = CausalNetwork(module, Meter(), compile)
-        self.module = self.network.module
+        self.module, self.meter = self.network.module, self.network.meter
         self.encoder, self.tokenizer = encoder, encoder.tokenizer
         self.ends, self.pad = torch.tensor(list(ends)), pad
         self.truncation, self.max_new_tokens = truncation, max_new_tokens
@@ -81,12 +78,7 @@ class Language(Process):
 
     @property
     def horizon(self) -> int:
-        """The largest number of steps of a row."""
         return self.max_new_tokens
-
-    @property
-    def meter(self) -> Meter:  # type: ignore[override]
-        return self.network.meter
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +93,7 @@ class Language(Process):
         distinct = list(dict.fromkeys(encoded))
         place = {tokens: i for i, tokens in enumerate(distinct)}
         ids, mask = (x.to(self.device) for x in left_padded(distinct, self.pad))
-        past = self._read_on(empty_cache(self.network.causal), ids, mask)
+        read = self._reader.read(ids, mask)
         count, slot = len(encoded), torch.tensor([place[tokens] for tokens in encoded])
         length = torch.tensor([len(tokens) for tokens in encoded])
         limit = torch.full((count,), self.max_new_tokens)
@@ -114,30 +106,42 @@ class Language(Process):
             limit=limit.to(self.device),
             ended=torch.zeros(count, dtype=torch.bool, device=self.device),
             chat=torch.tensor([is_chat(prompt) for prompt in prompts], dtype=torch.bool, device=self.device),
-            memory=Memory((past,), torch.zeros_like(slot).to(self.device), slot.to(self.device), past.columns),
+            memory=Memory((read,), torch.zeros_like(slot).to(self.device), slot.to(self.device), read.columns),
         )
 
     @torch.no_grad()
     def propose(self, state: LanguageState) -> Categorical:
-        """The law of the next token that is really drawn from: temperature, top-k, top-p and min-p applied.
+        """The distribution that the next token is drawn from, with temperature, top-k, top-p and min-p applied.
 
-        Runs the network on tokens it has not read yet, once for rows that share their whole text so far; done
-        rows are never read, and their law is a certain padding token.
+        Rows that are done are never read; theirs is a certain padding token.
         """
-        self._bring_up_to_date(state, ~state.done)
-        slot, law = state.memory.slot, state.memory.pasts[-1].law
-        rows = law[slot.clamp(min=0)]
-        if bool(state.done.any()):
-            certain = torch.full_like(law[:1], -torch.inf).index_fill(1, torch.tensor([self.pad], device=law.device), 0)
-            rows = torch.where(state.done[:, None], certain, rows)
-        return Categorical(rows)
+        live = ~state.done
+        log_probs = self.log_probs(state, live)
+        if not bool(live.all()):
+            rows = log_probs.new_full((len(state), log_probs.shape[1]), -torch.inf)
+            rows[:, self.pad] = 0.0
+            rows[live] = log_probs
+            log_probs = rows
+        return Categorical(log_probs)
+
+    @torch.no_grad()
+    def log_probs(self, state: LanguageState, wanted: Tensor) -> Tensor:
+        """(M, V) log-probabilities of the next token of the `wanted` rows (N,) bool, truncation applied.
+
+        Runs the network on the tokens that it has not read yet, once for rows that share their whole text.
+        """
+        return self._reader.log_probs(state, wanted)
+
+    @property
+    def _reader(self) -> Reader:
+        return Reader(self.network, self.truncation)
 
     def deterministic(self, state: LanguageState) -> Point:
         """The likeliest token of each row."""
         return Point(self.propose(state).logits.argmax(-1))
 
     def advance(self, state: LanguageState, action: Tensor, rng: Rng) -> LanguageState:
-        """One token more in every row that is not done; the network reads it when `propose` asks for the next law."""
+        """One token more in every row that is not done; the network reads it when the next one is proposed."""
         action = action.to(self.device)
         live = ~state.done
         token = torch.where(live, action, torch.full_like(action, self.pad))
@@ -152,7 +156,7 @@ class Language(Process):
     def finish(self, state: LanguageState) -> Samples:
         """Texts without special tokens; for a chat, a list with the assistant's message.
 
-        Column: `completion_ids`, the tokens with the end token where one was drawn; rows without one are truncated.
+        Column: `completion_ids`, the tokens with the end token if one was drawn; rows without one are truncated.
         """
         tokens, lengths = state.tokens.tolist(), state.length.tolist()
         ids = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
@@ -163,67 +167,10 @@ class Language(Process):
         ]
         return Samples(values, {"completion_ids": ids}, truncated=(~state.ended).tolist())
 
-    def _bring_up_to_date(self, state: LanguageState, wanted: Tensor) -> None:
-        """Read all tokens of the `wanted` rows (N,) bool that were not read yet; equal texts are read once.
-
-        Which rows are wanted is a matter of the state alone. A row that is not, but goes on, keeps what was read of
-        it, and is read on from there when its law is asked for; one that is done is forgotten.
-        """
-        memory = state.memory
-        rows = wanted.nonzero()[:, 0]
-        if len(rows) == 0 or memory.pasts[-1].columns == memory.columns:
-            return
-        parts: list[Past] = []
-        found: list[tuple[Tensor, Tensor]] = []
-        texts = 0
-        for number, origin in enumerate(memory.pasts):
-            here = rows if len(memory.pasts) == 1 else rows[memory.past[rows] == number]
-            if len(here):
-                part, group = self._read_rows(state, origin, here)
-                parts.append(part)
-                found.append((here, group + texts))
-                texts += len(part.law)
-        newest = Past(joined([part.cache for part in parts]), memory.columns, torch.cat([part.law for part in parts]))
-        waiting = ~(wanted | state.done)
-        kept = memory.past[waiting].unique().tolist()  # the pasts that some row still has to go on from
-        past, slot = torch.full_like(memory.past, -1), torch.full_like(memory.slot, -1)
-        slot[waiting] = memory.slot[waiting]
-        for number, old in enumerate(kept):
-            past[waiting & (memory.past == old)] = number
-        for here, group in found:
-            past[here], slot[here] = len(kept), group
-        memory.pasts, memory.past, memory.slot = (*(memory.pasts[old] for old in kept), newest), past, slot
-
-    def _read_rows(self, state: LanguageState, past: Past, rows: Tensor) -> tuple[Past, Tensor]:
-        """What `rows` (M,), that all go on from one past, have in common with it and since; the text (M,) of each."""
-        memory = state.memory
-        new = state.tokens[rows, past.columns - memory.columns :]
-        different, shared = torch.cat([memory.slot[rows, None], new], 1).unique(dim=0, return_inverse=True)
-        first = group = torch.arange(len(rows), device=rows.device)
-        if len(different) < len(rows):
-            group = shared
-            first = first.new_full((len(different),), len(rows)).scatter_reduce(0, group, first, "amin")
-        origin = memory.slot[rows[first]]
-        same = origin.tolist() == list(range(len(past.law)))
-        cache = forked(past.cache, None if same else origin)
-        columns = torch.arange(memory.columns, device=rows.device)
-        return self._read_on(cache, new[first], columns >= state.padding[rows[first], None]), group
-
-    def _read_on(self, cache: Any, ids: Tensor, mask: Tensor) -> Past:
-        """Read `ids` (R, n) after what the cache (changed in place) holds; `mask` (R, columns) covers both."""
-        longer, logits = self.network.read_on(cache, ids, mask)
-        law = self.truncation.law(logits)
-        if bool(law[:, 0].isnan().any()):  # a softmax spreads one NaN over its row
-            raise StepwellError(
-                "The model's logits are not numbers: its parameters diverged, or it is of a kind whose attention "
-                "cannot pad in float64 (those without SDPA)."
-            )
-        return Past(longer, mask.shape[1], law)
-
     # scoring
 
     def check_prompt(self, value: Any) -> None:
-        """Raise `InputError` for a prompt that is no text or chat, or too long for the model."""
+        """Raise `InputError` for a prompt that is neither a text nor a chat, or is too long for the model."""
         self.encoder(value)
 
     def row_sizes(self, rows: Trajectories) -> Tensor:
@@ -243,21 +190,21 @@ class Language(Process):
         context: Columns | None = None,
         reference: Process | None = None,
     ) -> Scores:
-        """Log-probabilities (N, T) of the law tokens are drawn from, under the present parameters.
+        """Log-probabilities (N, T) under the distribution that tokens are drawn from, with the present parameters.
 
-        Entropy, sum of squares and logits are of that same law; `kl` is of the laws at temperature but before
-        truncation, whose supports agree. All are 0 where the mask is False and differentiable, and come back on the
-        device of `trajectories`. Without gradients, rows are scored at most `tokens_at_once` padded tokens at a
-        time; with them, cutting the rows is the caller's part (`stepwell.process.batching.token_batches`).
+        Entropy, sum of squares and logits are of that same distribution; `kl` is of both at temperature but before
+        truncation, where their supports agree. All are 0 where the mask is False and differentiable, and come back
+        on the device of `trajectories`. Without gradients, rows are scored at most `tokens_at_once` padded tokens at a
+        time; with them, the caller cuts the rows (`stepwell.process.batching.token_batches`).
 
         Raises `MissingAbility` for a value without a value head (`with_value_head`), and for a KL without a
-        `reference`, which has to be a language too.
+        `reference` that is a language too.
         """
         if "value" in needs and self.network.value_head is None:
             raise MissingAbility("A method needs 'value' of each step; score the twin that with_value_head() gives.")
         check_needs(self, needs, reference)
         if not isinstance(reference, Language | None):
-            raise MissingAbility(f"A language's KL is measured from a language, not from {type(reference).__name__}.")
+            raise MissingAbility(f"reference must be a language model, got {type(reference).__name__}.")
         condition = trajectories.condition if context is None else context
         if condition is None:
             raise InputError(
@@ -295,76 +242,75 @@ class Language(Process):
             head = self.network.head
             origin = None if reference is None or other is None else (other[0], reference.network.head)
             chunk = (hidden, packed.action, head, self.truncation, needs, self.chunk, origin)
-            answer = chunked_statistics(*chunk)
+            values = chunked_statistics(*chunk)
             logits = head(hidden) if "logits" in needs else None
         else:
             assert logits is not None
-            answer = statistics(logits, packed.action, self.truncation, needs, None if other is None else other[1])
+            values = statistics(logits, packed.action, self.truncation, needs, None if other is None else other[1])
         if "logits" in needs and logits is not None:
-            answer["logits"] = self.truncation.law(logits, packed.action)
+            values["logits"] = self.truncation.log_probs(logits, packed.action)
         if "hidden" in needs:
-            answer["hidden"] = hidden
+            values["hidden"] = hidden
         if "value" in needs and self.network.value_head is not None:
-            answer["value"] = self.network.value_head(hidden.to(self.network.value_head.weight.dtype))[:, 0]
-        where = (packed.row, packed.step)
+            values["value"] = self.network.value_head(hidden.to(self.network.value_head.weight.dtype))[:, 0]
+        place = (packed.row, packed.step)
         return {
-            name: value.new_zeros(*mask.shape, *value.shape[1:]).index_put(where, value)
-            for name, value in answer.items()
+            name: value.new_zeros(*mask.shape, *value.shape[1:]).index_put(place, value)
+            for name, value in values.items()
         }
 
-    # texts written elsewhere, and what they are made of
+    # texts from elsewhere, and sentences
 
     def encode_completion(self, completion: Any) -> Tensor:
-        """(T,) tokens of a completion written elsewhere, a text or an assistant's message, with the end token.
+        """(T,) tokens of a completion from elsewhere, a text or an assistant's message, with the end token.
 
         Raises `InputError` for anything else, and for one of more than `max_new_tokens` tokens.
         """
         text = completion[-1]["content"] if is_chat(completion) else completion
         if not isinstance(text, str):
-            raise InputError(f"A completion is a text or a list of messages, not {completion!r:.60}.")
+            raise InputError(f"A completion must be a text or a list of messages, got {completion!r:.60}.")
         ids = [*self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], int(self.ends[0])]
         if len(ids) > self.max_new_tokens:
             raise InputError(
-                f"The completion {text!r:.60} has {len(ids)} tokens; at most max_new_tokens={self.max_new_tokens} is "
-                "right."
+                f"A completion must have at most max_new_tokens={self.max_new_tokens} tokens, got {len(ids)}: "
+                f"{text!r:.60}."
             )
         return torch.tensor(ids, device=self.device)
 
     def segments(self, trajectories: Trajectories) -> Tensor:
-        """(N, T) which sentence each step is in, by the text of its tokens (`stepwell.process.language.segments`)."""
+        """(N, T) the number of the sentence that each step belongs to, by the text of its tokens."""
         return segments(trajectories.action, sentence_ends(trajectories.action, self.tokenizer.decode))
 
-    # other models made from this one
-
-    def turns(self, make_environment: Callable[[], Any], **settings: Any) -> Turns:
-        """This model in conversation with environments, on the same parameters and meter; see `Turns`."""
-        from stepwell.process.conversation import Turns  # which is built on this file
-
-        return Turns(self, make_environment, **settings)
+    # twins
 
     def with_value_head(self) -> Self:
         """A twin with a linear value head on the last hidden state, (D,) -> 1: the one there is, else one of zeros."""
+        return self._on(self.network.with_value_head())
+
+    def with_encoder(self, encoder: PromptEncoder) -> Self:
+        """A twin on the same parameters and meter that turns prompts into tokens in another way."""
         twin = copy.copy(self)
-        twin.network = self.network.with_value_head()
-        twin.module = twin.network.module
+        twin.encoder = encoder
         return twin
 
     def metered(self, meter: Meter) -> Self:
         """A twin on the same parameters that spends on another meter."""
-        twin = copy.copy(self)
-        twin.network = copy.copy(self.network)
-        twin.network.meter = meter
-        return twin
+        network = copy.copy(self.network)
+        network.meter = meter
+        return self._on(network)
 
     def frozen(self) -> Self:
         """A twin that cannot learn, on the same meter: a copy, or for an adapted model its base without the adapter.
 
-        The latter shares its weights with this one, which never change; it is the model before any training,
-        however far the adapter has come.
+        The base shares its weights with this one, and they never change: it is the model before any training, however
+        far the adapter has come.
         """
+        return self._on(self.network.frozen())
+
+    def _on(self, network: CausalNetwork) -> Self:
+        """A twin that runs another network."""
         twin = copy.copy(self)
-        twin.network = self.network.frozen()
-        twin.module = twin.network.module
+        twin.network, twin.module, twin.meter = network, network.module, network.meter
         return twin
 
     def sync(self, other: Language, rate: float = 1.0) -> None:
@@ -384,76 +330,3 @@ class Language(Process):
         """
         self.network.save(folder, merged)
         self.tokenizer.save_pretrained(folder)
-
-
-def language(
-    model: str | os.PathLike[str] | PreTrainedModel,
-    tokenizer: Any = None,
-    *,
-    dtype: str | torch.dtype = "float32",
-    device: str | torch.device | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    eos: Sequence[int | str] | int | str = (),
-    lora: Mapping[str, Any] | None = None,
-    system: str | None = None,
-    chunk: int | None = None,
-    tokens_at_once: int | None = None,
-    compile: bool = False,
-) -> Language:
-    """A causal language model of `transformers` as a process.
-
-    `model` is a folder, a hub id, or a built model with its `tokenizer` (a built model is cast and moved in place).
-    Weights come from safetensors only, and no code that comes with a model is ever run. Samples end at an end token
-    (the model's, the tokenizer's, and `eos`, ids or tokens) or after `max_new_tokens`. Tokens are drawn at
-    `temperature`, then cut by `top_k`, `top_p` and `min_p` in this order (`Truncation`). `lora` is a dict of
-    `peft.LoraConfig`'s options: only the adapter learns, and `frozen()` is the base. `system` is put before chats
-    that have no system message. `chunk`: how many steps' logits are held at once when scoring; `tokens_at_once`: how
-    many padded tokens are scored at once where no gradient is asked for. `compile`: score and learn with norms and
-    perceptrons compiled by `torch.compile`, which takes less memory; rollouts gain nothing by it and stay as they are.
-
-    `device` is, unless given, that of a built model, else the accelerator if there is one.
-
-    Raises `InputError` for anything that is not as it has to be.
-    """
-    for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk), ("tokens_at_once", tokens_at_once)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise InputError(f"{name}={value!r} is not a whole number from 1 upwards.")
-    if not isinstance(compile, bool):
-        raise InputError(f"compile={compile!r} is neither True nor False.")
-    truncation = Truncation(temperature, top_k, top_p, min_p)
-    network: Any = loading.load_model(model, loading.dtype_named(dtype))
-    words = loading.load_tokenizer(tokenizer, model)
-    config = network.config.get_text_config()
-    vocabulary = network.get_input_embeddings().weight.shape[0]
-    pad = loading.padding_token(words, vocabulary)
-    ends = loading.end_tokens(network, words, eos, vocabulary)
-    limit = getattr(config, "max_position_embeddings", None)
-    if device is None and isinstance(model, (str, os.PathLike)):
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = "cpu" if accelerator is None else accelerator
-    if device is not None:
-        device = loading.device_named(device)
-    if lora is not None:
-        network = loading.with_adapter(network, lora)
-    process = Language(
-        LanguageModule(network if device is None else network.to(device)),
-        PromptEncoder(words, limit, vocabulary, system),
-        ends=ends,
-        pad=pad,
-        truncation=truncation,
-        max_new_tokens=max_new_tokens,
-        chunk=chunk,
-        tokens_at_once=tokens_at_once,
-        compile=compile,
-    )
-    head = None if not isinstance(model, (str, os.PathLike)) else Path(model) / "value_head.safetensors"
-    if head is not None and head.is_file():
-        from safetensors.torch import load_file
-
-        process = process.with_value_head()
-        process.network.value_head.load_state_dict(load_file(head))  # type: ignore[union-attr]
-    return process

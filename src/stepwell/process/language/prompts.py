@@ -1,4 +1,4 @@
-"""Prompts to tokens: plain texts and chat messages, checked where they come in."""
+"""Prompts to tokens: plain texts and chat messages, checked on the way in; rows packed for a forward pass."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from stepwell.errors import InputError
+from stepwell.process.language.chat import is_chat, refuse_half_characters
 
 
 @dataclass(frozen=True)
 class PromptEncoder:
     """Turns prompts into token ids for one tokenizer and model.
 
-    `limit` is the longest prompt the model has positions for (None: no limit), `vocabulary` the number of tokens
-    it knows, `system` a message put before every chat that has none of its own.
+    `limit` is the longest prompt that the model has positions for (None: no limit), `vocabulary` its number of
+    tokens, `system` a message put before every chat that has none of its own.
     """
 
     tokenizer: Any
@@ -28,8 +29,8 @@ class PromptEncoder:
     def __call__(self, prompt: Any) -> list[int]:
         """The token ids of a text, or of a list of chat messages with the assistant's turn opened.
 
-        Raises `InputError` for anything else, and for a prompt that is empty, too long, or holds a token that the
-        model does not know.
+        Raises `InputError` for anything else, and for a prompt that is empty, too long, or holds a token beyond the
+        model's vocabulary.
         """
         shown = repr(prompt) if len(repr(prompt)) <= 60 else repr(prompt)[:57] + "..."
         if isinstance(prompt, str):
@@ -41,7 +42,7 @@ class PromptEncoder:
             ids = self._chat(prompt, shown)
         else:
             raise InputError(
-                f"The prompt {shown} is neither a text nor a list of messages with a 'role' and a 'content'."
+                f"A prompt must be a text or a list of messages with a 'role' and a 'content', got {shown}."
             )
         if not ids:
             raise InputError(f"The prompt {shown} is empty: it has no token to start from.")
@@ -49,7 +50,7 @@ class PromptEncoder:
             raise InputError(f"The prompt {shown} has {len(ids)} tokens; the model has positions for {self.limit}.")
         if max(ids) >= self.vocabulary:
             raise InputError(
-                f"The prompt {shown} has the token id {max(ids)}, but the model knows only {self.vocabulary} tokens; "
+                f"The prompt {shown} has the token id {max(ids)}, but the model has only {self.vocabulary} tokens; "
                 "is it the right tokenizer?"
             )
         return ids
@@ -69,28 +70,8 @@ class PromptEncoder:
         return list(encoded["input_ids"])
 
 
-def refuse_half_characters(text: str, what: str) -> None:
-    """Raise `InputError` for a lone surrogate, as JSON may hold it: no tokenizer reads one."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{what} holds half a character (a lone surrogate, at place {error.start}); mend or remove it."
-        ) from error
-
-
-def is_chat(prompt: Any) -> bool:
-    """A non-empty list of messages, each with a role and a content."""
-    return (
-        isinstance(prompt, Sequence)
-        and not isinstance(prompt, str)
-        and len(prompt) > 0
-        and all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt)
-    )
-
-
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids (N, P) with `pad` on the left, and where they are real (N, P) bool."""
+    """Token ids (N, P) with `pad` on the left, and a mask (N, P) that is True at the real ones."""
     width = max((len(row) for row in rows), default=0)
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
     for row, tokens in enumerate(rows):
@@ -101,7 +82,7 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor
 
 @dataclass(frozen=True)
 class Packed:
-    """Prompts and actions side by side without gaps, padded on the right: what one forward pass reads.
+    """The input of one forward pass: prompts and actions side by side without gaps, padded on the right.
 
     `ids`, `mask` (N, L). Each trained step is listed once: its row and step (M,), the column (M,) whose hidden
     state predicts it, and its action (M,).

@@ -1,4 +1,4 @@
-"""Where sentences end in sampled tokens: the segments that ratios and credit may be aggregated over."""
+"""Sentences in sampled tokens: the segments that ratios and credit may be aggregated over."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 ENDINGS = (".", "!", "?", ";", "\n", "。", "！", "？", "；")
-"""What ends a sentence: a token whose text, but for spaces, ends with one of these."""
+"""A token ends a sentence if its text, trailing spaces aside, ends with one of these."""
 
 
 def segments(action: Tensor, ends: Tensor) -> Tensor:
-    """(N, T) the number of the segment of each step, from 0; a segment ends with a token of `ends`, which it holds.
+    """(N, T) the number of each step's segment, from 0; a segment ends with a token of `ends`, and includes it.
 
     Example:
         >>> segments(torch.tensor([[5, 1, 4, 1, 3]]), torch.tensor([1])).tolist()

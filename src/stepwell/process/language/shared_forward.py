@@ -1,4 +1,4 @@
-"""Scoring rows of a group reads their prompt once: all tokens in one line without padding, gradients exact."""
+"""Score the rows of a group with one reading of their prompt: all tokens in one line, no padding, exact gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from stepwell.process.language.prompts import Packed
 
 WORTH = 0.9
-"""The line is used where it has at most this share of the tokens that rows side by side have, padding included."""
+"""The line is used if it has at most this share of the tokens that rows side by side have, padding included."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Line:
     """B prompts and after them R continuations, each of one of the prompts, in one line of T tokens.
 
     `ids`, `position` (T,). `prompts` (B, P) and `rows` (R, C) are places in the line, 0 beyond an end; `prompt_real`
-    and `row_real` say which are places at all. `origin` (R,) is the prompt of each row; `arranged` (B, G) lists a
-    prompt's rows, where `filled`, and `slot` (R,) is where in it each row is. `at` (M,) are the places whose hidden
-    states predict the steps.
+    and `row_real` are True at those that are places. `origin` (R,) is the prompt of each row; `arranged` (B, G) lists
+    the rows of each prompt, as far as `filled`, and `slot` (R,) is each row's place in it, flattened. `at` (M,) are
+    the places whose hidden states predict the steps.
     """
 
     ids: Tensor
@@ -43,7 +43,7 @@ class Line:
         if cap is not None:
             raise NotImplementedError("Scores with a soft cap have no fused attention.")
         device, kind = query.device.type, value.dtype
-        if torch.is_autocast_enabled(device):  # which would cast what attention of torch's own is given
+        if torch.is_autocast_enabled(device):  # it would cast the inputs of torch's own attention
             kind = torch.get_autocast_dtype(device)
         q, k, v = (x[0].transpose(0, 1).to(kind) for x in (query, key, value))
         attention: Any = _Fused.apply if device == "cpu" else joint_attention
@@ -51,7 +51,7 @@ class Line:
 
 
 def line(packed: Packed, worth: float = WORTH) -> Line | None:
-    """The rows of `packed` that have steps, equal prompts once; None where more than `worth` of the tokens are left."""
+    """The rows of `packed` that have steps, equal prompts once; None if more than `worth` of the tokens are left."""
     count, width = packed.ids.shape
     if len(packed.row) == 0 or count < 2:
         return None
@@ -98,7 +98,7 @@ def line(packed: Packed, worth: float = WORTH) -> Line | None:
 
 
 def _places(lengths: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Where pieces (K,) that follow one another from `first` on are, (K, longest), and which of these are real."""
+    """The places (K, longest) of pieces (K,) that follow one another from `first` on, and a mask of the real ones."""
     columns = torch.arange(int(lengths.max()))
     real = columns < lengths[:, None]
     return ((lengths.cumsum(0) - lengths + first)[:, None] + columns).masked_fill(~real, 0), real
@@ -107,8 +107,8 @@ def _places(lengths: Tensor, first: int) -> tuple[Tensor, Tensor]:
 class _Fused(torch.autograd.Function):
     """Prompts to themselves, rows to themselves, and all rows of a prompt to it at once, by the fused kernels.
 
-    What a row sees is o = a o1 + (1 - a) o2, by the sums of exp(score) of both parts. The kernels' backward pass
-    needs only o and the whole log-sum-exp, not the part's own: with p = exp(s - lse), ds = p (dp - do . o).
+    A row's attention is o = a o1 + (1 - a) o2, by the sums of exp(score) of both parts. The kernels' backward pass
+    needs only o and the whole log-sum-exp, not the parts' own: with p = exp(s - lse), ds = p (dp - do . o).
     """
 
     @staticmethod
@@ -163,7 +163,7 @@ def _padded(values: Tensor, places: Tensor, heads: int) -> Tensor:
 
 
 def _spread(values: Tensor, line: Line, kv_heads: int) -> Tensor:
-    """(B, kv_heads, G * heads / kv_heads * C, D) all that a prompt's rows (R, heads, C, D) ask it, side by side."""
+    """(B, kv_heads, G * heads / kv_heads * C, D) the values (R, heads, C, D) of each prompt's rows, side by side."""
     return values.unflatten(1, (kv_heads, -1))[line.arranged].transpose(1, 2).flatten(2, 4)
 
 
@@ -174,13 +174,13 @@ def _gathered(values: Tensor, line: Line) -> Tensor:
 
 
 def _emptied(values: Tensor, line: Line) -> Tensor:
-    """`_spread`'s arrangement with nothing where a prompt has no row."""
+    """`_spread`'s arrangement with zeros in the places that have no row."""
     parts = values.unflatten(2, (line.arranged.shape[1], -1))
     return (parts * line.filled[:, None, :, None, None]).flatten(2, 3)
 
 
 def _key_mask(line: Line, dtype: torch.dtype) -> Tensor | None:
-    """(B, 1, 1, P) what is added to scores: minus infinity beyond the end of a prompt."""
+    """(B, 1, 1, P) the summand of the scores: minus infinity beyond the end of a prompt."""
     if bool(line.prompt_real.all()):
         return None
     return torch.zeros(line.prompts.shape, dtype=dtype).masked_fill(~line.prompt_real, -torch.inf)[:, None, None]

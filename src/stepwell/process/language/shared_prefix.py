@@ -1,6 +1,6 @@
-"""Rollouts of a group keep its prompt's keys and values once, attend to them once, and never grow by copying.
+"""A cache for groups: their prompt's keys and values are kept once and attended to once, and rows grow without copying.
 
-The layers are ones of `transformers`, so this is imported where a model is at hand, never at the head of a module.
+The layers derive from ones of `transformers`, so this is imported inside functions, never at the head of a module.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from stepwell.process.language.truncation import in_full
 
 ROOM = 64
-"""The least number of columns that are made room for at once; more columns double it."""
+"""The least number of columns that are allocated at once; more columns double it."""
 
 
 class _Room:
-    """Keys and values (N, H, capacity, D) of which the first `used` columns are written, by whoever came first."""
+    """Keys and values (N, H, capacity, D), of which the first `used` columns are written."""
 
     def __init__(self, keys: Tensor, values: Tensor, columns: int, capacity: int):
         rows, heads, _, size = keys.shape
@@ -32,8 +32,8 @@ class _Room:
 class SharedLayer(DynamicLayer):
     """One layer: the prompts' keys and values (B, H, P, D), which never change, and N rows' own (N, H, c, D).
 
-    Layers that were forked without a choice of rows write into one room: the first to go on takes its next columns,
-    any other sees that they are taken and makes a room of its own, so none ever changes what another reads.
+    Forks with the same rows write into one room: the first to go on takes its next columns, and any other sees that
+    they are taken and makes a room of its own. So none ever changes what another reads.
     """
 
     def __init__(self, prefix_keys: Tensor, prefix_values: Tensor):
@@ -73,7 +73,7 @@ class SharedLayer(DynamicLayer):
 
 
 class SharedCache(Cache):
-    """N rows that go on from B prompts: row i from prompt `origin[i]`; `mask` (B, P) says which columns are real."""
+    """N rows that go on from B prompts: row i from prompt `origin[i]`; `mask` (B, P) is True at real columns."""
 
     def __init__(self, layers: Sequence[SharedLayer], origin: Tensor, mask: Tensor):
         super().__init__(layers=list(layers))
@@ -88,7 +88,7 @@ class SharedCache(Cache):
         return SharedCache([layer.chosen(index) for layer in self.shared], origin, self.mask)
 
     def arranged(self) -> tuple[Tensor, Tensor]:
-        """The rows by prompt, (B, G) with row 0 where there are fewer than G, and where in it each row is (N,)."""
+        """The rows of each prompt (B, G), filled up with row 0, and the place of each row in it, flattened (N,)."""
         if self._arranged is None:
             order = self.origin.argsort(stable=True)
             count = torch.bincount(self.origin, minlength=len(self.mask))
@@ -114,7 +114,7 @@ class SharedCache(Cache):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, cap: float | None
     ) -> Tensor:
-        """(N, n, heads, D) what the newest n columns (N, heads, n, D) see of prompts and rows, causally.
+        """(N, n, heads, D) causal attention of the newest n columns (N, heads, n, D) to their prompt and their row.
 
         With s the scores, softmax(s) v over both parts is the mean of the parts' own, weighted with the parts'
         sums of exp(s) (Milakov & Gimelshein 2018; over shared prefixes, Juravsky et al. 2024).
@@ -138,8 +138,8 @@ class SharedCache(Cache):
             late = late.repeat(share, 1)
         own, own_sums = _attention(grouped, key, value, scaling, cap, late)
         portion = torch.sigmoid(sums - own_sums)[..., None]
-        answer = own + portion * (seen - own)
-        return answer.to(query.dtype).unflatten(2, (share, new)).flatten(1, 2).transpose(1, 2)
+        whole = own + portion * (seen - own)
+        return whole.to(query.dtype).unflatten(2, (share, new)).flatten(1, 2).transpose(1, 2)
 
 
 def _attention(
@@ -158,7 +158,10 @@ def _attention(
 
 
 def shared(cache: Any, mask: Tensor) -> Any:
-    """A cache that was just filled with prompts of (B, P) real columns, as one whose rows share them; or as it was."""
+    """A cache that was just filled with prompts, whose real columns are `mask` (B, P), as one whose rows share them.
+
+    The cache itself, if some layer is not of the plain kind.
+    """
     layers: list[SharedLayer] = []
     for layer in cache.layers:
         if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
@@ -168,7 +171,7 @@ def shared(cache: Any, mask: Tensor) -> Any:
 
 
 def together(caches: Sequence[SharedCache]) -> SharedCache | None:
-    """The rows of several caches one after another, or None where they go on from different prompts' readings."""
+    """The rows of several caches, one after another, or None if they do not share the same prompts' keys."""
     first = caches[0].shared[0]
     if any(cache.shared[0].prefix_keys is not first.prefix_keys for cache in caches):
         return None

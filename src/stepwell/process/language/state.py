@@ -9,25 +9,28 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Past:
-    """What the network has read: R different texts of `columns` tokens, left-padded, and the law after each (R, V)."""
+class ReadText:
+    """R distinct texts of `columns` tokens, left-padded, as the network has read them.
+
+    `cache` holds their keys and values; `log_probs` (R, V) are those of the token after each, truncation applied.
+    """
 
     cache: Any
     columns: int
-    law: Tensor
+    log_probs: Tensor
 
 
 @dataclass
 class Memory:
-    """What is known of a state's laws. The one thing in a state that changes: `propose` brings it up to date.
+    """What the network has read of a state's rows. The one part of a state that changes: reading brings it up to date.
 
-    All rows have the same `columns`, of which the network has read some more and some less: a row whose next tokens
-    are known needs no law, and waits until they can be read at once.
+    All rows have `columns` tokens, of which more may have been read of some rows than of others: a row whose next
+    tokens are given (an environment's words) waits until they can be read at once.
     """
 
-    pasts: tuple[Past, ...]  # the last is that of the laws asked for last
-    past: Tensor  # (N,) the past that each row goes on from; -1 for rows that were done
-    slot: Tensor  # (N,) the text of that past; -1 for rows that were done
+    read: tuple[ReadText, ...]  # the last is the newest
+    batch: Tensor  # (N,) which of `read` each row goes on from; -1 for rows that were done
+    slot: Tensor  # (N,) which of its texts; -1 for rows that were done
     columns: int  # of the prompts and of all tokens since
 
 
@@ -65,5 +68,5 @@ class LanguageState:
             limit=self.limit[index],
             ended=self.ended[index],
             chat=self.chat[index],
-            memory=replace(self.memory, past=self.memory.past[index], slot=self.memory.slot[index]),
+            memory=replace(self.memory, batch=self.memory.batch[index], slot=self.memory.slot[index]),
         )

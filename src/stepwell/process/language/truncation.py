@@ -1,4 +1,4 @@
-"""From a model's logits to the law tokens are drawn from: temperature, then top-k, top-p and min-p."""
+"""From a model's logits to the distribution that tokens are drawn from: temperature, then top-k, top-p and min-p."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ class Truncation:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.temperature < float("inf"):
-            raise InputError(f"temperature={self.temperature} is not a finite number above 0.")
+            raise InputError(f"temperature must be a finite number above 0, got {self.temperature}.")
         if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise InputError(f"top_k={self.top_k!r} is not a whole number from 0 (off) upwards.")
+            raise InputError(f"top_k must be a whole number from 0 (off) upwards, got {self.top_k!r}.")
         if not 0.0 < self.top_p <= 1.0:
-            raise InputError(f"top_p={self.top_p} is not above 0 and at most 1 (off).")
+            raise InputError(f"top_p must be above 0 and at most 1 (off), got {self.top_p}.")
         if not 0.0 <= self.min_p <= 1.0:
-            raise InputError(f"min_p={self.min_p} is not from 0 (off) to 1.")
+            raise InputError(f"min_p must be from 0 (off) to 1, got {self.min_p}.")
 
     @property
     def active(self) -> bool:
-        """Some token may be left out."""
+        """True if some token may be left out."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
     def dropped(self, scores: Tensor, action: Tensor | None = None) -> Tensor | None:
-        """(M, V) bool: the tokens left out of the law, or None where nothing is truncated.
+        """(M, V) bool: the tokens of probability 0, or None where nothing is truncated.
 
         `scores` (M, V) are logits over temperature. `action` (M,) is always kept: after an update the rule may no
         longer choose it, and its log-probability has to stay finite. No gradient passes through the choice.
@@ -67,10 +67,10 @@ class Truncation:
             out = out | (probabilities < self.min_p * probabilities.amax(-1, keepdim=True))
         return out if action is None else out.scatter(-1, action[:, None], False)
 
-    def law(self, logits: Tensor, action: Tensor | None = None) -> Tensor:
-        """(M, V) log-probabilities of the law tokens are drawn from; minus infinity at what was left out.
+    def log_probs(self, logits: Tensor, action: Tensor | None = None) -> Tensor:
+        """(M, V) log-probabilities of the distribution that tokens are drawn from; minus infinity for dropped ones.
 
-        Computed in float32, or float64 where `logits` are; differentiable.
+        `action` (M,) is never dropped. Computed in float32, or float64 where `logits` are; differentiable.
         """
         scores = in_full(logits) / self.temperature
         out = self.dropped(scores, action)

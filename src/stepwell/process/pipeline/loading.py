@@ -1,4 +1,4 @@
-"""Pipelines of diffusers from folders and back: what is refused, what the scheduler says, adapters, whole folders."""
+"""Pipelines of diffusers from folders and back: refusals, the scheduler's settings, adapters, whole folders."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def load(
         raise InputError(f"The pipeline '{model}' cannot be loaded: {_first_sentence(error)}") from error
     name = str(index.get("_class_name"))
     if name not in FAMILIES:
-        raise InputError(f"The pipeline '{model}' is a {name}; those that are known are {', '.join(FAMILIES)}.")
+        raise InputError(f"The pipeline '{model}' must be one of {', '.join(FAMILIES)}, got a {name}.")
     family = FAMILIES[name]
     _check_components(model, index, variant)
     options: dict[str, Any] = {part: None for part in UNUSED if part in index}
@@ -66,7 +66,7 @@ def load(
             made = getattr(diffusers, name).from_pretrained(
                 model, dtype=formats, use_safetensors=True, variant=variant, **options
             )
-    except Exception as error:  # libraries raise whatever they like here; a folder is what was given
+    except Exception as error:  # the libraries raise errors of many types for a folder that is damaged
         raise InputError(f"The pipeline '{model}' cannot be loaded: {_first_sentence(error)}") from error
     made.set_progress_bar_config(disable=True)
     for part, module in made.components.items():
@@ -77,12 +77,12 @@ def load(
 
 
 def _check_place(model: Any) -> None:
-    """A folder must hold a pipeline; a name that looks like a folder must be one."""
+    """Raise `InputError` for a folder without a pipeline, and for a name that can only be a folder and is none."""
     if not isinstance(model, (str, os.PathLike)):
-        raise InputError(f"A pipeline is a folder or a hub id, not a {type(model).__name__}.")
+        raise InputError(f"model must be a folder or a hub id, got a {type(model).__name__}.")
     folder = FilePath(model)
     if not str(model).strip():
-        raise InputError("The pipeline has an empty name; give a folder or a hub id.")
+        raise InputError("model must be a folder or a hub id, got an empty name.")
     if folder.is_file():
         raise InputError(f"The pipeline '{model}' is a file; name the folder that a pipeline was saved to.")
     if not folder.is_dir():
@@ -95,7 +95,7 @@ def _check_place(model: Any) -> None:
 
 
 def _check_components(model: Any, index: Mapping[str, Any], variant: str | None) -> None:
-    """No code from outside the two libraries, and for every network in a folder weights as safetensors."""
+    """Raise `InputError` for code from outside the two libraries, and for networks without weights as safetensors."""
     for part, entry in index.items():
         if part.startswith("_") or part in UNUSED or not isinstance(entry, (list, tuple)) or entry[0] is None:
             continue
@@ -129,23 +129,21 @@ def _first_sentence(error: Exception) -> str:
 
 
 def path_of(scheduler: Any, family: str) -> tuple[Path, str]:
-    """The path that a pipeline was trained on, and what its network predicts there, in its scheduler's own word.
+    """The path that a pipeline was trained on, and the kind of its network's prediction, in its scheduler's own word.
 
     Raises `InputError` for a scheduler of another kind than the family's, and for settings that are not a path.
     """
     name, config = type(scheduler).__name__, scheduler.config
     if family in ("sd3", "flux"):
         if not name.startswith(("FlowMatchEuler", "FlowMatchHeun")):
-            raise InputError(f"A pipeline of this kind needs a FlowMatchEulerDiscreteScheduler, not a {name}.")
+            raise InputError(f"The scheduler of this pipeline must be a FlowMatchEulerDiscreteScheduler, got a {name}.")
         return Linear(), "velocity"
     levels = getattr(scheduler, "alphas_cumprod", None)
     if levels is None:
-        raise InputError(f"A {name} has no alphas_cumprod; a pipeline of this kind needs a scheduler with betas.")
+        raise InputError(f"The scheduler of this pipeline must have betas; a {name} has no alphas_cumprod.")
     kind = config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction", "sample"):
-        raise InputError(
-            f"The scheduler says that the network predicts '{kind}'; epsilon, v_prediction and sample are known."
-        )
+        raise InputError(f"prediction_type of the scheduler must be epsilon, v_prediction or sample, got '{kind}'.")
     for setting in ("clip_sample", "thresholding"):
         if config.get(setting):
             raise InputError(
@@ -163,9 +161,9 @@ def shift_of(scheduler: Any, tokens: int) -> float:
     config = scheduler.config
     for setting in ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
         if config.get(setting):
-            raise InputError(f"The scheduler's '{setting}' is not known here; give the flow its `times`.")
+            raise InputError(f"The scheduler's '{setting}' is not supported; give the flow its `times`.")
     if config.get("invert_sigmas"):
-        raise InputError("The scheduler's time runs the other way (invert_sigmas), which is not known here.")
+        raise InputError("The scheduler's time runs the other way (invert_sigmas), which is not supported.")
     if not config.get("use_dynamic_shifting"):
         return float(config.get("shift", 1.0))
     low, high = config["base_image_seq_len"], config["max_image_seq_len"]
@@ -175,7 +173,7 @@ def shift_of(scheduler: Any, tokens: int) -> float:
 
 
 def add_adapter(pipeline: Any, part: str, lora: Mapping[str, Any] | str | os.PathLike[str]) -> None:
-    """Only a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) of the network learns, in float32 at least.
+    """Add a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) to the network: it alone learns, in float32 at least.
 
     `lora`: options of `peft.LoraConfig`, by default on the projections of all attention layers, or a folder that an
     adapter was saved to. A new adapter's random start is the same in every run and leaves torch's global generator as
@@ -188,7 +186,7 @@ def add_adapter(pipeline: Any, part: str, lora: Mapping[str, Any] | str | os.Pat
     model = getattr(pipeline, part)
     if isinstance(lora, (str, os.PathLike)):
         if not (FilePath(lora) / LORA_FILE).is_file():
-            raise InputError(f"The folder '{lora}' holds no {LORA_FILE}, so it is not an adapter that was saved.")
+            raise InputError(f"lora must be options or the folder of a saved adapter; '{lora}' holds no {LORA_FILE}.")
         try:
             with quiet(warnings=False):  # of text encoders without an adapter
                 pipeline.load_lora_weights(
@@ -273,7 +271,7 @@ def _write_pipeline(pipeline: Any, part: str, model: Any, folder: FilePath, keep
 
 @contextlib.contextmanager
 def quiet(warnings: bool = True) -> Iterator[None]:
-    """The bars that diffusers and transformers draw while they read and write hide what a run has to say."""
+    """Hide the progress bars of diffusers and transformers, which would cover the lines that a run prints."""
     from diffusers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

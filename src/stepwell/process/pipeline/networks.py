@@ -15,14 +15,14 @@ from stepwell.errors import InputError
 from stepwell.solver.path import Path
 
 Write = Callable[[Any, str | os.PathLike[str], str], None]
-"""How the pipeline around a network is written: (network, folder, what), what of `adapter`, `merged` and `base`."""
+"""Writes the pipeline around a network: (network, folder, what), with what one of `adapter`, `merged`, `base`."""
 
 
-class Denoiser(nn.Module):
-    """What all have in common: a network of diffusers, always in evaluation mode, in a number format of its own.
+class PipelineNetwork(nn.Module):
+    """The base of all: a network of diffusers, always in evaluation mode, in a number format of its own.
 
     `forward` takes latents x (N, C, H, W), the time t (N,) and the condition, and returns a prediction like x.
-    `widths` says what the condition is made of, and how wide the last dimension of each entry is. Dropout is never on:
+    `widths` are the entries of the condition by name, each with the size of its last dimension. Dropout is never on:
     it would draw other numbers when scoring than when sampling.
     """
 
@@ -40,12 +40,12 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
         """Raises `InputError` for latents or a condition of another shape than the network was made for."""
         if tuple(x.shape[1:]) != self.shape:
-            raise InputError(f"The pipeline denoises latents of shape {self.shape}, not {tuple(x.shape[1:])}.")
+            raise InputError(f"Latents of this pipeline must be of shape {self.shape}, got {tuple(x.shape[1:])}.")
         self.check(condition)
-        told = {name: value.to(x.device, self.dtype) for name, value in condition.items()}
+        entries = {name: value.to(x.device, self.dtype) for name, value in condition.items()}
         if self.model.training:
             self.model.eval()
-        return self.predict(x, t, told).to(x.dtype)
+        return self.predict(x, t, entries).to(x.dtype)
 
     def predict(self, x: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         raise NotImplementedError
@@ -53,13 +53,13 @@ class Denoiser(nn.Module):
     def check(self, condition: Mapping[str, Tensor]) -> None:
         """Raise `InputError` unless the condition has the entries, and the widths, that the network reads."""
         if condition.keys() != self.widths.keys():
-            told = ", ".join(sorted(condition)) or "nothing"
-            raise InputError(f"The pipeline's network reads {', '.join(sorted(self.widths))}; it is told {told}.")
+            given = ", ".join(sorted(condition)) or "nothing"
+            raise InputError(f"The pipeline's condition must be {', '.join(sorted(self.widths))}, got {given}.")
         for name, width in self.widths.items():
             if condition[name].shape[-1] != width:
                 raise InputError(
-                    f"The pipeline's network reads {name} of width {width}; its text encoders give "
-                    f"{condition[name].shape[-1]}."
+                    f"The pipeline's {name} must be of width {width} for its network, got {condition[name].shape[-1]} "
+                    "from its text encoders."
                 )
 
     @contextlib.contextmanager
@@ -91,14 +91,14 @@ class Denoiser(nn.Module):
 class Base(nn.Module):
     """An adapted network with its adapter left out. It has no parameters: all of them are the adapted network's."""
 
-    def __init__(self, adapted: Denoiser):
+    def __init__(self, adapted: PipelineNetwork):
         super().__init__()
         self._adapted = (adapted,)  # in a tuple, so that torch does not take it for a part of this module
 
     def forward(self, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
         with self._adapted[0].without_adapter():
-            answer: Tensor = self._adapted[0](x, t, **condition)
-            return answer
+            prediction: Tensor = self._adapted[0](x, t, **condition)
+            return prediction
 
     def frozen(self) -> Base:
         return self
@@ -108,12 +108,12 @@ class Base(nn.Module):
         self._adapted[0].write(self._adapted[0].model, folder, "base")
 
 
-class UNet(Denoiser):
+class UNet(PipelineNetwork):
     """Stable Diffusion's UNet: trained on T discrete steps, of which step k is t = (k + 1) / T.
 
-    `kind` is what it predicts: `epsilon` is noise and `sample` data. A `v_prediction` v = alpha E - sigma D (Salimans
-    and Ho 2022, arXiv 2202.00512) is returned as the data it stands for, D = alpha x - sigma v, which exists at every
-    time. `time_ids` (6,) is SDXL's: the original size, the crop's corner and the target size.
+    `kind` is that of its prediction: `epsilon` is noise and `sample` data. A `v_prediction` v = alpha E - sigma D
+    (Salimans and Ho 2022, arXiv 2202.00512) is returned as the data it stands for, D = alpha x - sigma v, which exists
+    at every time. `time_ids` (6,) is SDXL's: the original size, the crop's corner and the target size.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ def timestep(t: Tensor, steps: int) -> Tensor:
     return torch.where((place - near).abs() <= 2.0 * steps * torch.finfo(t.dtype).eps, near, place)
 
 
-class SD3(Denoiser):
+class SD3(PipelineNetwork):
     """Stable Diffusion 3's transformer: the velocity, at timestep 1000 t."""
 
     def __init__(
@@ -170,21 +170,21 @@ class SD3(Denoiser):
         self.steps = steps
 
     def predict(self, x: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        answer: Tensor = self.model(
+        prediction: Tensor = self.model(
             hidden_states=x.to(self.dtype),
             timestep=t * self.steps,
             encoder_hidden_states=condition["prompt_embeds"],
             pooled_projections=condition["pooled_prompt_embeds"],
             return_dict=False,
         )[0]
-        return answer
+        return prediction
 
 
-class Flux(Denoiser):
+class Flux(PipelineNetwork):
     """FLUX.1's transformer: the velocity of latents that are packed two by two into tokens with positions.
 
     Latents are (C, H, W) outside, as the autoencoder has them; packing only reorders. `guidance` is the scale that
-    guidance-distilled networks are told, None for those that are not.
+    guidance-distilled networks have as an input; None for the others.
     """
 
     def __init__(

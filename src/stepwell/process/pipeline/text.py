@@ -1,4 +1,4 @@
-"""What stands on either side of a pipeline's denoising: prompts into embeddings, each once, and latents into images."""
+"""The two ends of a pipeline: prompts into embeddings, each once, and latents into images."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from stepwell.errors import InputError, StepwellError
 class TextEncoder:
     """Prompts as the condition of the pipeline's network: `prompt_embeds` (N, L, D), and `pooled_prompt_embeds` (N, P).
 
-    The pipeline's own text encoders do it, without gradients. Each text is encoded once, by itself, so that its
+    The pipeline's own text encoders make it, without gradients. Each text is encoded once, by itself, so that its
     embedding is the same to the last bit whatever it is drawn beside, and is kept in the host's memory.
     """
 
     def __init__(self, pipeline: Any, family: str, max_sequence_length: int | None = None):
         self.pipeline, self.family = pipeline, family
         self.options = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
-        self.known: dict[str, dict[str, Tensor]] = {}
+        self.embeddings: dict[str, dict[str, Tensor]] = {}
 
     def __call__(self, prompts: Sequence[Any]) -> dict[str, Tensor]:
         """One row a prompt. Raises `InputError` for a prompt that is not a text."""
         for prompt in prompts or [""]:
             self.check(prompt)
-            if prompt not in self.known:
-                self.known[prompt] = self._checked(self._encoded(prompt)[0], prompt)
-        rows = [self.known[prompt] for prompt in prompts or [""]]
+            if prompt not in self.embeddings:
+                self.embeddings[prompt] = self._checked(self._encoded(prompt)[0], prompt)
+        rows = [self.embeddings[prompt] for prompt in prompts or [""]]
         return {name: torch.cat([row[name] for row in rows])[: len(prompts)] for name in rows[0]}
 
     def check(self, prompt: Any) -> None:
         """Raise `InputError` for a prompt that is not a text."""
         if not isinstance(prompt, str):
-            raise InputError(f"The prompt {prompt!r:.60} is not a text, which is what a pipeline draws from.")
+            raise InputError(f"A prompt of a pipeline must be a text, got {prompt!r:.60}.")
 
     def unconditional(self, negative_prompt: str | None = None) -> dict[str, Tensor]:
-        """What guidance compares with, one row: the negative prompt, or what the pipeline takes in its place."""
+        """The condition that guidance compares with, one row: of the negative prompt, or of the pipeline's default."""
         return self._checked(self._encoded("", negative_prompt)[1], negative_prompt or "")
 
     @torch.no_grad()
     def _encoded(self, prompt: str, negative: str | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Of a prompt, and of its negative prompt."""
+        """The embeddings of a prompt, and those of its negative prompt."""
         encode, device = self.pipeline.encode_prompt, self.pipeline.device
         common = {"device": device, "num_images_per_prompt": 1, **self.options}
         if self.family == "flux":

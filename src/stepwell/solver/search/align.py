@@ -1,4 +1,4 @@
-"""Align your steps: the noise levels at which a bound on the KL divergence of the sampled from the true law is least.
+"""Align your steps: the noise levels with the least bound on the KL divergence of the sampled distribution.
 
 Let r = sigma / alpha be the noise ratio, on every path, and D_r the data prediction at ratio r along a noised sample.
 A step of the reverse SDE from r to s < r that freezes D costs, by Girsanov's theorem (Sabour et al. 2024, arXiv
@@ -67,7 +67,7 @@ def published(name: str, steps: int, path: Path, terminal: float = TERMINAL) -> 
     if name not in PUBLISHED:
         raise UnknownName("published schedule", name, PUBLISHED)
     if steps < 1:
-        raise InputError(f"A schedule has at least one step, not {steps}.")
+        raise InputError(f"steps must be at least 1, got {steps}.")
     logs, ratios = [math.log(ratio) for ratio in PUBLISHED[name]], []
     for step in range(steps + 1):
         place = step * (len(logs) - 1) / steps
@@ -107,7 +107,9 @@ def align(
     from scipy.optimize import minimize_scalar
 
     if not 0.0 < smallest < largest or steps < 1:
-        raise InputError(f"Steps are aligned for n >= 1 between ratios 0 < smallest < largest, not n = {steps}.")
+        raise InputError(
+            f"steps must be at least 1, between ratios 0 < smallest < largest; got {steps}, {smallest} and {largest}."
+        )
     count = steps
     while count % 2 == 0:
         count //= 2
@@ -124,9 +126,9 @@ def align(
 
                 margin = 1e-9 * (above - below)
                 bounds = (below + margin, above - margin)
-                found = minimize_scalar(around, bounds=bounds, method="bounded", options={"xatol": 1e-10})
-                if found.fun < around(logs[place]):
-                    logs[place] = float(found.x)
+                best = minimize_scalar(around, bounds=bounds, method="bounded", options={"xatol": 1e-10})
+                if best.fun < around(logs[place]):
+                    logs[place] = float(best.x)
             previous, total = total, _total(cost, logs)
             if previous - total <= tolerance * abs(total):
                 break
@@ -155,17 +157,17 @@ def estimate_costs(
     for place in reversed(range(len(ratios))):
         lower = ratios[place + 1] if place + 1 < len(ratios) else 0.0
         if not lower < ratios[place]:
-            raise InputError("Noise ratios have to fall.")
+            raise InputError(f"ratios must fall, got {ratios[place]} before {lower}.")
         fresh = rng.normal(*clean.shape, dtype=clean.dtype).to(clean.device)
         noisy = noisy + math.sqrt(ratios[place] ** 2 - lower**2) * fresh
         time = min(path.time(-math.log(ratios[place])), 1.0)
         x = (path.alpha(time) * noisy).to(data.dtype)
         predictions.append(path.convert(predict(x, time), x, time, output, "data").double().flatten())
-    known = torch.stack(predictions[::-1])
-    width = torch.tensor(ratios, dtype=torch.float64, device=known.device).pow(-2)
-    costs = torch.full((len(ratios), len(ratios)), math.inf, dtype=torch.float64, device=known.device)
+    stacked = torch.stack(predictions[::-1])
+    width = torch.tensor(ratios, dtype=torch.float64, device=stacked.device).pow(-2)
+    costs = torch.full((len(ratios), len(ratios)), math.inf, dtype=torch.float64, device=stacked.device)
     for place in range(len(ratios) - 1):
-        gaps = (known[place:] - known[place]).square().sum(1) / len(data)
+        gaps = (stacked[place:] - stacked[place]).square().sum(1) / len(data)
         pieces = 0.25 * (gaps[1:] + gaps[:-1]) * width[place:].diff()  # u^-3 du = -d(u^-2) / 2
         costs[place, place + 1 :] = pieces.cumsum(0)
     return costs
@@ -175,7 +177,9 @@ def align_on(costs: Tensor, ratios: Sequence[float], steps: int) -> Aligned:
     """The n + 1 of K ratios, first and last included, of least total cost (K, K): exactly, by dynamic programming."""
     last = len(ratios) - 1
     if costs.shape != (last + 1, last + 1) or not 1 <= steps <= last:
-        raise InputError(f"{steps} steps between {last + 1} ratios need costs for them, not {tuple(costs.shape)}.")
+        raise InputError(
+            f"costs must be ({last + 1}, {last + 1}), and steps 1 to {last}; got {tuple(costs.shape)} and {steps}."
+        )
     best, routes = costs[0].clone(), [[0, place] for place in range(last + 1)]
     for _ in range(steps - 1):
         through = best[:, None] + costs

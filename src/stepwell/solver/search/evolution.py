@@ -19,12 +19,12 @@ from stepwell.solver.search.scores import Score, Searched
 from stepwell.solver.table import Table
 
 LARGEST = 100_000
-"""Schedules that `exhaust` is ready to score."""
+"""The most schedules that `exhaust` scores."""
 
 
 @dataclass(frozen=True)
 class Genes:
-    """A member of a space: which times lie between the first and the last, and which table each step has."""
+    """A member of a space: the times between the first and the last, and the table of each step, by their places."""
 
     places: tuple[int, ...]
     rows: tuple[int, ...]
@@ -53,12 +53,13 @@ class Space:
         check_order(self.times)
         if not 1 <= self.steps <= len(self.times) - 1 or not self.tables:
             raise InputError(
-                f"{self.steps} steps cannot go through {len(self.times)} times with {len(self.tables)} tables."
+                f"steps must be 1 to {len(self.times) - 1}, and tables at least 1; got {self.steps} and "
+                f"{len(self.tables)}."
             )
 
     @property
     def genes(self) -> int:
-        """Tables that a member has to choose."""
+        """The number of tables that a member chooses."""
         return self.steps if self.per_step else 1
 
     @property
@@ -71,7 +72,7 @@ class Space:
         return Schedule(name, times, tuple(self.tables[row] for row in rows))
 
     def find(self, schedule: Schedule) -> Genes:
-        """The member that this schedule is. Raises `InputError` where it is none."""
+        """The genes of a schedule. Raises `InputError` where it is no member of the space."""
         try:
             ends = schedule.times[0] == self.times[0] and schedule.times[-1] == self.times[-1]
             rows = tuple(self.tables.index(table) for table in schedule.tables)
@@ -80,7 +81,7 @@ class Space:
                 return Genes(places, rows if self.per_step else rows[:1])
         except ValueError:
             pass
-        raise InputError(f"Schedule '{schedule.name}' is not one of the space that is searched.")
+        raise InputError(f"Schedule '{schedule.name}' is not a member of the space that is searched.")
 
     def __iter__(self) -> Iterator[Genes]:
         for places in itertools.combinations(range(1, len(self.times) - 1), self.steps - 1):
@@ -89,7 +90,7 @@ class Space:
 
 
 def combinations(**choices: Sequence[Any]) -> tuple[Table, ...]:
-    """A table for each combination of entries that makes sense, named after them.
+    """A table for each combination of entries that does not contradict itself, named after them.
 
     Example:
         >>> [row.name for row in combinations(order=(1, 2), predicts=("data",), corrector=(False, True))]
@@ -109,13 +110,15 @@ def combinations(**choices: Sequence[Any]) -> tuple[Table, ...]:
 def exhaust(space: Space, score: Score) -> Searched:
     """The best of all schedules of a space, by scoring each. Raises `InputError` for more than 100,000."""
     if space.size > LARGEST:
-        raise InputError(f"The space has {space.size} schedules, too many to score each; evolve() tries some of them.")
+        raise InputError(
+            f"space must have at most {LARGEST:,} schedules to score each, got {space.size:,}; evolve() tries some."
+        )
     best = min(((score(space.schedule(genes)), index, genes) for index, genes in enumerate(space)), key=_by_score)
     return Searched(space.schedule(best[2]), best[0], space.size)
 
 
 def _by_score(entry: tuple[float, int, Genes]) -> tuple[float, int]:
-    """What is not a number comes last."""
+    """The order of members; a score that is not a number comes last."""
     return (entry[0] if entry[0] == entry[0] else math.inf, entry[1])
 
 
@@ -138,11 +141,13 @@ def evolve(
     `mutated` children of the `parents` best so far, in which each time and table is replaced with probability
     `mutation`, `crossed` children that have each gene from either of two of the best, and new random members up to
     `population`. The first generation is `start`, and random members. USF's search (arXiv 2312.07243) is over the
-    same space by the same moves; its learned predictor of the score is not here, and may be given as the score.
+    same space by the same moves; its learned predictor of the score is not included, and may be given as the score.
     The search ends early when the space is used up. Scores that are not numbers count as infinite.
     """
     if not (parents >= 1 and mutated + crossed <= population and 0.0 <= mutation <= 1.0 and generations >= 1):
-        raise InputError("An evolution has generations and parents, and a population that holds all children.")
+        raise InputError(
+            "generations and parents must be at least 1, mutation in [0, 1], and population at least mutated + crossed."
+        )
     scores: dict[Genes, tuple[float, int, Genes]] = {}
 
     def meet(genes: Genes) -> None:
@@ -150,7 +155,7 @@ def evolve(
             scores[genes] = (float(score(space.schedule(genes))), len(scores), genes)
 
     def breed(child: Callable[[], Genes | None], count: int, tries: int) -> None:
-        """Up to `count` members that were not met before."""
+        """Score up to `count` members that were not met before."""
         wanted = min(len(scores) + count, space.size)
         for _ in range(tries):
             if len(scores) >= wanted:
@@ -172,8 +177,8 @@ def evolve(
         else:
             wanted = population - len(scores)
         breed(partial(_drawn, space, rng), wanted, 10 * population)
-    found = min(scores.values(), key=_by_score)
-    return Searched(space.schedule(found[2]), found[0], len(scores))
+    best_met = min(scores.values(), key=_by_score)
+    return Searched(space.schedule(best_met[2]), best_met[0], len(scores))
 
 
 def _one(members: Sequence[Genes], rng: Rng) -> Genes:
@@ -181,7 +186,7 @@ def _one(members: Sequence[Genes], rng: Rng) -> Genes:
 
 
 def _drawn(space: Space, rng: Rng) -> Genes:
-    """A member of the space, each as likely."""
+    """A member of the space, all equally likely."""
     places = (rng.permutation(len(space.times) - 2)[: space.steps - 1] + 1).sort().values.tolist()
     rows = rng.categorical(torch.ones(space.genes, len(space.tables))).tolist()
     return Genes(tuple(places), tuple(rows))
@@ -201,7 +206,7 @@ def _mutated(space: Space, one: Callable[[], Genes], probability: float, rng: Rn
 
 
 def _crossed(one: Callable[[], Genes], rng: Rng) -> Genes | None:
-    """Each gene from either of two; None where a time came twice."""
+    """A child with each gene from either of two; None where it has a time twice."""
     left, right = one(), one()
 
     def mixed(these: tuple[int, ...], those: tuple[int, ...]) -> tuple[int, ...]:

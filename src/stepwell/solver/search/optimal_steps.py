@@ -1,4 +1,4 @@
-"""Optimal steps: which few of many times a solver should visit to stay close to its own fine trajectory."""
+"""Optimal steps: the few of many times at which a solver stays closest to its own fine trajectory."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def optimal_steps(
 
     Optimal stepsize (Pei et al. 2025, arXiv 2503.21774): by dynamic programming, the state reached at times[j] in k
     steps is the one step from a state reached in k - 1 that comes nearest to the teacher's state at times[j]. One grid
-    is found for all rows of x (N, *D), which are states at times[0]; the published code finds one a row and takes the
-    median. The teacher is the same table on all of `times`, unless its states are given, one for each time.
+    is found for all rows of x (N, *D), which are states at times[0]; the published code finds one for each row and
+    takes the median. The teacher is the same table on all of `times`, unless its states are given, one for each time.
 
-    Only one state is kept for each j and k, the nearest, so that the answer is the best grid where being nearer now
+    Only one state is kept for each j and k, the nearest, so that the result is the best grid where being nearer now
     means being nearer later: in one dimension, where the errors have one sign, as Euler's on Gaussian data. In general
     it is not. `exhaust` finds the best of few.
 
@@ -47,25 +47,25 @@ def optimal_steps(
     check_order(times)
     last = len(times) - 1
     if not 1 <= steps <= last:
-        raise InputError(f"Of {last} steps between {last + 1} times, {steps} cannot be chosen.")
+        raise InputError(f"steps must be 1 to {last}, between {last + 1} times, got {steps}.")
     if table.stochastic or table.remembers:
         raise InputError(
-            f"Solver '{table.name}' draws noise or remembers earlier steps; optimal steps need one that goes from a "
-            f"state alone, such as euler or dpmpp-1."
+            f"table must be a solver whose step depends on the state alone, such as euler or dpmpp-1, got "
+            f"'{table.name}', which draws noise or remembers earlier steps."
         )
     if teacher is None:
         teacher = sample(predict, x, path, times, table, Rng(0), output=output, partial=True).states
     if len(teacher) != len(times):
-        raise InputError(f"The teacher has {len(teacher)} states for {len(times)} times.")
+        raise InputError(f"teacher must have {len(times)} states, one for each time, got {len(teacher)}.")
     spent = 0
 
     def step(state: Tensor, begin: int, ends: range) -> list[tuple[int, Tensor, float]]:
-        """Where one step from times[begin] leads, for each end, and its mean square distance to the teacher there."""
+        """The states after one step from times[begin] to each end, with their mean square distance to the teacher."""
         nonlocal spent
         first, reached = predict(state, times[begin]), []
         spent += 1
 
-        def answer(at: Tensor, time: float) -> Tensor:
+        def predicted(at: Tensor, time: float) -> Tensor:
             nonlocal spent
             if time == times[begin]:
                 return first
@@ -73,9 +73,9 @@ def optimal_steps(
             return predict(at, time)
 
         for end in ends:
-            law, _ = propose(answer, state, 0, (times[begin], times[end]), path, table, output=output)
-            assert isinstance(law, Point)
-            reached.append((end, law.value, float((law.value - teacher[end]).square().mean())))
+            point, _ = propose(predicted, state, 0, (times[begin], times[end]), path, table, output=output)
+            assert isinstance(point, Point)
+            reached.append((end, point.value, float((point.value - teacher[end]).square().mean())))
         return reached
 
     nearest: dict[int, tuple[float, Tensor, tuple[int, ...]]] = {0: (0.0, x, (0,))}

@@ -1,4 +1,4 @@
-"""What a search minimises: the error of a schedule, measured in ways that are exact where the law of the data is known.
+"""Scores that a search minimises: errors of a schedule, exact where the distribution of the data is known.
 
 A score is a function of a schedule; less is better. Paired scores start every schedule from the same noise, so that
 differences between schedules are no accident of the draw.
@@ -23,7 +23,7 @@ Score = Callable[[Schedule], float]
 
 @dataclass(frozen=True)
 class Searched:
-    """What a search found: the best schedule, its score, and what was spent.
+    """The result of a search: the best schedule, its score, and the cost of the search.
 
     `spent` counts evaluations of the model in `optimal_steps`, and of the score in `evolve` and `exhaust`.
     """
@@ -48,8 +48,8 @@ def endpoint_error(
             raise InputError(f"Schedule '{schedule.name}' draws noise, so its samples cannot be paired with others.")
         if start is not None and schedule.times[0] != start:
             raise InputError(
-                f"Schedule '{schedule.name}' starts at t = {schedule.times[0]:.6g}, the reference at {start:.6g}; the "
-                f"same noise means the same only at the same time."
+                f"Schedule '{schedule.name}' must start at the reference's first time, {start:.6g}, to start from the "
+                f"same noise, got {schedule.times[0]:.6g}."
             )
         return schedule.sample(predict, noise, path, Rng(0), output=output).final
 
@@ -58,7 +58,7 @@ def endpoint_error(
 
 
 class _Impulses(Rng):
-    """Noise that is 1 in row k + 1 at draw k and 0 elsewhere: the rows then show what each draw comes to."""
+    """Noise that is 1 in row k + 1 at draw k and 0 elsewhere: the rows then show the effect of each draw."""
 
     def __init__(self) -> None:
         super().__init__(0)
@@ -71,13 +71,13 @@ class _Impulses(Rng):
         return noise
 
 
-def sample_law(
+def sample_moments(
     schedule: Schedule, predict: Predict, path: Path, dimensions: int, *, output: str = "velocity"
 ) -> tuple[Tensor, Tensor]:
     """The exact mean and variance (D,) of a schedule's samples, for a model that is affine in each coordinate alone.
 
-    Such is the model of Gaussian data with independent coordinates: then every step is affine and every sample
-    Gaussian. The model is run on as many rows as there are draws, and two, of (D,) double.
+    The model of Gaussian data with independent coordinates is of this kind: every step is affine and every sample
+    Gaussian. It is run on two rows more than there are draws, of (D,) double.
     """
     x = torch.zeros(schedule.steps + 2, dimensions, dtype=torch.float64)
     x[1] = path.sigma(schedule.times[0])
@@ -106,7 +106,7 @@ def gaussian_distance(
     predict: Predict | None = None,
     output: str = "data",
 ) -> Score:
-    """The exact distance between the law of a schedule's samples and the data N(mean, diag(variance)).
+    """The exact distance between the distribution of a schedule's samples and the data N(mean, diag(variance)).
 
     `wasserstein` is the 2-Wasserstein distance, `kl` is KL(samples || data) in nats. `predict` is the model, affine
     in each coordinate alone; the exact one by default.
@@ -117,10 +117,10 @@ def gaussian_distance(
     centre, spread = torch.tensor(mean, dtype=torch.float64), torch.tensor(variance, dtype=torch.float64)
 
     def score(schedule: Schedule) -> float:
-        found, scatter = sample_law(schedule, model, path, len(centre), output=output)
+        middle, scatter = sample_moments(schedule, model, path, len(centre), output=output)
         if measure == "wasserstein":
-            return float(((found - centre).square() + (scatter.sqrt() - spread.sqrt()).square()).sum().sqrt())
-        return float(0.5 * (((found - centre).square() + scatter) / spread - 1.0 - (scatter / spread).log()).sum())
+            return float(((middle - centre).square() + (scatter.sqrt() - spread.sqrt()).square()).sum().sqrt())
+        return float(0.5 * (((middle - centre).square() + scatter) / spread - 1.0 - (scatter / spread).log()).sum())
 
     return score
 

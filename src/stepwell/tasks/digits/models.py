@@ -1,8 +1,8 @@
 """The models of the digits task: a small flow taught on noisy labels, and two judges that share neither kind nor data.
 
-The 1797 digits are cut once and for all into three parts. The flow and the first judge, whose word is the reward, learn
-from the first part; the second judge knows the second; the third is what samples are measured against, and nothing
-learns from it. Every weight comes of a seed, and what was trained is kept as safetensors.
+The 1797 digits are cut once and for all into three parts. The flow and the first judge, who gives the reward, learn
+from the first part; the second judge knows the second; samples are compared with the third, and nothing learns from it.
+Every weight comes of a seed, and trained weights are cached as safetensors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,15 +22,12 @@ from torch.nn.functional import cross_entropy, silu
 from stepwell.errors import MissingAbility
 from stepwell.rng import Rng
 from stepwell.tasks.cache import cached_folder
+from stepwell.tasks.digits.teaching import CLASSES, NO_LABEL, SHAPE, Teaching
 from stepwell.tasks.warm_start import threads
 
-CLASSES = 10
-SHAPE = (1, 8, 8)
 PARTS = {"flow": 797, "judge": 500, "held out": 500}
-"""How many digits each part has."""
+"""The number of digits in each part."""
 FREQUENCIES = 16
-NO_LABEL = CLASSES
-"""The label that stands for none, which guidance compares with."""
 
 
 @lru_cache(maxsize=1)
@@ -39,9 +36,9 @@ def _digits() -> tuple[Tensor, Tensor]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise MissingAbility("The digits come with scikit-learn; pip install scikit-learn.") from error
-    found = load_digits()
-    images = torch.from_numpy(found.images).float()[:, None] / 16.0
-    return images, torch.from_numpy(found.target).long()
+    data = load_digits()
+    images = torch.from_numpy(data.images).float()[:, None] / 16.0
+    return images, torch.from_numpy(data.target).long()
 
 
 def digits(part: str) -> tuple[Tensor, Tensor]:
@@ -61,7 +58,7 @@ def encoded(images: Tensor) -> Tensor:
 
 
 def decoded(states: Tensor) -> Tensor:
-    """The flow's states as images in [0, 1]; what lies beyond black and white is cut off."""
+    """The flow's states as images in [0, 1]; values beyond black and white are clipped."""
     return (0.5 * states + 0.5).clamp(0.0, 1.0)
 
 
@@ -76,25 +73,6 @@ def noisy(labels: Tensor, noise: float, rng: Rng) -> Tensor:
     """
     replaced = rng.bernoulli(torch.full(labels.shape, noise))
     return torch.where(replaced, (rng.uniform(*labels.shape) * CLASSES).long(), labels)
-
-
-@dataclass(frozen=True)
-class Teaching:
-    """How the flow is taught: `steps` batches of `batch` digits, AdamW, the rate falling to 0 as a cosine.
-
-    `noise`: the share of labels that are replaced at random, anew in each batch (`noisy`). `no_label`: the share that
-    are left out, for guidance.
-    """
-
-    noise: float = 0.5
-    no_label: float = 0.1
-    steps: int = 2500
-    batch: int = 256
-    learning_rate: float = 3e-3
-    width: int = 128
-    blocks: int = 2
-    embedding: int = 32
-    seed: int = 0
 
 
 class VelocityNetwork(nn.Module):
@@ -121,17 +99,17 @@ class VelocityNetwork(nn.Module):
     def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:
         """x (N, 1, 8, 8), time (N,) in [0, 1], label (N,) up to `NO_LABEL` -> (N, 1, 8, 8)."""
         angles = time[:, None] * self.frequencies
-        told = silu(self.time(torch.cat([angles.sin(), angles.cos()], 1)) + self.label(label))
-        settings = self.modulation(told).chunk(2 * len(self.into), 1)
+        condition = silu(self.time(torch.cat([angles.sin(), angles.cos()], 1)) + self.label(label))
+        modulation = self.modulation(condition).chunk(2 * len(self.into), 1)
         hidden = self.first(x.flatten(1))
         for place, (into, back) in enumerate(zip(self.into, self.back, strict=True)):
-            scale, shift = settings[2 * place : 2 * place + 2]
+            scale, shift = modulation[2 * place : 2 * place + 2]
             hidden = hidden + back(silu(into(self.norm(hidden) * (1.0 + scale) + shift)))
         return self.last(self.norm(hidden)).reshape(x.shape)
 
 
 def _draw_weights(network: nn.Module, rng: Rng) -> None:
-    """Weights of variance 1 / inputs and biases of zero, from the stream that is given."""
+    """Draw weights of variance 1 / inputs from `rng`, and set biases to zero."""
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.dim() > 1:
@@ -158,7 +136,7 @@ def taught(teaching: Teaching) -> VelocityNetwork:
         velocity = network((1.0 - spread) * data + spread * noise, time, label)
         return (velocity - (noise - data)).square().mean()
 
-    _fit(network, loss, teaching.steps, teaching.learning_rate, 0.01, "Teaching the digits (once, then kept)")
+    _fit(network, loss, teaching.steps, teaching.learning_rate, 0.01, "Teaching the digits (once, then cached)")
     return network
 
 
@@ -179,7 +157,7 @@ class _Encoded(nn.Module):
 def taught_judge(steps: int = 600, batch: int = 64, jitter: float = 0.1) -> nn.Module:
     """A judge taught the right classes of the part "flow", with normal noise of deviation `jitter` on the pixels.
 
-    The noise keeps its word from changing abruptly. Half a second on one core.
+    With the noise its opinion does not change abruptly. Half a second on one core.
     """
     images, classes = digits("flow")
     network = judge_network()
@@ -189,14 +167,14 @@ def taught_judge(steps: int = 600, batch: int = 64, jitter: float = 0.1) -> nn.M
         rows = (rng.uniform(batch) * len(images)).long()
         return cross_entropy(network(images[rows] + jitter * rng.normal(batch, *SHAPE)), classes[rows])
 
-    _fit(network, loss, steps, 3e-3, 0.05, "Teaching the judge (once, then kept)")
+    _fit(network, loss, steps, 3e-3, 0.05, "Teaching the judge (once, then cached)")
     return network
 
 
 def _fit(
     network: nn.Module, loss: Callable[[], Tensor], steps: int, learning_rate: float, decay: float, title: str
 ) -> None:
-    """AdamW on one core, which for networks so small is as fast as two, after a warm-up of 50 steps."""
+    """Train with AdamW, after a warm-up of 50 steps, on one core: for networks this small it is as fast as two."""
     from rich.console import Console
     from rich.progress import track
 
@@ -214,8 +192,8 @@ def _fit(
 
 
 def digits_network(teaching: Teaching) -> VelocityNetwork:
-    """A taught network, its own copy every time; taught now, or kept from before."""
-    folder = _kept("digits", {"teaching": asdict(teaching)}, lambda: {"flow": taught(teaching)})
+    """A taught network, a new copy every time; taught now or read from the cache."""
+    folder = _cached("digits", {"teaching": asdict(teaching)}, lambda: {"flow": taught(teaching)})
     network = VelocityNetwork(teaching)
     _load(network, folder / "flow.safetensors")
     return network
@@ -224,7 +202,7 @@ def digits_network(teaching: Teaching) -> VelocityNetwork:
 @lru_cache(maxsize=1)
 def judge() -> nn.Module:
     """The taught judge of images (N, 1, 8, 8), to logits (N, 10), that gives the reward."""
-    folder = _kept("digits-judge", {}, lambda: {"judge": taught_judge()})
+    folder = _cached("digits-judge", {}, lambda: {"judge": taught_judge()})
     network = judge_network()
     _load(network, folder / "judge.safetensors")
     return network.eval().requires_grad_(False)
@@ -236,21 +214,21 @@ def read(images: Tensor) -> Tensor:
 
 
 def most_alike(images: Tensor) -> Tensor:
-    """What the second judge sees in images (N, 1, 8, 8): the class (N,) of the nearest digit of the part "judge".
+    """The second judge's class (N,) of images (N, 1, 8, 8): that of the nearest digit of the part "judge".
 
-    It is as often right about real digits as the first, and it has no gradient to follow.
+    It is right about real digits as often as the first judge, and it has no gradient to follow.
     """
-    known, classes = digits("judge")
-    return classes[distances(images, known).argmin(1)]
+    examples, classes = digits("judge")
+    return classes[distances(images, examples).argmin(1)]
 
 
 def distances(first: Tensor, second: Tensor) -> Tensor:
-    """(N, M) Euclidean distances; not by matrix products, which see distance between identical images."""
+    """(N, M) Euclidean distances; not by matrix products, whose rounding puts identical images apart."""
     return torch.cdist(first.flatten(1), second.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _kept(name: str, key: dict[str, object], make: Callable[[], dict[str, nn.Module]]) -> Path:
-    """The folder with the weights of what `make` makes, one file each."""
+def _cached(name: str, key: dict[str, object], make: Callable[[], dict[str, nn.Module]]) -> Path:
+    """The folder with the weights of the networks that `make` returns, one file each."""
     from safetensors.torch import save_file
 
     def fill(folder: Path) -> None:

@@ -8,20 +8,16 @@ import statistics
 
 import torch
 
-from stepwell.check.oracles.credit.gradients import (
-    group_gradient,
-    members,
-    policy_of,
-    standardised,
-    uneven,
-    written_out,
-)
-from stepwell.check.oracles.provable import Provable
+from stepwell.check.oracles.credit.gradients import members, standardised, written_out
+from stepwell.check.oracles.expected import expected_gradient, uneven
+from stepwell.check.oracles.provable import Provable, policy_of
+from stepwell.check.oracles.registry import register
 from stepwell.objective.state import Multiplier
 from stepwell.process.base import Scores
 from stepwell.rng import Rng
 
 
+@register
 def stratified_by_hand(card: Provable) -> float:
     """alpha times a row's standing in its stratum plus 1 - alpha times that in its group."""
     _, batch = written_out()
@@ -38,14 +34,16 @@ def stratified_by_hand(card: Provable) -> float:
     return worst
 
 
+@register
 def strata_hide_choices(card: Provable) -> float:
     """At alpha = 1 a reward that only the stratum decides has no gradient; any other alpha has some."""
     process, _ = uneven()
     reward = torch.tensor([float(len(text) > 1) for text in process.strings()], dtype=torch.float64)
-    apart, blend = (group_gradient(process, policy_of(card, alpha=a), 3, reward) for a in (1.0, 0.5))
+    apart, blend = (expected_gradient(process, policy_of(card, alpha=a), 3, reward) for a in (1.0, 0.5))
     return float(apart.norm() / blend.norm())
 
 
+@register
 def agreement_by_hand(card: Provable) -> float:
     """-dL/d log pi = (w A_local + (1 - w) A_prompts) / tokens, w by the entropy of the answers in bits."""
     _, batch = written_out()
@@ -69,6 +67,7 @@ def agreement_by_hand(card: Provable) -> float:
     return worst
 
 
+@register
 def priced_credit(card: Provable) -> float:
     """A is a row's standing in its group by the first reward, plus the price times that by the second."""
     _, batch = written_out()
@@ -81,6 +80,7 @@ def priced_credit(card: Provable) -> float:
     return worst
 
 
+@register
 def price_finds_the_optimum(card: Provable) -> float:
     """On policies ref exp((R_0 + mu R_1) / tau) the price goes to the constrained optimum's multiplier, or to 0.
 
@@ -103,6 +103,3 @@ def price_finds_the_optimum(card: Provable) -> float:
             low, high = (middle, high) if achieved(middle) < threshold else (low, middle)
         worst = max(worst, abs(price - low))
     return worst
-
-
-ORACLES = (stratified_by_hand, strata_hide_choices, agreement_by_hand, priced_credit, price_finds_the_optimum)

@@ -10,25 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepwell.check.oracles.credit.gradients import (
-    gradient_of,
-    group_gradient,
-    members,
-    policy_of,
-    standardised,
-    uneven,
-)
-from stepwell.check.oracles.provable import Provable, deviation
+from stepwell.batch import Batch, Read
+from stepwell.check.oracles.credit.gradients import gradient_of, members, standardised
+from stepwell.check.oracles.expected import expected_gradient, uneven
+from stepwell.check.oracles.provable import Provable, deviation, policy_of
+from stepwell.check.oracles.registry import register
 from stepwell.credit.group import GroupCredit
 from stepwell.objective.policy import Policy
 from stepwell.objective.reduction import Reduction
 from stepwell.objective.term import Objective
-from stepwell.parts import Batch, Constant, Part
+from stepwell.parts import Constant, Part
 from stepwell.process.base import Scores
 from stepwell.process.exact.table import markov
 from stepwell.process.models import Models
 from stepwell.rng import Rng
-from stepwell.training.collect import fill
+from stepwell.training.scoring import fill
 from stepwell.trajectories import count, make
 
 GRPO = Policy(GroupCredit("mean", "std"), reduction=Reduction("row"))
@@ -53,7 +49,7 @@ def conversations() -> Batch:
     rows = rows.replace(
         condition=process.condition([0] * len(prompt)), reward=rng.normal(len(prompt), dtype=torch.float64)
     )
-    rows = fill(Models(process), rows, {"entropy", "old_log_prob"}, tokens=None)
+    rows = fill(Models(process), rows, {Read("policy", "entropy"), Read("policy", "log_prob")}, tokens=None)
     old, entropy = rows.old_log_prob, rows.entropy
     assert old is not None
     assert entropy is not None
@@ -90,6 +86,7 @@ def of_ones(card: Provable, **options: float) -> Part:
     return dataclasses.replace(part, credit=Constant())
 
 
+@register
 def entropy_by_hand(card: Provable) -> float:
     """-dL/d log pi = (A g(H_k) + zeta f(H_k+1) - their mean over turns) / the row's steps / rows, over lists."""
     batch, worst = conversations(), 0.0
@@ -101,13 +98,13 @@ def entropy_by_hand(card: Provable) -> float:
         rewards = [float(batch.reward[row]) for row in group]
         credit |= dict(zip(group, standardised(rewards, 1e-4), strict=True))
     for options in ({}, {"k": 0.7, "k_future": 2.0, "zeta": 0.4}):
-        told = {**card.options, **options}
-        gain = [math.exp(-told["k"] * value) for value in share]
+        settings = {**card.options, **options}
+        gain = [math.exp(-settings["k"] * value) for value in share]
         values = []
         for place, (row, _) in enumerate(turns):
             bonus = place + 1 < len(turns) and turns[place + 1][0] == row
-            future = math.exp(-told["k_future"] * share[place + 1]) if bonus else 0.0
-            values.append(credit[row] * gain[place] / statistics.fmean(gain) + told["zeta"] * future)
+            future = math.exp(-settings["k_future"] * share[place + 1]) if bonus else 0.0
+            values.append(credit[row] * gain[place] / statistics.fmean(gain) + settings["zeta"] * future)
         wanted = torch.zeros_like(batch.mask)
         for (row, steps), value in zip(turns, values, strict=True):
             own = sum(len(other) for number, other in turns if number == row)
@@ -116,6 +113,7 @@ def entropy_by_hand(card: Provable) -> float:
     return worst
 
 
+@register
 def gains_average_to_one(card: Provable) -> float:
     """A credit of 1 for all, without a bonus, becomes g - 1: the surest turn has exp(k h) times the least sure's g.
 
@@ -130,6 +128,7 @@ def gains_average_to_one(card: Provable) -> float:
     return worst
 
 
+@register
 def unmodulated_is_grpo(card: Provable) -> float:
     """At k = zeta = 0 the credit is grpo's less its mean over turns; with one turn a row it is grpo's."""
     batch, policy = conversations(), policy_of(card, k=0.0, zeta=0.0)
@@ -139,10 +138,11 @@ def unmodulated_is_grpo(card: Provable) -> float:
     found = deviation(ascent_on(policy, batch), ascent_on(GRPO, batch) - mean * share)
     process, reward = uneven()
     one = torch.zeros(len(reward), process.length, dtype=torch.long)
-    pair = [group_gradient(process, each, 2, reward, segment=one) for each in (policy, GRPO)]
+    pair = [expected_gradient(process, each, 2, reward, fields={"segment": one}) for each in (policy, GRPO)]
     return max(found, deviation(*pair))
 
 
+@register
 def larger_scores_are_damped(card: Provable) -> float:
     """E |d log pi / d logits|^2 = 1 - sum_v pi_v^2 in every state; the larger it is, the smaller is the gain.
 
@@ -151,7 +151,7 @@ def larger_scores_are_damped(card: Provable) -> float:
     process = markov(symbols=2, length=3, order=None, end=False, seed=4)
     rows = process.trajectories()
     steps = torch.arange(process.length).expand_as(rows.mask).contiguous()
-    rows = fill(Models(process), rows.replace(segment=steps), {"entropy"}, tokens=None)
+    rows = fill(Models(process), rows.replace(segment=steps), {Read("policy", "entropy")}, tokens=None)
     scores, contexts = process.score(rows, {"sum_of_squares"}), process._contexts(rows.action)
     sizes: dict[int, dict[int, float]] = {}
     for row, step in rows.mask.nonzero().tolist():
@@ -164,6 +164,3 @@ def larger_scores_are_damped(card: Provable) -> float:
     order = expected.flatten().argsort()
     rising = gain.flatten()[order].diff().clamp(min=0).max()  # states that several rows share are equal to rounding
     return max(gap, float(rising))
-
-
-ORACLES = (entropy_by_hand, gains_average_to_one, unmodulated_is_grpo, larger_scores_are_damped)

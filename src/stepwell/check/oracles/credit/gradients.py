@@ -6,72 +6,30 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepwell.check.oracles.expected import all_groups
-from stepwell.check.oracles.provable import Provable, deviation, variants
+from stepwell.batch import Batch, Read
+from stepwell.check.oracles.expected import even, expected_gradient, uneven
+from stepwell.check.oracles.provable import Provable, deviation, policy_of, variants
+from stepwell.check.oracles.registry import register
 from stepwell.credit.baseline import LengthBaseline, TokenBaseline
 from stepwell.objective.policy import Policy
 from stepwell.objective.reduction import Reduction
 from stepwell.objective.surrogate import Score
-from stepwell.objective.term import Objective, Term
-from stepwell.parts import Batch, Part
-from stepwell.process.base import Scores
+from stepwell.objective.term import Objective
+from stepwell.parts import Part
 from stepwell.process.exact.table import TabularLanguage, markov
 from stepwell.process.models import Models
 from stepwell.rng import Rng
-from stepwell.training.collect import fill
+from stepwell.training.scoring import fill
 from stepwell.trajectories import count
-
-
-def uneven() -> tuple[TabularLanguage, Tensor]:
-    """Strings of one to three symbols with real rewards."""
-    process = markov(symbols=3, length=3, order=None, seed=1)
-    return process, Rng(2).normal(len(process.strings()), dtype=torch.float64)
-
-
-def even() -> tuple[TabularLanguage, Tensor, float]:
-    """Strings of equal length with binary rewards, and the success rate."""
-    process = markov(symbols=3, length=2, order=None, end=False, seed=3)
-    reward = (Rng(4).uniform(len(process.strings())) < 0.4).double()
-    return process, reward, float((process.string_probabilities().detach() * reward).sum())
-
-
-def policy_of(card: Provable, **options: Any) -> Policy:
-    """The first term of the method's objective."""
-    term = card.recipe(**options).whole.terms[0]
-    assert isinstance(term, Policy)
-    return term
 
 
 def plain(credit: Part) -> Policy:
     """The score function with a credit, summed over steps and averaged over rows."""
     return Policy(credit, surrogate=Score(), reduction=Reduction("row-sum"))
-
-
-def group_gradient(
-    process: TabularLanguage, objective: Term | Objective, size: int, reward: Tensor, **fields: Tensor
-) -> Tensor:
-    """The expected -dL/d logits over a minibatch of one group of `size` strings, all that is read filled in.
-
-    `fields` (strings, ...) are further fields of the rows, one entry a string.
-    """
-    objective = Objective((objective,)) if isinstance(objective, Term) else objective
-    rows, probability = all_groups(process, size, reward)
-    flat = torch.tensor(list(itertools.product(range(len(reward)), repeat=size))).reshape(-1)
-    rows = rows.replace(**{name: value[flat] for name, value in fields.items()})
-    rows = fill(Models(process), rows, objective.reads - fields.keys(), tokens=None)
-    counts = count(rows, process.horizon)
-    scores = process.score(rows, objective.needs)
-    leaf = Scores(scores.log_prob.detach().requires_grad_())
-    states = {name: state.initial for name, state in objective.states.items()}
-    targets = objective.plan(Batch(rows, counts, leaf.detach(), states))
-    slope = torch.autograd.grad(objective.loss(Batch(rows, counts, leaf, states), targets).value, leaf.log_prob)[0]
-    total = (slope * (probability * counts.groups)[:, None] * scores.log_prob).sum()
-    return -torch.autograd.grad(total, process.logits)[0]
 
 
 def gradient_of(process: TabularLanguage, value: Tensor) -> Tensor:
@@ -95,7 +53,7 @@ def written_out() -> tuple[TabularLanguage, Batch]:
     columns = torch.stack([reward, rng.normal(len(ids), dtype=torch.float64), answers.double()], 1)
     node = torch.arange(rows.mask.numel()).reshape(rows.mask.shape).masked_fill(~rows.mask, -1)
     rows = rows.replace(prompt=prompt, reward=reward, rewards=columns, node=node)
-    rows = fill(Models(process), rows, {"old_log_prob", "old_sum_of_squares"}, tokens=None)
+    rows = fill(Models(process), rows, {Read("policy", "log_prob"), Read("policy", "sum_of_squares")}, tokens=None)
     return process, Batch(rows, count(rows, process.horizon), process.score(rows, {"entropy"}).detach())
 
 
@@ -113,13 +71,15 @@ def standardised(values: Sequence[float], epsilon: float) -> list[float]:
     return [(value - mean) / (spread + epsilon) for value in values]
 
 
+@register
 def unbiased_gradient(card: Provable) -> float:
     """The expected gradient is the policy gradient, for groups of two and three."""
     process, reward = uneven()
     exact = gradient_of(process, (process.string_probabilities() * reward).sum())
-    return max(deviation(group_gradient(process, policy_of(card), size, reward), exact) for size in (2, 3))
+    return max(deviation(expected_gradient(process, policy_of(card), size, reward), exact) for size in (2, 3))
 
 
+@register
 def length_baseline_by_hand(card: Provable) -> float:
     """Each row's baseline is the mean of the rewards, by length, of its group, or of the others where that mends."""
     _, batch = written_out()
@@ -136,6 +96,7 @@ def length_baseline_by_hand(card: Provable) -> float:
     return worst
 
 
+@register
 def least_variance_by_token(card: Provable) -> float:
     """B_t minimises sum_j |d log pi(first t steps of j)|^2 (G_jt - B)^2, the gradient taken by autograd."""
     process, batch = written_out()
@@ -159,6 +120,7 @@ def least_variance_by_token(card: Provable) -> float:
     return worst
 
 
+@register
 def penalised_sequence_gradient(card: Provable) -> float:
     """Before whitening the expected gradient is that of E R - kl KL(pi || ref) of whole strings."""
     process, reward = uneven()
@@ -166,12 +128,13 @@ def penalised_sequence_gradient(card: Provable) -> float:
     credit = policy_of(card, kl=0.3).credit_of.credit  # type: ignore[attr-defined]
     with torch.no_grad():
         other = reference.score(process.trajectories()).log_prob
-    found = group_gradient(process, plain(credit), 1, reward, reference_log_prob=other)
+    found = expected_gradient(process, plain(credit), 1, reward, fields={"reference_log_prob": other})
     log_probability = process.string_log_probabilities()
     divergence = (log_probability.exp() * (log_probability - other.sum(1))).sum()
     return deviation(found, gradient_of(process, (log_probability.exp() * reward).sum() - 0.3 * divergence))
 
 
+@register
 def whitened_over_tokens(card: Provable) -> float:
     """A is a row's reward, less its group's mean where the method has groups, whitened over all steps of the batch."""
     _, batch = written_out()
@@ -187,6 +150,7 @@ def whitened_over_tokens(card: Provable) -> float:
     return max(abs(float(a) - (b - mean) / math.sqrt(variance + 1e-8)) for a, b in zip(found, steps, strict=True))
 
 
+@register
 def informative_gradient(card: Provable) -> float:
     """With equal lengths it is (1 - 1/G) B / M / T of the policy gradient, M of the B rows being in unequal groups."""
     process, reward, _ = even()
@@ -195,10 +159,11 @@ def informative_gradient(card: Provable) -> float:
     for size in (2, 3):
         groups = list(itertools.product(reward.tolist(), repeat=size))
         factor = len(groups) / sum(len(set(group)) > 1 for group in groups) * (1 - 1 / size)
-        worst = max(worst, deviation(group_gradient(process, policy_of(card), size, reward), factor * exact))
+        worst = max(worst, deviation(expected_gradient(process, policy_of(card), size, reward), factor * exact))
     return worst
 
 
+@register
 def truncated_likelihood_gradient(card: Provable) -> float:
     """With binary rewards it is (1 - (1-p)^(G-1)) / p that of p: the gradient of -sum_{k<G} (1-p)^k / k, log p's."""
     process, reward, rate = even()
@@ -207,11 +172,12 @@ def truncated_likelihood_gradient(card: Provable) -> float:
         policy_of(card, epsilon=1e-14),
     )
     return max(
-        deviation(group_gradient(process, policy, size, reward), exact * (1 - (1 - rate) ** (size - 1)) / rate)
+        deviation(expected_gradient(process, policy, size, reward), exact * (1 - (1 - rate) ** (size - 1)) / rate)
         for size in (2, 3, 4)
     )
 
 
+@register
 def largest_of_group_gradient(card: Provable) -> float:
     """The expected gradient is that of the expected largest reward of a group."""
     process, reward = uneven()
@@ -219,11 +185,12 @@ def largest_of_group_gradient(card: Provable) -> float:
     for size in (2, 3):
         ids = torch.tensor(list(itertools.product(range(len(reward)), repeat=size)))
         largest = (probability[ids].prod(1) * reward[ids].amax(1)).sum()
-        found = group_gradient(process, policy_of(card), size, reward)
+        found = expected_gradient(process, policy_of(card), size, reward)
         worst = max(worst, deviation(found, gradient_of(process, largest)))
     return worst
 
 
+@register
 def self_play_gradient(card: Provable) -> float:
     """The expected gradient is that of P(y beats y'), y' drawn from the policy held fixed."""
     process, reward = uneven()
@@ -232,19 +199,21 @@ def self_play_gradient(card: Provable) -> float:
         gap = reward[:, None] - reward
         wins = torch.sigmoid(gap / temperature) if temperature else (gap > 0).double() + 0.5 * (gap == 0)
         exact = gradient_of(process, (probability[:, None] * probability.detach() * wins).sum())
-        found = group_gradient(process, policy_of(card, temperature=temperature), size, reward)
+        found = expected_gradient(process, policy_of(card, temperature=temperature), size, reward)
         worst = max(worst, deviation(found, exact))
     return worst
 
 
+@register
 def submodular_gradient(card: Provable) -> float:
     """The expected gradient is that of E[R + gain * the number of different symbols]."""
     process, reward = uneven()
     different = torch.tensor([float(len(set(text))) for text in process.strings()], dtype=torch.float64)
     exact = gradient_of(process, (process.string_probabilities() * (reward + 0.7 * different)).sum())
-    return deviation(group_gradient(process, policy_of(card, gain=0.7), 1, reward), exact)
+    return deviation(expected_gradient(process, policy_of(card, gain=0.7), 1, reward), exact)
 
 
+@register
 def equal_groups_change_nothing(card: Provable) -> float:
     """Groups of equal rewards, right or wrong, leave the gradient as it is, on strings of one length."""
     process, _, _ = even()
@@ -258,18 +227,3 @@ def equal_groups_change_nothing(card: Provable) -> float:
         loss = objective.loss(Batch(part, counts, process.score(part)), objective.plan(Batch(part, counts)))
         gradients.append(gradient_of(process, loss.value))
     return deviation(*gradients)
-
-
-ORACLES = (
-    unbiased_gradient,
-    length_baseline_by_hand,
-    least_variance_by_token,
-    penalised_sequence_gradient,
-    whitened_over_tokens,
-    informative_gradient,
-    equal_groups_change_nothing,
-    truncated_likelihood_gradient,
-    largest_of_group_gradient,
-    self_play_gradient,
-    submodular_gradient,
-)

@@ -9,14 +9,17 @@ import math
 import torch
 from torch import Tensor
 
-from stepwell.check.oracles.credit.gradients import gradient_of, members, policy_of, uneven, written_out
-from stepwell.check.oracles.provable import Provable, deviation
+from stepwell.batch import Batch
+from stepwell.check.oracles.credit.gradients import gradient_of, members, written_out
+from stepwell.check.oracles.expected import uneven
+from stepwell.check.oracles.provable import Provable, deviation, policy_of
+from stepwell.check.oracles.registry import register
 from stepwell.credit.group import GroupCredit
 from stepwell.credit.risk import MixedRisk
 from stepwell.objective.gates.selection import Influence, MostSpread
 from stepwell.objective.policy import Policy
 from stepwell.objective.term import Objective
-from stepwell.parts import Batch, Part
+from stepwell.parts import Part
 from stepwell.process.exact.table import TabularLanguage, markov
 from stepwell.rng import Rng
 from stepwell.trajectories import count
@@ -39,8 +42,9 @@ def _quarters() -> TabularLanguage:
     return process
 
 
+@register
 def risk_gradient(card: Provable) -> float:
-    """On 64 rows that have the policy's law exactly, it is the gradient of (w CVaR_a + RVaR_a^b) / (w + 1), over T.
+    """On 64 rows with exactly the policy's distribution it is the gradient of (w CVaR_a + RVaR_a^b) / (w + 1), over T.
 
     The deviation that the authors divide by is left out: it is a number that scales all.
     """
@@ -61,6 +65,7 @@ def risk_gradient(card: Provable) -> float:
     return worst
 
 
+@register
 def bundles_by_hand(card: Provable) -> float:
     """With bundles of two, the j-th row of a prompt is credited with the j-th rewards of its bundle, added up."""
     _, batch = written_out()
@@ -89,6 +94,7 @@ def _mixed(x: float, low: float, high: float) -> float:
     return (1.5 * tail + (min(max(x, low), high) - high) / 0.7) / 2.5
 
 
+@register
 def most_spread_subset(card: Provable) -> float:
     """The kept rows have the largest variance of credit of all subsets of their number, found by trying each."""
     policy = policy_of(card)
@@ -115,6 +121,7 @@ class _Given(Part):
         return Rng(self.seed).normal(len(batch), dtype=torch.float64) ** 3
 
 
+@register
 def most_telling_steps(card: Provable) -> float:
     """The steps that train are those whose |A| H is at least the quantile, found by sorting."""
     _, batch = written_out()
@@ -135,6 +142,7 @@ def most_telling_steps(card: Provable) -> float:
     return worst
 
 
+@register
 def everything_is_grpo(card: Provable) -> float:
     """With all rows and all steps kept it is grpo's clipped loss with a mean over tokens."""
     process, old = uneven()[0], markov(symbols=3, length=3, order=None, seed=2)
@@ -150,6 +158,3 @@ def everything_is_grpo(card: Provable) -> float:
         targets = objective.plan(Batch(rows, counts, present.detach(), states))
         gradients.append(gradient_of(process, objective.loss(Batch(rows, counts, present, states), targets).value))
     return deviation(*gradients)
-
-
-ORACLES = (risk_gradient, bundles_by_hand, most_spread_subset, most_telling_steps, everything_is_grpo)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepwell.check.oracles.credit.gradients import gradient_of, plain, policy_of, written_out
-from stepwell.check.oracles.provable import Provable, deviation
+from stepwell.batch import Batch, Read
+from stepwell.check.oracles.credit.gradients import gradient_of, plain, written_out
+from stepwell.check.oracles.provable import Provable, deviation, policy_of
+from stepwell.check.oracles.registry import register
 from stepwell.check.replay import expectation
 from stepwell.credit.group import GroupCredit
 from stepwell.credit.traces import whiten
@@ -19,21 +21,22 @@ from stepwell.objective.policy import Policy
 from stepwell.objective.reduction import Reduction
 from stepwell.objective.surrogate import Plain
 from stepwell.objective.term import Objective
-from stepwell.parts import Batch, column
+from stepwell.parts import column
 from stepwell.planning.base import Planner
 from stepwell.process.exact.table import TabularLanguage, markov
 from stepwell.process.models import Models
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
 from stepwell.sampling.request import Prompt
-from stepwell.training.collect import collect, fill
+from stepwell.training.collect import collect
+from stepwell.training.scoring import fill
 from stepwell.trajectories import Trajectories, count
 
 Judge = Callable[..., list[float]]
 
 
 def small(**settings: Any) -> TabularLanguage:
-    """Strings of one or two symbols out of two, each context with a law of its own."""
+    """Strings of one or two symbols out of two, each context with a distribution of its own."""
     return markov(**{"symbols": 2, "length": 2, "order": None, "seed": 4} | settings)
 
 
@@ -56,7 +59,7 @@ def drawn(process: TabularLanguage, planner: Planner, rng: Rng, judge: Judge = j
 def ascent(process: TabularLanguage, policy: Policy, rows: Trajectories) -> Tensor:
     """-dL/d logits on these rows, at the old policy."""
     objective = Objective((policy,))
-    rows = fill(Models(process), rows, {"old_log_prob", *objective.reads}, tokens=None)
+    rows = fill(Models(process), rows, {Read("policy", "log_prob"), *objective.reads}, tokens=None)
     counts = count(rows, process.horizon)
     targets = objective.plan(Batch(rows, counts, process.score(rows).detach()))
     return -gradient_of(process, objective.loss(Batch(rows, counts, process.score(rows)), targets).value)
@@ -72,6 +75,7 @@ def exact(process: TabularLanguage, reward: Callable[[tuple[int, ...]], float] =
     return gradient_of(process, process.expectation(reward))
 
 
+@register
 def greedy_baseline_gradient(card: Provable) -> float:
     """Each sample's credit is its reward less that of the likeliest string, step by step; the gradient is exact."""
     process, recipe = small(), card.recipe()
@@ -87,6 +91,7 @@ def greedy_baseline_gradient(card: Provable) -> float:
     return max(gap, deviation(expected_ascent(process, policy, planner), exact(process)))
 
 
+@register
 def tree_gradient(card: Provable) -> float:
     """It is the policy gradient, in trees of one depth and of two, with segments of one step and of two.
 
@@ -109,6 +114,7 @@ def _tree(card: Provable, segment: int, depth: int, length: int, variant: str, s
     return deviation(expected_ascent(process, policy, planner), share * exact(process))
 
 
+@register
 def tree_without_branches(card: Provable) -> float:
     """Published, on rows that share no step, the credit is a reward less its prompt's mean, whitened over tokens."""
     _, batch = written_out()
@@ -117,6 +123,7 @@ def tree_without_branches(card: Provable) -> float:
     return float((found - whiten(centred, batch.mask)).abs().max())
 
 
+@register
 def vine_gradient(card: Provable) -> float:
     """The expected gradient is the policy gradient over the length, for segments of one step and of two."""
     process, worst = small(), 0.0
@@ -128,6 +135,7 @@ def vine_gradient(card: Provable) -> float:
     return worst
 
 
+@register
 def hinted_gradient(card: Provable) -> float:
     """Without clip and baseline, with the product of ratios, it is 1 + (1 - p)^G / 2 times the policy gradient.
 
@@ -148,6 +156,3 @@ def hinted_gradient(card: Provable) -> float:
         )
         worst = max(worst, deviation(found, exact(process, right) * (1 + (1 - rate) ** size / 2)))
     return worst
-
-
-ORACLES = (greedy_baseline_gradient, tree_gradient, tree_without_branches, vine_gradient, hinted_gradient)

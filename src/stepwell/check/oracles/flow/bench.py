@@ -1,4 +1,4 @@
-"""What oracles of flow methods are run on: rows that a method's own planner draws, and the gradient of its loss."""
+"""The bench of flow oracles: rows that a method's own planner draws, and the gradient of its loss."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepwell.check.oracles.flow.steps import Affine, Numbers, nearness, prompts
+from stepwell.batch import Batch, Read
+from stepwell.check.oracles.flow.steps import Affine, Matrices, nearness, prompts
 from stepwell.columns import Columns
 from stepwell.data.stream import PromptStream
 from stepwell.distributions import Gaussian, Point
 from stepwell.errors import LawBroken
 from stepwell.meter import Meter
-from stepwell.parts import Batch
-from stepwell.process.base import Process
-from stepwell.process.flow.process import Flow, FlowState, flow
+from stepwell.process.flow.build import flow
+from stepwell.process.flow.process import Flow
+from stepwell.process.flow.state import FlowState
 from stepwell.process.models import Models
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.differentiable import Judge
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
-from stepwell.training.collect import collect, fill
+from stepwell.training.collect import collect
+from stepwell.training.scoring import fill
 from stepwell.training.update import accumulate
 from stepwell.trajectories import Trajectories, count
 
@@ -54,7 +56,7 @@ def drawn(models: Models, recipe: Recipe, rollout: int = 0, seed: int = 5, count
 def filled(models: Models, recipe: Recipe, rows: Trajectories, seed: int = 5) -> Trajectories:
     """The rows with the points that the method draws and the fields that it reads, under the present parameters."""
     rows = recipe.whole.draw(rows, models, Rng(seed).split("points"))
-    return fill(models, rows, {"old_log_prob", *recipe.whole.reads}, tokens=None)
+    return fill(models, rows, {Read("policy", "log_prob"), *recipe.whole.reads}, tokens=None)
 
 
 def loss_gradient(models: Models, recipe: Recipe, rows: Trajectories, names: int = 3) -> tuple[Tensor, float]:
@@ -68,13 +70,13 @@ def loss_gradient(models: Models, recipe: Recipe, rows: Trajectories, names: int
     for parameter in parameters:
         parameter.grad = None
     judge = Judge(Rewards(nearness), prompts(names), Meter())
-    metrics = accumulate(models, objective, rows, targets, counts, states, None, judge)
+    metrics = accumulate(models, objective, Batch(rows, counts, None, states, judge), targets)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     return torch.cat([part.reshape(-1) for part in parts]), next(iter(metrics.values()))
 
 
 def points(rows: Trajectories) -> Columns:
-    """What a term drew for the rows."""
+    """The points that a term drew for the rows."""
     assert rows.points is not None, "the method draws no points"
     return rows.points
 
@@ -85,9 +87,9 @@ def rewards(rows: Trajectories) -> Tensor:
     return rows.reward
 
 
-def both(models: Models) -> tuple[Numbers, Numbers]:
+def both(models: Models) -> tuple[Matrices, Matrices]:
     """The parameters of a policy and of its reference."""
-    return Numbers.of(models.policy.module), Numbers.of(models.of("reference").module)
+    return Matrices.of(models.policy.module), Matrices.of(models.of("reference").module)
 
 
 class Signs(Flow):
@@ -107,11 +109,11 @@ class Signs(Flow):
     def deterministic(self, state: FlowState) -> Gaussian | Point:
         return self._signed(super().deterministic(state), state)
 
-    def _signed(self, law: Gaussian | Point, state: FlowState) -> Gaussian | Point:
-        if isinstance(law, Point):
-            return law
+    def _signed(self, step: Gaussian | Point, state: FlowState) -> Gaussian | Point:
+        if isinstance(step, Point):
+            return step
         assert state.condition is not None
-        return _Signed(law.mean, law.standard_deviation, law.trained, state.condition["label"].tolist(), self.used)
+        return _Signed(step.mean, step.standard_deviation, step.trained, state.condition["label"].tolist(), self.used)
 
 
 class _Signed(Gaussian):
@@ -137,19 +139,20 @@ LARGEST = 10
 """The most normals that a rollout may draw for all of its outcomes to be drawn."""
 
 
-def every_outcome(process: Process, recipe: Recipe, rollout: int = 0) -> Trajectories:
+def every_outcome(models: Models, recipe: Recipe, rollout: int = 0) -> Trajectories:
     """The rows of every outcome of a rollout for one prompt, each outcome a prompt: means over them are expectations.
 
     Raises `LawBroken` where outcomes draw different numbers of normals, or more than `LARGEST`.
     """
     signs = Signs.__new__(Signs)
-    signs.__dict__ |= process.__dict__
+    signs.__dict__ |= models.policy.__dict__
     signs.used = {}
-    drawn(Models(signs), recipe, rollout, count=1)
+    models = replace(models, policy=signs)
+    drawn(models, recipe, rollout, count=1)
     draws = signs.used.pop(0)
     if draws > LARGEST:
         raise LawBroken(f"A rollout draws {draws} normals; at most {LARGEST} can be gone through.")
-    rows = drawn(Models(signs), recipe, rollout, count=2**draws)
+    rows = drawn(models, recipe, rollout, count=2**draws)
     if set(signs.used.values()) != {draws}:
         raise LawBroken(f"Outcomes of one rollout draw from {min(signs.used.values())} to {draws} normals or more.")
     return rows

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from stepwell.check.oracles.flow.bench import rewards
-from stepwell.check.oracles.flow.steps import Numbers, Step
+from stepwell.check.oracles.flow.steps import ChainStep, Matrices
 from stepwell.errors import UnknownName
 from stepwell.trajectories import Trajectories
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A row as an oracle sees it: its states tell what it shares with others, not the nodes that code counts by."""
+    """A row as an oracle sees it: it shares steps with others by equal states, not by the nodes that code counts by."""
 
     prompt: int
     reward: float
@@ -27,7 +27,7 @@ class Seen:
 
     @property
     def origin(self) -> Hashable:
-        """Where its first trained step began."""
+        """The prompt and the states before its first trained step."""
         return self.prompt, self.states[: self.trained[0]]
 
     def step(self, k: int) -> Hashable:
@@ -160,14 +160,14 @@ def edge(rows: Sequence[Seen]) -> Table:
 
 @dataclass(frozen=True)
 class Definition:
-    """A method by hand: the law of its random steps, its advantages, and its weights.
+    """A method by hand: the kind of its random steps, its advantages, and its weights.
 
     `level` is the option that sets the noise, or its value; `factor` multiplies the weights of a step: by `noise`, its
     q over the mean q of all trained steps, or `guard`, q / (D |dt|). `kl` is taken off the reward, times the path's
     log-ratio to the reference.
     """
 
-    law: str
+    kind: str
     level: str | float
     advantage: Callable[[Sequence[Seen]], Table]
     weight: Callable[[Sequence[Seen]], Table] = token
@@ -201,22 +201,22 @@ def definition(id: str) -> Definition:
     return DEFINITIONS[id]
 
 
-def factors(rows: Sequence[Seen], kind: str, steps: Sequence[Step], dimension: int) -> Table:
-    """What multiplies the weight of each step, `steps[k - 1]` being the one that led to state k."""
-    if kind == "guard":
+def factors(rows: Sequence[Seen], factor: str, steps: Sequence[ChainStep], dimension: int) -> Table:
+    """The factor of each step's weight, `steps[k - 1]` being the step that led to state k."""
+    if factor == "guard":
         one = {k + 1: step.noise / (dimension * (step.time - step.target)) for k, step in enumerate(steps)}
     else:
         mean = statistics.fmean(steps[k - 1].noise for row in rows for k in row.trained)
-        one = {k + 1: step.noise / mean if kind == "noise" else 1.0 for k, step in enumerate(steps)}
+        one = {k + 1: step.noise / mean if factor == "noise" else 1.0 for k, step in enumerate(steps)}
     return [{k: one[k] for k in row.trained} for row in rows]
 
 
-def path_log_ratio(rows: Trajectories, steps: Sequence[Step], numbers: Numbers, reference: Numbers) -> Tensor:
+def path_log_ratio(rows: Trajectories, steps: Sequence[ChainStep], numbers: Matrices, reference: Matrices) -> Tensor:
     """(N,) the sum over a row's trained steps of log p - log p_reference, Gaussians of the same deviation."""
     answer = torch.zeros(len(rows), dtype=torch.float64)
     for k, step in enumerate(steps, 1):
         here = rows.mask[:, k]
         before, after = rows.action[here, k - 1], rows.action[here, k]
-        near, far = ((after - law.mean(step, before)).square().sum(1) for law in (numbers, reference))
+        near, far = ((after - side.mean(step, before)).square().sum(1) for side in (numbers, reference))
         answer[here] += (far - near) / (2 * step.noise**2) if step.noise else 0.0
     return answer

@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.check.oracles.flow.bench import affine_flow, both, drawn, filled, loss_gradient, rewards
 from stepwell.check.oracles.flow.credit import definition, factors, path_log_ratio, seen
-from stepwell.check.oracles.flow.steps import Numbers, Slopes, Step, chain_by_hand, uniform_times
+from stepwell.check.oracles.flow.steps import ChainStep, Matrices, Slopes, chain_by_hand, uniform_times
 from stepwell.check.oracles.provable import Provable, deviation, known, variants
+from stepwell.check.oracles.registry import register
 from stepwell.check.replay import law
 from stepwell.objective.policy import Policy
 from stepwell.objective.regularise import Regulariser
-from stepwell.parts import Batch
 from stepwell.planning.windows import Windows
 from stepwell.process.base import Scores
 from stepwell.process.models import Models
@@ -27,24 +28,25 @@ from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories, count, make
 
 
-def law_by_hand(card: Provable, options: dict[str, Any]) -> tuple[str, float]:
-    """The law of a method's random steps and its level, the variant's own."""
+def kind_by_hand(card: Provable, options: dict[str, Any]) -> tuple[str, float]:
+    """The kind of a method's random steps and their level, the variant's own."""
     defined = definition(card.id)
     level = defined.level if isinstance(defined.level, float) else {**card.options, **options}[defined.level]
-    published = options.get("variant") == "published" and defined.law == "flow"
-    return defined.law + ("-published" if published else ""), level
+    published = options.get("variant") == "published" and defined.kind == "flow"
+    return defined.kind + ("-published" if published else ""), level
 
 
-def steps_by_hand(card: Provable, options: dict[str, Any], steps: int) -> list[Step]:
+def steps_by_hand(card: Provable, options: dict[str, Any], steps: int) -> list[ChainStep]:
     """Every step of the method's grid as a random one."""
-    name, level = law_by_hand(card, options)
+    name, level = kind_by_hand(card, options)
     return chain_by_hand([name] * steps, level, uniform_times(steps), steps)
 
 
+@register
 def gaussian_gradient(card: Provable) -> float:
     """At the old parameters the gradient is the sum over trained steps of -W A (x' - mu) / q^2 . dmu / dtheta.
 
-    mu and q are those of the paper's law in flow coordinates, A and W those of its credit and its reduction, the
+    mu and q are those of the paper's step in flow coordinates, A and W those of its credit and its reduction, the
     latter over D as published, whose ratio is that of mean log-densities.
     """
     worst = 0.0
@@ -62,7 +64,7 @@ def gaussian_gradient(card: Provable) -> float:
 def _policy_gradient(card: Provable, options: dict[str, Any], models: Models, rows: Trajectories) -> Tensor:
     defined, dimension = definition(card.id), rows.action.shape[2]
     steps = steps_by_hand(card, options, rows.mask.shape[1] - 1)
-    numbers, flat = Numbers.of(models.policy.module), rows.action.flatten(2)
+    numbers, flat = Matrices.of(models.policy.module), rows.action.flatten(2)
     if defined.kl:
         taken = path_log_ratio(rows, steps, *both(models))
         rows = rows.replace(reward=rewards(rows) - card.options[defined.kl] * taken)
@@ -84,7 +86,7 @@ NODES = 20
 
 
 def _quadrature(
-    models: Models, recipe: Recipe, steps: Sequence[Step], width: float = 1.0, nodes: int = NODES
+    models: Models, recipe: Recipe, steps: Sequence[ChainStep], width: float = 1.0, nodes: int = NODES
 ) -> tuple[Trajectories, Tensor]:
     """Rows that each hold one random step from a state of its own, at nodes^2 values of its noise, and their weights.
 
@@ -93,7 +95,7 @@ def _quadrature(
     points, weights = np.polynomial.hermite_e.hermegauss(nodes)
     grid = torch.tensor(list(itertools.product(points, repeat=2)), dtype=torch.float64)
     mass = torch.tensor([a * b for a, b in itertools.product(weights / weights.sum(), repeat=2)], dtype=torch.float64)
-    numbers, places = Numbers.of(models.policy.module), [k for k, step in enumerate(steps[:-1], 1) if step.noise > 0]
+    numbers, places = Matrices.of(models.policy.module), [k for k, step in enumerate(steps[:-1], 1) if step.noise > 0]
     states = width * Rng(7).normal(len(places), 2, dtype=torch.float64)
     count_ = len(grid)
     action = torch.zeros(len(places) * count_, len(steps) + 1, 2, dtype=torch.float64)
@@ -111,11 +113,11 @@ def _quadrature(
     return filled(models, recipe, rows.replace(reward=reward)), mass.repeat(len(places))
 
 
-def _moved(models: Models, steps: Sequence[Step], rows: Trajectories, width: float) -> tuple[Tensor, Tensor]:
+def _moved(models: Models, steps: Sequence[ChainStep], rows: Trajectories, width: float) -> tuple[Tensor, Tensor]:
     """|mu - mu_old|^2 and log p - log p_old (N,) of each row's step after a move of the parameters, which is made."""
-    old = Numbers.of(models.policy.module)
+    old = Matrices.of(models.policy.module)
     models.policy.module.move(width, seed=9)  # type: ignore[operator]
-    new = Numbers.of(models.policy.module)
+    new = Matrices.of(models.policy.module)
     squares, log_ratio = torch.zeros(2, len(rows), dtype=torch.float64)
     places = _places(rows)
     for k in places.unique().tolist():
@@ -133,7 +135,7 @@ def _places(rows: Trajectories) -> Tensor:
     return rows.mask.int().argmax(1)
 
 
-def _noises(steps: Sequence[Step], rows: Trajectories) -> Tensor:
+def _noises(steps: Sequence[ChainStep], rows: Trajectories) -> Tensor:
     """q (N,) of each row's step."""
     return torch.tensor([steps[k - 1].noise for k in _places(rows).tolist()], dtype=torch.float64)
 
@@ -160,6 +162,7 @@ def _mean_ratios(card: Provable, options: dict[str, Any]) -> tuple[Tensor, Tenso
     return mean, squares[::size], _noises(steps, rows)[::size]
 
 
+@register
 def mean_ratio(card: Provable) -> float:
     """E_old[r] = 1 for each trained step; as published, of mean log-densities, exp(-K / D + K / D^2).
 
@@ -174,12 +177,14 @@ def mean_ratio(card: Provable) -> float:
     return worst
 
 
+@register
 def regulated_ratio(card: Provable) -> float:
     """E_old[r] = exp(|mu - mu_old|^2 / (2 D^2)), whatever the step's q."""
     found, squares, _ = _mean_ratios(card, {})
     return float((found - (squares / 8).exp()).abs().max())
 
 
+@register
 def divergence_bound(card: Provable) -> float:
     """The slope of the loss in a step's log-density is -W A r, and 0 iff K / D is at least the threshold and the step
     has gone on in the direction of its advantage: all eight cells of that table."""
@@ -207,6 +212,7 @@ def divergence_bound(card: Provable) -> float:
     return deviation(slope, torch.tensor(expected, dtype=torch.float64))
 
 
+@register
 def step_divergence(card: Provable) -> float:
     """The penalty is its coefficient times the mean over trained steps of KL = |mu - mu_ref|^2 / (2 q^2), and of
     |dt| / D times that in the published Flow-GRPO; value and gradient."""
@@ -234,6 +240,7 @@ def step_divergence(card: Provable) -> float:
     return worst
 
 
+@register
 def window_schedule(card: Provable) -> float:
     """A corrected window is whole in every rollout; the published one is empty in 25 of 650 and short in 75 more.
 

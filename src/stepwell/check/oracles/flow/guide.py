@@ -1,17 +1,19 @@
-"""The oracle of guided rollouts: every step's guided law, the rows' weights and the update, written out by hand."""
+"""The oracle of guided rollouts: every guided step, the rows' weights and the update, written out by hand."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from stepwell.batch import Batch
+from stepwell.check.oracles.flow.steps import near
 from stepwell.check.oracles.provable import Provable, variants
+from stepwell.check.oracles.registry import register
 from stepwell.data.stream import PromptStream
-from stepwell.parts import Batch
-from stepwell.process.flow.process import flow
+from stepwell.process.flow.build import flow
+from stepwell.process.models import Models
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
@@ -37,18 +39,13 @@ class Straight(nn.Module):
         return x @ self.slope.T + self.shift
 
 
-def closeness(completions: Sequence[Tensor]) -> Tensor:
-    """Minus the squared distance to `WANTED`."""
-    points = torch.stack(list(completions))
-    return -(points - points.new_tensor(WANTED)).square().sum(1)
-
-
+@register
 def guided_step(card: Provable) -> float:
     """Rows are drawn, weighed and learned from by dance's step with the mean moved by c grad r(x - t v(x)).
 
     grad r(x - t v) = -2 (I - t M)^T (x - t v - wanted) for v = M x + s. The stored log-densities are those of the
-    guided law, a row's log-weight is the sum of the plain ones less these, and the loss is the clipped objective with
-    the ratio of the policy's own law to the guided one.
+    guided steps, a row's log-weight is the sum of the plain ones less these, and the loss is the clipped objective
+    with the ratio of the policy's own steps to the guided ones.
     """
     worst = 0.0
     for options in variants(card):
@@ -56,20 +53,20 @@ def guided_step(card: Provable) -> float:
         assert recipe.guide is not None
         published = recipe.guide.normalise
         network = Straight()
-        process = flow(network, (2,)).with_sampler(**recipe.sampler)
+        policy = flow(network, (2,)).with_sampler(**recipe.sampler)
         stream = PromptStream([Prompt(number, None) for number in range(2)], Rng(3), shuffle=False)
         planner = with_settings(recipe, Settings(prompts_per_step=2, group_size=4)).planner
-        drawn = collect(process, planner, stream, Rewards(closeness), Rng(5), 0, guide=recipe.guide).drawn
+        drawn = collect(policy, planner, stream, Rewards(near(*WANTED)), Rng(5), 0, guide=recipe.guide).drawn
         rows = drawn.trajectories
-        plain, guided = _laws(network, rows, published)
+        plain, guided = _log_densities(network, rows, published)
         worst = max(worst, float((rows.log_prob[:, 1:STEPS] - guided).abs().max()))
         worst = max(worst, float((rows.weight - (plain.detach() - guided).sum(1)).abs().max()))
-        worst = max(worst, _update(recipe, network, process, rows, plain, guided, published))
+        worst = max(worst, _update(recipe, network, Models(policy), rows, plain, guided, published))
     return worst
 
 
-def _laws(network: Straight, rows: Trajectories, published: bool) -> tuple[Tensor, Tensor]:
-    """Log-densities (N, n - 1) of the random steps: the policy's, differentiable, and the guided law's."""
+def _log_densities(network: Straight, rows: Trajectories, published: bool) -> tuple[Tensor, Tensor]:
+    """Log-densities (N, n - 1) of the random steps: the policy's, differentiable, and the guided ones."""
     plain: list[Tensor] = []
     guided: list[Tensor] = []
     wanted = torch.tensor(WANTED, dtype=torch.float64)
@@ -96,13 +93,13 @@ def _laws(network: Straight, rows: Trajectories, published: bool) -> tuple[Tenso
 def _update(
     recipe: Recipe,
     network: Straight,
-    process: object,
+    models: Models,
     rows: Trajectories,
     plain: Tensor,
     guided: Tensor,
     published: bool,
 ) -> float:
-    """How far the gradient of the loss is from that of the clipped objective, relative to it."""
+    """The deviation of the loss's gradient from that of the clipped objective, relative to it."""
     assert rows.reward is not None
     advantage = torch.empty_like(rows.reward)
     for prompt in rows.prompt.unique():
@@ -116,6 +113,6 @@ def _update(
     exact = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
     objective, counts = recipe.whole, count(rows)
     targets = objective.plan(Batch(rows, counts), objective.credit(Batch(rows, counts)))
-    accumulate(process, objective, rows, targets, counts, {})  # type: ignore[arg-type]
+    accumulate(models, objective, Batch(rows, counts), targets)
     found = torch.cat([parameter.grad.flatten() for parameter in parameters])  # type: ignore[union-attr]
     return float((found - exact).norm() / exact.norm())

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.check.oracles.flow.bench import affine_flow, both, drawn, loss_gradient, points, rewards
 from stepwell.check.oracles.flow.credit import Seen, seen, standardised
 from stepwell.check.oracles.flow.gradients import steps_by_hand
-from stepwell.check.oracles.flow.steps import TARGET, Numbers, Slopes, uniform_times
+from stepwell.check.oracles.flow.steps import TARGET, Matrices, Slopes, uniform_times
 from stepwell.check.oracles.provable import Provable, deviation, known
+from stepwell.check.oracles.registry import register
 from stepwell.columns import Columns
 from stepwell.objective.flow.forward import ForwardPairs
-from stepwell.parts import Batch
 from stepwell.process.base import Scores
 from stepwell.recipe.recipe import Recipe
 from stepwell.rng import Rng
@@ -34,11 +35,12 @@ def _pairs(rows: list[Seen], by_state: bool) -> list[tuple[int, int]]:
     return [(best, worst) for best, worst in ends if rows[best].reward > rows[worst].reward]
 
 
+@register
 def step_preference(card: Provable) -> float:
     """The gradient is the mean over states of -beta sigmoid(-beta d) (grad log p(w) - grad log p(l)).
 
     d is the difference of log p - log p_reference of the best and the worst of a state's candidates, by the method's
-    step law; every step of a row has its own state, and each candidate is judged by the data predicted from it.
+    steps; every step of a row has its own state, and each candidate is judged by the data predicted from it.
     """
     beta, steps, size = 3.0, 5, 4
     options = known(card, {"beta": beta, "steps": steps, "candidates": size, "eta": 0.8})
@@ -54,7 +56,7 @@ def step_preference(card: Provable) -> float:
         k = views[best].trained[0]
         step, x = chain[k - 1], rows.action[best, k - 1 : k]
         ends = rows.action[[best, least], k]
-        near, far = ((ends - law.mean(step, x)) / step.noise**2 for law in (numbers, reference))
+        near, far = ((ends - side.mean(step, x)) / step.noise**2 for side in (numbers, reference))
         squares = (far.square() - near.square()).sum(1) * step.noise**2 / 2
         difference = float(squares[0] - squares[1])
         weight = -beta / (1 + math.exp(beta * difference)) / len(pairs)
@@ -79,7 +81,7 @@ def _places(time: Tensor, steps: int) -> Tensor:
     return ((1 - time) * steps).round().long().clamp(0, steps - 1)
 
 
-def _velocities(numbers: Numbers, x: Tensor, place: Tensor) -> Tensor:
+def _velocities(numbers: Matrices, x: Tensor, place: Tensor) -> Tensor:
     return torch.einsum("nkij,nkj->nki", numbers.slope[place], x) + numbers.shift[place]
 
 
@@ -89,6 +91,7 @@ def _add_points(answer: Slopes, place: Tensor, x: Tensor, pull: Tensor) -> None:
         answer.add(at, x[here], pull[here])
 
 
+@register
 def denoising_preference(card: Provable) -> float:
     """The loss is -log sigmoid(beta (s_w - s_l)), s = -mean_k (|v - u|^2 - |v_ref - u|^2) / D over points that both
     rows of a pair share; its gradient; and its fixed point.
@@ -103,7 +106,7 @@ def denoising_preference(card: Provable) -> float:
     numbers, reference = both(models)
     time, x, target = _at_points(rows)
     place = _places(time, steps)
-    now, then = (_velocities(law, x, place) - target for law in (numbers, reference))
+    now, then = (_velocities(side, x, place) - target for side in (numbers, reference))
     score = -(now.square().mean(2) - then.square().mean(2)).mean(1)
     pairs, answer, loss = _pairs(seen(rows), by_state=False), Slopes(numbers), 0.0
     worst = float(len(pairs) != 3)
@@ -139,6 +142,7 @@ def _labels_fixed_point(recipe: Recipe, rows: Trajectories, then: Tensor, beta: 
 # the forward path
 
 
+@register
 def negative_aware_minimum(card: Provable) -> float:
     """The loss is flat at v = v_old + (2 r - 1) (u - v_old) / beta, r = 1/2 + clip(A, -C, C) / (2 C), and nowhere near.
 
@@ -150,7 +154,7 @@ def negative_aware_minimum(card: Provable) -> float:
     models = affine_flow(recipe)
     rows = drawn(models, recipe)
     _, x, target = _at_points(rows)
-    then = _velocities(Numbers.of(models.policy.module), x, _places(points(rows)["time"], 4))
+    then = _velocities(Matrices.of(models.policy.module), x, _places(points(rows)["time"], 4))
     good = torch.tensor(
         [
             0.5 + max(-bound, min(bound, z)) / (2 * bound)
@@ -165,7 +169,7 @@ def negative_aware_minimum(card: Provable) -> float:
 
 
 def _forward_slope(recipe: Recipe, rows: Trajectories, velocity: Tensor) -> Tensor:
-    """The slope of the method's loss in the velocities (N, K, D) that it is told, at these."""
+    """The slope of the method's loss in the velocities (N, K, D) that it is given, at these."""
     leaf, counts = velocity.detach().clone().requires_grad_(), count(rows)
     objective = recipe.whole
     targets = objective.plan(Batch(rows, counts))
@@ -191,6 +195,7 @@ WEIGHTS = {"uniform": 0, "time": 1, "data": 2}
 """The powers of t that forward losses weigh their errors by."""
 
 
+@register
 def weighted_matching(card: Provable) -> float:
     """At ratio one the gradient is the mean over rows and points of A w(t) grad |v - u|^2 / D, for every weight w."""
     worst, steps = 0.0, 5
@@ -199,7 +204,7 @@ def weighted_matching(card: Provable) -> float:
         models = affine_flow(recipe)
         rows = drawn(models, recipe)
         found, _ = loss_gradient(models, recipe, rows)
-        numbers, answer = Numbers.of(models.policy.module), Slopes(Numbers.of(models.policy.module))
+        numbers, answer = Matrices.of(models.policy.module), Slopes(Matrices.of(models.policy.module))
         time, x, target = _at_points(rows)
         place = _places(time, steps)
         error = _velocities(numbers, x, place) - target

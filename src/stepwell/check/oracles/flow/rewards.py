@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from stepwell.check.oracles.flow.bench import affine_flow, drawn, loss_gradient, planned, points
-from stepwell.check.oracles.flow.steps import TARGET, Numbers, Slopes, Step, chain_by_hand, uniform_times
+from stepwell.check.oracles.flow.steps import TARGET, ChainStep, Matrices, Slopes, chain_by_hand, uniform_times
 from stepwell.check.oracles.provable import Provable, deviation, known
+from stepwell.check.oracles.registry import register
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories
 
@@ -24,6 +25,7 @@ def _reward_slope(x: Tensor) -> Tensor:
 #
 
 
+@register
 def truncated_sum(card: Provable) -> float:
     """Backpropagation through the last K steps is the sum of those steps' own terms, r'(x_n) G_k dmu_k / dtheta.
 
@@ -36,8 +38,8 @@ def truncated_sum(card: Provable) -> float:
     for options, solver in itertools.product(cases, ("ddim", "ddpm")):
         recipe = planned(card.recipe(**options, steps=steps, solver=solver), size=4)
         models = affine_flow(recipe)
-        numbers, law = Numbers.of(models.policy.module), "ode" if solver == "ddim" else "ddpm"
-        chain = chain_by_hand([law] * steps, 1.0, uniform_times(steps), steps)
+        numbers, kind = Matrices.of(models.policy.module), "ode" if solver == "ddim" else "ddpm"
+        chain = chain_by_hand([kind] * steps, 1.0, uniform_times(steps), steps)
         rows = drawn(models, recipe)
         depth = points(rows)["depth"].tolist()
         if options:
@@ -49,6 +51,7 @@ def truncated_sum(card: Provable) -> float:
     return max(worst, _depths(card)) if "least" in card.options else worst
 
 
+@register
 def adjoint_gradient(card: Provable) -> float:
     """Along states that older parameters drew, the gradient is r'(x_n) G_k dmu_k / dtheta at the present ones.
 
@@ -61,14 +64,14 @@ def adjoint_gradient(card: Provable) -> float:
         rows = drawn(models, recipe)
         for place, parameter in enumerate(models.policy.module.parameters()):
             parameter.data.add_(0.1 * Rng(3).split(place).normal(*parameter.shape, dtype=torch.float64))
-        numbers, law = Numbers.of(models.policy.module), "ode" if solver == "ddim" else "ddpm"
-        chain = chain_by_hand([law] * steps, 1.0, uniform_times(steps), steps)
+        numbers, kind = Matrices.of(models.policy.module), "ode" if solver == "ddim" else "ddpm"
+        chain = chain_by_hand([kind] * steps, 1.0, uniform_times(steps), steps)
         found, _ = loss_gradient(models, recipe, rows)
         worst = max(worst, deviation(found, _terms(chain, numbers, rows, [steps] * len(rows))))
     return worst
 
 
-def _terms(chain: list[Step], numbers: Numbers, rows: Trajectories, depth: list[int]) -> Tensor:
+def _terms(chain: list[ChainStep], numbers: Matrices, rows: Trajectories, depth: list[int]) -> Tensor:
     answer = Slopes(numbers)
     for row, reach in enumerate(depth):
         pull = -_reward_slope(rows.action[row, -1:]) / len(rows)
@@ -78,12 +81,12 @@ def _terms(chain: list[Step], numbers: Numbers, rows: Trajectories, depth: list[
     return answer.flat
 
 
-def _differences(chain: list[Step], numbers: Numbers, rows: Trajectories) -> Tensor:
+def _differences(chain: list[ChainStep], numbers: Matrices, rows: Trajectories) -> Tensor:
     noise = {
         step.place: (rows.action[:, k] - numbers.mean(step, rows.action[:, k - 1])) for k, step in enumerate(chain, 1)
     }
 
-    def loss(at: Numbers) -> float:
+    def loss(at: Matrices) -> float:
         x = rows.action[:, 0]
         for step in chain:
             x = at.mean(step, x) + noise[step.place]
@@ -123,6 +126,7 @@ def _depths(card: Provable) -> float:
     return float(sorted(depth.tolist()) != sorted([2, 3, 4, 5] * 3))
 
 
+@register
 def renoised_gradient(card: Provable) -> float:
     """The gradient is that of E[r(x_t - t v(x_t, t))], x_t = (1 - t) x_0 + t e, at the last time t of the grid.
 
@@ -133,7 +137,7 @@ def renoised_gradient(card: Provable) -> float:
     models = affine_flow(recipe, dimension=1)
     rows = recipe.whole.draw(drawn(models, recipe), models, _Even(0))
     found, _ = loss_gradient(models, recipe, rows)
-    numbers, t = Numbers.of(models.policy.module), 0.25
+    numbers, t = Matrices.of(models.policy.module), 0.25
     answer, factor = Slopes(numbers), 1 - t * float(numbers.slope[3])
     mean = (1 - t) * rows.action[:, -1]
     pull = -2 * t * (factor * mean - t * float(numbers.shift[3]) - TARGET) / len(rows)

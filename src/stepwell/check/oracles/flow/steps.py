@@ -1,14 +1,14 @@
-"""Flows by hand, for oracles: the step laws of the papers on the linear path, and a velocity that keeps them affine.
+"""Flows by hand, for oracles: the papers' steps on the linear path, and a velocity that keeps them affine.
 
 Every step is x' = state x + velocity v(x) + noise z. The formulas are the papers' own, in the coordinates
-x_t = (1 - t) x_0 + t e of cards_flow.md, and share nothing with `stepwell.solver`, which they are there to check.
+x_t = (1 - t) x_0 + t e, and share nothing with `stepwell.solver`, which they are there to check.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,11 @@ from stepwell.errors import UnknownName
 from stepwell.rng import Rng
 from stepwell.sampling.request import Prompt
 
-LAWS = ("ode", "flow", "flow-published", "dance", "ddpm")
+KINDS = ("ode", "flow", "flow-published", "dance", "ddpm")
 
 
 @dataclass(frozen=True)
-class Step:
+class ChainStep:
     """x' = state x + velocity v + noise z from `time` to `target`; `place` numbers the time on the whole grid."""
 
     place: int
@@ -39,8 +39,8 @@ def uniform_times(steps: int) -> list[float]:
     return [1.0 - step / steps for step in range(steps + 1)]
 
 
-def step_by_hand(law: str, level: float, time: float, target: float, steps: int) -> Step:
-    """One step of a law, s to s', dt = s' - s < 0.
+def step_by_hand(kind: str, level: float, time: float, target: float, steps: int) -> ChainStep:
+    """One step of a kind, s to s', dt = s' - s < 0.
 
     ode: x + dt v. The SDE with the ODE's marginals is dx = [v + g^2 / (2 t) (x + (1 - t) v)] dt + g dW.
     flow-published, dance: its Euler step with g^2 = a^2 s / (1 - s), 1 - s' in place of 1 - s = 0 in the first step
@@ -50,28 +50,28 @@ def step_by_hand(law: str, level: float, time: float, target: float, steps: int)
     q^2 = eta^2 s'^2 (1 - s'^2 (1 - s)^2 / (s^2 (1 - s')^2)), mu = (1 - s') x_0hat + sqrt(s'^2 - q^2) ehat.
     """
     place, dt = round((1.0 - time) * steps), target - time
-    if law == "ode":
-        return Step(place, time, target, 1.0, dt, 0.0)
-    if law in ("flow-published", "dance"):
+    if kind == "ode":
+        return ChainStep(place, time, target, 1.0, dt, 0.0)
+    if kind in ("flow-published", "dance"):
         clear = 1.0 - (target if time == 1.0 else time)
-        squared = level**2 if law == "dance" else level**2 * time / clear
+        squared = level**2 if kind == "dance" else level**2 * time / clear
         pull = squared * dt / (2.0 * time)
-        return Step(place, time, target, 1.0 + pull, dt + (1.0 - time) * pull, math.sqrt(-squared * dt))
+        return ChainStep(place, time, target, 1.0 + pull, dt + (1.0 - time) * pull, math.sqrt(-squared * dt))
     kept = target * (1.0 - time) / (time * (1.0 - target))
-    if law == "flow":
+    if kind == "flow":
         noise = target * math.sqrt(1.0 - kept ** (level**2))
-    elif law == "ddpm":
+    elif kind == "ddpm":
         noise = level * target * math.sqrt(1.0 - kept**2)
     else:
-        raise UnknownName("law of a step", law, LAWS)
+        raise UnknownName("kind of step", kind, KINDS)
     rest = math.sqrt(target**2 - noise**2)  # of ehat = x + (1 - s) v, and 1 - s' of x_0hat = x - s v
-    return Step(place, time, target, 1.0 - target + rest, rest * (1.0 - time) - (1.0 - target) * time, noise)
+    return ChainStep(place, time, target, 1.0 - target + rest, rest * (1.0 - time) - (1.0 - target) * time, noise)
 
 
-def chain_by_hand(laws: Sequence[str], level: float, times: Sequence[float], steps: int) -> list[Step]:
-    """A step of each of the laws, one after another along the times of a grid of `steps` equal steps."""
-    pairs = zip(laws, itertools.pairwise(times), strict=True)
-    return [step_by_hand(law, level, time, target, steps) for law, (time, target) in pairs]
+def chain_by_hand(kinds: Sequence[str], level: float, times: Sequence[float], steps: int) -> list[ChainStep]:
+    """A step of each of the kinds, one after another along the times of a grid of `steps` equal steps."""
+    pairs = zip(kinds, itertools.pairwise(times), strict=True)
+    return [step_by_hand(kind, level, time, target, steps) for kind, (time, target) in pairs]
 
 
 class Affine(nn.Module):
@@ -107,14 +107,14 @@ class Affine(nn.Module):
 
 
 @dataclass(frozen=True)
-class Numbers:
+class Matrices:
     """The parameters of an `Affine`, apart from it: slope (n, D, D) and shift (n, D)."""
 
     slope: Tensor
     shift: Tensor
 
     @classmethod
-    def of(cls, network: Any) -> Numbers:
+    def of(cls, network: Any) -> Matrices:
         """A copy of a network's parameters as they are now."""
         return cls(network.slope.detach().clone(), network.shift.detach().clone())
 
@@ -122,7 +122,7 @@ class Numbers:
         """(..., D) at states (..., D)."""
         return x @ self.slope[place].T + self.shift[place]
 
-    def mean(self, step: Step, x: Tensor) -> Tensor:
+    def mean(self, step: ChainStep, x: Tensor) -> Tensor:
         """mu (..., D) of a step from x (..., D)."""
         return step.state * x + step.velocity * self.velocity(x, step.place)
 
@@ -130,7 +130,7 @@ class Numbers:
 class Slopes:
     """A gradient in the parameters of an `Affine`, gathered by hand: dv_i / d slope_ij = x_j, dv_i / d shift_i = 1."""
 
-    def __init__(self, numbers: Numbers):
+    def __init__(self, numbers: Matrices):
         self.slope, self.shift = torch.zeros_like(numbers.slope), torch.zeros_like(numbers.shift)
 
     def add(self, place: int, x: Tensor, pull: Tensor) -> None:
@@ -147,10 +147,18 @@ class Slopes:
 TARGET = 0.7
 
 
-def nearness(completions: Any, **_: Any) -> Tensor:
-    """The reward of oracles: minus the squared distance of each sample from (0.7, ..., 0.7)."""
-    points = torch.stack(list(completions))
-    return -(points - TARGET).square().sum(1)
+def near(*wanted: float) -> Callable[..., Tensor]:
+    """A reward: minus the squared distance of each sample (D,) from `wanted`, D numbers or one for all."""
+
+    def nearness(completions: Sequence[Tensor], **_: Any) -> Tensor:
+        points = torch.stack(list(completions))
+        return -(points - points.new_tensor(wanted)).square().sum(1)
+
+    return nearness
+
+
+nearness = near(TARGET)
+"""The reward of oracles of flows."""
 
 
 def prompts(count: int) -> list[Prompt]:

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.check.oracles.preference import by_hand as hand
 from stepwell.check.oracles.provable import Provable, deviation, known
+from stepwell.check.oracles.registry import register
 from stepwell.check.replay import law
 from stepwell.columns import Columns
 from stepwell.objective.preference.pairs import Logistic, Pairs
 from stepwell.objective.preference.unpaired import Prospect, RejectionPairs
 from stepwell.objective.regularise import Regulariser
 from stepwell.objective.term import Objective, Term
-from stepwell.parts import Batch
 from stepwell.process.base import Scores
 from stepwell.process.exact.table import TabularLanguage, markov
 from stepwell.rng import Rng
@@ -36,6 +37,7 @@ def only(card: Provable, **options: Any) -> Term:
     return card.recipe(**known(card, options)).whole.terms[0]
 
 
+@register
 def flipped_labels(card: Provable) -> float:
     """The mean loss over labels flipped with probability e is the logistic loss of the true ones."""
     link = only(card, beta=0.7, smoothing=0.2).link  # type: ignore[attr-defined]
@@ -43,6 +45,7 @@ def flipped_labels(card: Provable) -> float:
     return deviation(0.8 * link(x, zero) + 0.2 * link(zero, x), Logistic(0.7)(x, zero))
 
 
+@register
 def reference_point(card: Provable) -> float:
     """The mean of the point over the policy's own rows is KL(pi || ref), from every string by itself.
 
@@ -62,6 +65,7 @@ def reference_point(card: Provable) -> float:
     return deviation((probability * torch.stack(points)).sum(), (probability * gap).sum())
 
 
+@register
 def guiding_weight(card: Provable) -> float:
     """At the start, pi = ref, a pair's slope is -beta sigmoid(beta (log guide - log ref)(y_w - y_l))."""
     rows, scores = hand.some_rows()
@@ -81,8 +85,9 @@ def guiding_weight(card: Provable) -> float:
     return deviation(found, expected)
 
 
+@register
 def rejection_law(card: Provable) -> float:
-    """The law of what is accepted, over every outcome of every draw, is that of the algorithm told as a recursion."""
+    """The probability of each accepted set, over every outcome of every draw, is that of a recursion by hand."""
     reward, beta = [0.3, 1.1, 0.3, -0.6], 0.7
     term = only(card, beta=beta, accept=2)
     assert isinstance(term, RejectionPairs)
@@ -111,6 +116,7 @@ def rejection_law(card: Provable) -> float:
     return max(abs(found.get(key, 0.0) - expected.get(key, 0.0)) for key in found.keys() | expected.keys())
 
 
+@register
 def teacher_gradient(card: Provable) -> float:
     """On policy the expected gradient of what the teacher adds is that of each state's KL(pi || teacher), visits
     frozen; with advantages to go, that of whole sequences'."""
@@ -149,19 +155,20 @@ def _teacher_divergence(process: TabularLanguage, teacher: TabularLanguage, rows
     return torch.autograd.grad(total, process.logits)[0]
 
 
+@register
 def exact_distillation(card: Provable) -> float:
     """The loss and its gradient in the logits are the divergence's, summed by hand over the vocabulary, for five
     mixtures; scaled, the family goes to the two divergences at its ends."""
     process, teacher = (markov(symbols=4, length=2, order=None, seed=seed) for seed in (5, 6))
     rows = process.trajectories().replace(reward=torch.zeros(len(process.strings())).double())
-    told = teacher.score(rows, {"logits"})["logits"].detach()
-    rows = rows.replace(info=_table({"teacher_logits": told}, rows))
+    logits = teacher.score(rows, {"logits"})["logits"].detach()
+    rows = rows.replace(info=_table({"teacher_logits": logits}, rows))
     worst = 0.0
     for beta, scaled in [*itertools.product((0.0, 0.2, 0.5, 0.9, 1.0), (False,)), (0.3, True)]:
         objective, counts = card.recipe(beta=beta, scaled=scaled).whole, count(rows)
         scores = process.score(rows, objective.needs)
         loss = objective.loss(Batch(rows, counts, scores), objective.plan(Batch(rows, counts, scores.detach()))).value
-        s, t = scores["logits"].exp(), told.exp()
+        s, t = scores["logits"].exp(), logits.exp()
         m = (1 - beta) * s + beta * t
         if beta in (0.0, 1.0):
             each = (t * (t / s).log() if beta == 0.0 else s * (s / t).log()).sum(-1)

@@ -1,27 +1,27 @@
-"""Oracles of preference, balance and distillation methods: losses by hand, and the laws they come to rest at."""
+"""Oracles of preference, balance and distillation methods: losses by hand, and the points they come to rest at."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.check.oracles.expected import all_groups, expected_gradient
 from stepwell.check.oracles.preference import by_hand as hand
-from stepwell.check.oracles.preference import claims
 from stepwell.check.oracles.preference.claims import models, only
 from stepwell.check.oracles.preference.losses import LOSSES, WAYS
 from stepwell.check.oracles.provable import Provable, deviation, known
+from stepwell.check.oracles.registry import register
 from stepwell.objective.term import Objective, Term
-from stepwell.parts import Batch
 from stepwell.process.base import Scores
 from stepwell.process.exact.table import TabularLanguage, markov
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories, count
 
 
+@register
 def loss_by_hand(card: Provable) -> float:
     """The loss and its slope in every log-probability are those of the formula in plain numbers."""
     return max(_by_hand(card, options) for options in ({}, *WAYS.get(card.id, [])))
@@ -35,17 +35,17 @@ def _by_hand(card: Provable, options: hand.Options) -> float:
     targets = objective.plan(Batch(rows, counts, present.detach()))
     loss = objective.loss(Batch(rows, counts, present), targets).value
     found = torch.autograd.grad(loss, leaf)[0] * rows.mask
-    view, told = hand.numbers(rows, scores), {**card.options, **options}
-    value, slope = hand.slopes(lambda v: LOSSES[card.id](v, told), view)
+    view, settings = hand.numbers(rows, scores), {**card.options, **options}
+    value, slope = hand.slopes(lambda v: LOSSES[card.id](v, settings), view)
     # a surrogate of a score function has a value that is no objective, and is compared all the same
     return max(deviation(found, torch.as_tensor(slope)), abs(float(loss.detach()) - value) / max(abs(value), 1.0))
 
 
-# laws that a method comes to rest at, on processes that are enumerated
+# distributions that a method comes to rest at, on processes that are enumerated
 
 
 def tilted(process: TabularLanguage, potential: Tensor) -> TabularLanguage:
-    """The law p(y) exp(potential(y)) / Z."""
+    """The distribution p(y) exp(potential(y)) / Z."""
     by_string = dict(zip(process.strings(), potential.tolist(), strict=True))
     return process.tilted(lambda text: by_string[text])
 
@@ -78,7 +78,7 @@ def slope_on(process: TabularLanguage, term: Term | Objective, rows: Trajectorie
 
 
 def relative_slope(term: Term, target: TabularLanguage, other: TabularLanguage, **states: float) -> float:
-    """|slope| at the target over |slope| at another law, on two sets of arbitrary samples."""
+    """|slope| at the target over |slope| at another model, on two sets of arbitrary samples."""
     worst = 0.0
     for seed in (3, 4):
         rows = arbitrary(seed)
@@ -86,14 +86,16 @@ def relative_slope(term: Term, target: TabularLanguage, other: TabularLanguage, 
     return worst
 
 
+@register
 def tilted_minimum(card: Provable) -> float:
-    """The loss is flat at ref exp(R / beta) / Z for any samples whatever; log Z is that law's where it is learned."""
+    """The loss is flat at ref exp(R / beta) / Z for any samples; a learned log Z is its normaliser."""
     process, reference, reward = models()
     log_partition = float((reference.string_log_probabilities().detach() + reward / 0.7).logsumexp(0))
     states = {"log_partition": log_partition}
     return relative_slope(only(card, beta=0.7), tilted(reference, reward / 0.7), process, **states)
 
 
+@register
 def win_rate_minimum(card: Provable) -> float:
     """On a group of all strings the loss is flat at ref exp(r / beta) / Z, r the rates of winning within the group."""
     process, reference, reward = models()
@@ -108,6 +110,7 @@ def win_rate_minimum(card: Provable) -> float:
     return float(slope_on(target, term, rows).norm() / slope_on(process, term, rows).norm())
 
 
+@register
 def regularised_gradient(card: Provable) -> float:
     """On policy the expected gradient is -2 beta times that of E R - beta KL(pi || ref), for groups of 2 and 3."""
     process, reference, reward = models()
@@ -122,8 +125,9 @@ def regularised_gradient(card: Provable) -> float:
     )
 
 
+@register
 def posterior_gradient(card: Provable) -> float:
-    """The gradient is -sum_i (a_i - b_i) d log pi(y_i), with both laws normalised over the group by hand."""
+    """The gradient is -sum_i (a_i - b_i) d log pi(y_i), with both distributions normalised over the group by hand."""
     process, _, _ = models()
     term, rows = only(card, beta=0.7), arbitrary()
     present = process.score(rows).log_prob.sum(1)
@@ -137,6 +141,7 @@ def posterior_gradient(card: Provable) -> float:
     return deviation(slope_on(process, term, rows), torch.autograd.grad(total, process.logits)[0].reshape(-1))
 
 
+@register
 def flow_minimum(card: Provable) -> float:
     """The loss is flat at ref exp(R / beta) / Z with its exact flows, for any samples."""
     process, reference, reward = models()
@@ -155,6 +160,7 @@ def flow_minimum(card: Provable) -> float:
     return relative_slope(only(card, beta=0.7), target, process)
 
 
+@register
 def mirror_minimum(card: Provable) -> float:
     """On one choice the expected loss of a batch of the old policy is flat at old exp(step R) / Z, and nowhere near."""
     old = markov(symbols=5, length=1, seed=4)
@@ -172,20 +178,3 @@ def mirror_minimum(card: Provable) -> float:
 
     by_string = dict(zip(old.strings(), (1.3 * reward).tolist(), strict=True))
     return steepness(old.tilted(lambda text: by_string[text])) / steepness(old)
-
-
-ORACLES: tuple[Callable[[Provable], float], ...] = (
-    loss_by_hand,
-    tilted_minimum,
-    win_rate_minimum,
-    regularised_gradient,
-    posterior_gradient,
-    flow_minimum,
-    mirror_minimum,
-    claims.flipped_labels,
-    claims.reference_point,
-    claims.guiding_weight,
-    claims.rejection_law,
-    claims.teacher_gradient,
-    claims.exact_distillation,
-)

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch
 from stepwell.check.oracles.credit.rollouts import drawn, earned, small
 from stepwell.check.oracles.preference import by_hand as hand
 from stepwell.check.oracles.preference.claims import only
 from stepwell.check.oracles.provable import Provable, deviation
+from stepwell.check.oracles.registry import register
 from stepwell.check.replay import expectation
 from stepwell.objective.preference.pairs import Logistic, Pairing, Pairs
 from stepwell.objective.preference.step_pairs import StepPairs
 from stepwell.objective.term import Objective, Term
-from stepwell.parts import Batch
 from stepwell.process.base import Scores
 from stepwell.trajectories import count
 
@@ -30,6 +31,7 @@ def slope_of(term: Term) -> tuple[Tensor, Batch]:
     return torch.autograd.grad(loss, leaf)[0] * batch.mask, batch
 
 
+@register
 def even_steps_are_dpo(card: Provable) -> float:
     """At rate = temperature = 0 the slope is that of dpo with all pairs, over 2 beta and the row's number of steps."""
     found, batch = slope_of(only(card, beta=0.7, rate=0.0, temperature=0.0))
@@ -37,10 +39,11 @@ def even_steps_are_dpo(card: Provable) -> float:
     return deviation(found, whole / (2 * 0.7 * batch.steps))
 
 
+@register
 def measured_step_values(card: Provable) -> float:
     """Over every outcome of rollouts, what a step is said to be worth has its prefix's expected reward as its mean.
 
-    Each prefix is told by the row that has it; of a row that ends there it is the reward itself.
+    Each prefix is that of the row that has it; of a row that ends there it is the reward itself.
     """
     process, worst = small(), 0.0
     probability, strings = process.string_probabilities().tolist(), process.strings()
@@ -50,7 +53,7 @@ def measured_step_values(card: Provable) -> float:
         term: Any = recipe.whole.terms[0]
         assert isinstance(term, StepPairs)
 
-        def told(rng: Any, planner: Any = planner, term: Any = term) -> Tensor:
+        def measured(rng: Any, planner: Any = planner, term: Any = term) -> Tensor:
             rows = drawn(process, planner, rng)
             answer = torch.zeros(len(strings), process.length, dtype=torch.float64)
             text = tuple(rows.action[0, : int(rows.length[0])].tolist())
@@ -65,8 +68,5 @@ def measured_step_values(card: Provable) -> float:
                 same = [i for i, other in enumerate(strings) if other[: len(known)] == known]
                 value = sum(probability[i] * earned(strings[i]) for i in same) / sum(probability[i] for i in same)
                 wanted[place, step] = probability[place] * value
-        worst = max(worst, deviation(expectation(told), wanted))
+        worst = max(worst, deviation(expectation(measured), wanted))
     return worst
-
-
-ORACLES = (even_steps_are_dpo, measured_step_values)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stepwell.batch import Batch, Read
 from stepwell.check.oracles.expected import all_groups, expected_gradient, policy_gradient
-from stepwell.check.oracles.provable import Provable, deviation
-from stepwell.check.oracles.ratio import demonstrations as ratio_demonstrations
-from stepwell.check.oracles.ratio import slopes as ratio_slopes
-from stepwell.check.oracles.ratio import trl as ratio_trl
+from stepwell.check.oracles.provable import Provable, deviation, policy_of
 from stepwell.check.oracles.ratio.rows import HORIZON, seen
-from stepwell.check.oracles.ratio.slopes import STATED
+from stepwell.check.oracles.ratio.slopes import stated
+from stepwell.check.oracles.registry import register
 from stepwell.credit.group import GroupCredit
 from stepwell.objective.gates.minibatch import EntropyChange, HiddenReward
 from stepwell.objective.policy import Policy
@@ -24,7 +22,6 @@ from stepwell.objective.ratio import Ratio, runs
 from stepwell.objective.reduction import Reduction
 from stepwell.objective.surrogate import Score
 from stepwell.objective.term import Objective, Term
-from stepwell.parts import Batch
 from stepwell.process.base import Scores
 from stepwell.process.exact.table import TabularLanguage, markov
 from stepwell.rng import Rng
@@ -33,8 +30,6 @@ from stepwell.sampling.rollout import rollout
 from stepwell.trajectories import Trajectories, count
 
 NEEDS = ("entropy", "hidden", "logits")
-DEFINED = (ratio_slopes, ratio_demonstrations, ratio_trl)
-"""Where the slopes are written out; each registers its own."""
 
 
 def stale(far: float = 0.5) -> tuple[TabularLanguage, Trajectories]:
@@ -116,26 +111,23 @@ WAYS: dict[str, tuple[dict[str, Any], ...]] = {
 """Options that the slopes are held at besides the defaults."""
 
 
+@register
 def stated_slopes(card: Provable) -> float:
-    """d loss / d log pi of every step, on rows of an older policy, is what `ratio_slopes` writes out by hand."""
+    """d loss / d log pi of every step, on rows of an older policy, is the one that `slopes` writes out by hand."""
     process, rows = stale()
     scores = process.score(rows, NEEDS).detach()
     plain = seen(rows, scores, runs(rows.mask))
     worst = 0.0
     for way in ({"fraction": 1.0} if card.id == "clip-cov" else {}, *WAYS.get(card.id, ())):
         objective = card.recipe(**way).whole
-        found = slopes(objective, process, rows if "segment" in objective.reads else rows.replace(segment=None))
+        found = slopes(
+            objective, process, rows if Read("rows", "segment") in objective.reads else rows.replace(segment=None)
+        )
         expected = torch.zeros_like(found)
-        for place, value in STATED[card.id](plain, {**card.options, **way}).items():
+        for place, value in stated()[card.id](plain, {**card.options, **way}).items():
             expected[place] = value
         worst = max(worst, deviation(found, expected))
     return worst
-
-
-def _policy(card: Provable, **options: Any) -> Policy:
-    term = card.recipe(**options).whole.terms[0]
-    assert isinstance(term, Policy)
-    return term
 
 
 def _model(seed: int = 1) -> tuple[TabularLanguage, Tensor, dict[str, Tensor]]:
@@ -145,6 +137,7 @@ def _model(seed: int = 1) -> tuple[TabularLanguage, Tensor, dict[str, Tensor]]:
     return process, reward, {"segment": process.segments(process.trajectories())}
 
 
+@register
 def leave_one_out_gradient(card: Provable) -> float:
     """At the old policy, with leave-one-out credit summed over steps, the expected gradient is the policy gradient."""
     process, reward, fields = _model()
@@ -154,6 +147,7 @@ def leave_one_out_gradient(card: Provable) -> float:
     return max(deviation(gradient, exact) for gradient in found)
 
 
+@register
 def sampler_correction(card: Provable) -> float:
     """With a stale sampler mu the expected gradient is sum_y mu(y) (R - E_mu R) sum_t w_t d log pi_t, w by enumeration.
 
@@ -183,18 +177,20 @@ def sampler_correction(card: Provable) -> float:
     return worst
 
 
+@register
 def segment_limits(card: Provable) -> float:
     """Segments, or turns, of one token are the token's ratio; one that is the whole row is the sequence's."""
     process, rows = stale()
     steps = torch.arange(rows.mask.shape[1]).expand(rows.mask.shape).contiguous()
-    policy, worst = _policy(card), 0.0
+    policy, worst = policy_of(card), 0.0
     for segment, level in ((steps, "token"), (torch.zeros_like(steps), "sequence")):
-        told = rows.replace(segment=segment)
+        parted = rows.replace(segment=segment)
         twin = Policy(policy.credit_of, Ratio(level), policy.surrogate, policy.gates, policy.reduction)  # type: ignore[arg-type]
-        worst = max(worst, deviation(slopes(policy, process, told), slopes(twin, process, told)))
+        worst = max(worst, deviation(slopes(policy, process, parted), slopes(twin, process, parted)))
     return worst
 
 
+@register
 def tapered_gradient(card: Provable) -> float:
     """On strings of a stale policy mu the gradient is sum_y mu(y) w(y) R(y) d log pi(y).
 
@@ -216,19 +212,20 @@ def tapered_gradient(card: Provable) -> float:
     return worst
 
 
+@register
 def shifted_gradient(card: Provable) -> float:
     """On policy the gradient is 1 - 1/G times the exact one at any shift; off policy -shift d E_mu log pi is added."""
     process, reward, _ = _model()
     sampler, _, _ = _model(seed=3)
     worst = 0.0
     for shift in (-0.5, 0.2):
-        policy = _policy(card, shift=shift)
+        policy = policy_of(card, shift=shift)
         worst = max(
             worst, deviation(expected_gradient(process, policy, 2, reward), policy_gradient(process, reward) / 2)
         )
         stale_, plain = (
             expected_gradient(process, term, 2, reward, behaviour=sampler)
-            for term in (policy, _policy(card, shift=0.0))
+            for term in (policy, policy_of(card, shift=0.0))
         )
         likelihood = (sampler.string_probabilities().detach() * process.string_log_probabilities()).sum()
         added = torch.autograd.grad(-shift * likelihood, process.logits)[0]
@@ -236,27 +233,29 @@ def shifted_gradient(card: Provable) -> float:
     return worst
 
 
+@register
 def entropy_change(card: Provable) -> float:
     """With `exact`, O is minus the derivative of a step's entropy along r A (e_a - pi), by autograd on its logits."""
     process, rows = stale()
-    (gate,) = _policy(card, exact=True).gates
+    (gate,) = policy_of(card, exact=True).gates
     assert isinstance(gate, EntropyChange)
     scores = process.score(rows, NEEDS).detach()
     advantage = Rng(5).normal(*rows.mask.shape, dtype=torch.float64)
     found = gate.change(Batch(rows, count(rows), scores), advantage)
     logits = scores["logits"].clone().requires_grad_()
-    law = logits.log_softmax(-1)
-    entropy = -(law.exp() * law).sum(-1)
+    log_probs = logits.log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
     slope = torch.autograd.grad(entropy.sum(), logits)[0]
-    error = torch.nn.functional.one_hot(rows.action, law.shape[-1]) - law.detach().exp()
+    error = torch.nn.functional.one_hot(rows.action, log_probs.shape[-1]) - log_probs.detach().exp()
     step = (scores.log_prob - rows.old_log_prob).exp() * advantage * rows.mask  # type: ignore[operator]
     return deviation(-found, step * (slope * error).sum(-1))
 
 
+@register
 def hidden_influence(card: Provable) -> float:
     """THR_k is A_k times the inner product of d log pi_k and d sum_t log pi_t of the good rows, in the logits."""
     process, rows = stale()
-    (gate,) = _policy(card).gates
+    (gate,) = policy_of(card).gates
     assert isinstance(gate, HiddenReward)
     advantage = Rng(6).normal(len(rows), dtype=torch.float64)[:, None].expand(rows.mask.shape)
     batch = Batch(rows, count(rows), process.score(rows, NEEDS).detach())
@@ -272,6 +271,7 @@ def hidden_influence(card: Provable) -> float:
     return worst
 
 
+@register
 def mixture_ratio(card: Provable) -> float:
     """On a demonstration, as it comes from the data, the ratio is 4 pi / (1 + 3 old); on own rows it is pi / old."""
     process = markov(symbols=3, length=3, seed=7)
@@ -286,12 +286,13 @@ def mixture_ratio(card: Provable) -> float:
         batch = Batch(rows, count(rows), process.score(rows))
         pi, old = batch.log_prob.exp(), batch.old.exp()
         expected = torch.where((rows.source > 0)[:, None], 4 * pi / (1 + 3 * old), pi / old)
-        found = _policy(card).ratio(batch).exp()
+        found = policy_of(card).ratio(batch).exp()
     return float(((found - expected) * batch.mask).abs().max())
 
 
+@register
 def either_half(card: Provable) -> float:
-    """Where all prompts succeed the demonstrations might be away; where none does the gradient is imitation's alone."""
+    """If all prompts succeed the demonstrations might be away; if none does the gradient is imitation's alone."""
     process, rows = stale()
     learns, copies = (slopes(card.recipe(gate=gate).whole, process, rows) for gate in (-1.0, 1.0))
     own = rows.source == 0
@@ -301,17 +302,3 @@ def either_half(card: Provable) -> float:
     likelihood = ((log_prob * others.mask).sum(1) / others.mask.sum(1)).sum() / len(rows.prompt.unique())
     worst = max(worst, deviation(copies[~own], torch.autograd.grad(-likelihood, log_prob)[0]))
     return worst + float(learns[~own].abs().max() + copies[own].abs().max())
-
-
-ORACLES: tuple[Callable[[Provable], float], ...] = (
-    stated_slopes,
-    leave_one_out_gradient,
-    sampler_correction,
-    segment_limits,
-    tapered_gradient,
-    shifted_gradient,
-    entropy_change,
-    hidden_influence,
-    mixture_ratio,
-    either_half,
-)

@@ -1,4 +1,4 @@
-"""Rows as plain numbers, and what the slopes of a loss are written out with: credit and gains, by no part of ours."""
+"""Rows as plain numbers, and the credit and the gains that slopes are written out with, by no part of ours."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from stepwell.parts import Batch
+from stepwell.batch import Batch
 from stepwell.process.base import Scores
 from stepwell.trajectories import Trajectories, count
 
 
 @dataclass(frozen=True)
 class Step:
-    """A trained step: where it is, its log-probabilities, and what else rules read of it."""
+    """A trained step: its place, its log-probabilities, and the other numbers that rules read of it."""
 
     place: tuple[int, int]
     present: float
@@ -30,7 +30,7 @@ class Step:
     turn: int
     context: int
     action: int
-    law: Sequence[float] = field(repr=False)
+    probabilities: Sequence[float] = field(repr=False)
 
     @property
     def x(self) -> float:
@@ -40,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Row:
-    """A row's trained steps and what it earned."""
+    """A row's trained steps and its reward."""
 
     prompt: int
     own: bool

@@ -1,4 +1,4 @@
-"""What the slope of each off-policy rule's loss is in every step's log-probability, written out in plain numbers.
+"""The slope of each off-policy rule's loss in every step's log-probability, written out in plain numbers.
 
 A definition takes rows as `Row` and a method's options, and gives d loss / d log pi of each trained step.
 """
@@ -11,17 +11,26 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stepwell.check.oracles.ratio.rows import Row, Slopes, Step, advantages, centred, clipped, each, standardised
+from stepwell.check.oracles.registry import discover
 
 Definition = Callable[[Sequence[Row], Mapping[str, Any]], Slopes]
-STATED: dict[str, Definition] = {}
+_STATED: dict[str, Definition] = {}
 
 
 def define(name: str) -> Callable[[Definition], Definition]:
-    def register(definition: Definition) -> Definition:
-        STATED[name] = definition
+    """Register a function that writes out a method's slopes for given options."""
+
+    def registered(definition: Definition) -> Definition:
+        _STATED[name] = definition
         return definition
 
-    return register
+    return registered
+
+
+def stated() -> Mapping[str, Definition]:
+    """The slopes of every method that has them written out, by its id."""
+    discover()
+    return dict(_STATED)
 
 
 @define("bnpo")
@@ -188,7 +197,7 @@ def _steer(rows: Sequence[Row], o: Mapping[str, Any]) -> Slopes:
             pi = math.exp(step.present)
             slope = (1 - pi) * (step.present + step.entropy)
             if o["exact"]:
-                rest = math.fsum(v**2 * (math.log(v) + step.entropy) for v in step.law)
+                rest = math.fsum(v**2 * (math.log(v) + step.entropy) for v in step.probabilities)
                 slope = pi * (step.present + step.entropy) - rest
             change[step.place] = abs(math.exp(step.x) * a * slope)
     largest = max(0.02, *change.values())
@@ -204,7 +213,7 @@ def _thr(rows: Sequence[Row], o: Mapping[str, Any]) -> Slopes:
     credit = standardised(rows)
 
     def error(step: Step) -> list[float]:
-        return [(symbol == step.action) - p for symbol, p in enumerate(step.law)]
+        return [(symbol == step.action) - p for symbol, p in enumerate(step.probabilities)]
 
     def gain(row: Row, step: Step, a: float) -> float:
         good = [r for r, value in zip(rows, credit, strict=True) if r.prompt == row.prompt and value > 0]

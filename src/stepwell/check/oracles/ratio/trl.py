@@ -1,4 +1,4 @@
-"""What the slope of TRL's GRPO loss is in every step's log-probability, option by option, in plain numbers."""
+"""The slope of TRL's GRPO loss in every step's log-probability, option by option, in plain numbers."""
 
 from __future__ import annotations
 
