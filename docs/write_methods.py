@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from stepwell import methods
+from stepwell.methods import Card
+
+HEAD = """# The methods
+
+Written by `make docs` from the cards; `stepwell methods ID` prints the same, `stepwell methods --search WORDS` finds
+them. A method is run by `stepwell train --model DIR_OR_ID --data prompts.jsonl --reward my.py:reward --method ID`, with
+the arguments that its needs name. Case, hyphens and underscores of an ID do not matter.
+"""
 
 
 def page() -> str:
-    lines = ["# The methods", "", "Written by `make docs` from the cards; `stepwell methods ID` prints the same.", ""]
-    for name in methods.names():
-        card = methods.get(name)
-        told = card.as_dict()
-        source = f"[{card.arxiv}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else ""
-        lines += [
-            f"## `{name}` {card.title}",
-            "",
-            f"*{card.paper}* ({card.year}) {source}".rstrip(),
-            "",
-            card.differs,
-            "",
-            *([f"As published: {card.note}", ""] if card.note else []),
-        ]
-        lines += ["Parts: " + "; ".join(f"`{part}`" for part in told["parts"]) + ".", ""]
-        options = ", ".join(f"`{option}={default}`" for option, default in told["options"].items())
-        lines += [f"Options: {options}.", "", "Proved by: " + ", ".join(f"`{proof}`" for proof in card.proof) + ".", ""]
-    return "\n".join(lines)
+    """The whole page: the cards in the order of their ids."""
+    return HEAD + "\n" + "\n\n".join("\n\n".join(section(methods.get(name))) for name in methods.names()) + "\n"
+
+
+def section(card: Card) -> Iterator[str]:
+    """The paragraphs of one card."""
+    about = card.as_dict()
+    also = f" (also {', '.join(f'`{alias}`' for alias in card.aliases)})" if card.aliases else ""
+    link = f" [{card.arxiv}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else ""
+    yield f"## `{card.id}` {card.title}{also}"
+    if card.paper:
+        yield f"*{card.paper}* ({card.year}){link}"
+    yield card.differs
+    yield f"When to use it: {card.when[:1].lower()}{card.when[1:]}"
+    if card.note:
+        yield f"Note: {card.note}"
+    if card.needs:
+        needs = "; ".join(f"{need.words}{f' (`{need.arguments}`)' if need.arguments else ''}" for need in card.needs)
+        yield f"Needs: {needs}."
+    yield "Parts: " + "; ".join(f"`{part}`" for part in about["parts"]) + "."
+    yield "Options: " + ", ".join(f"`{option}={default}`" for option, default in card.options.items()) + "."
+    yield "Proved by: " + ", ".join(f"`{proof}`" for proof in card.proof) + "."
 
 
 if __name__ == "__main__":

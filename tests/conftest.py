@@ -43,7 +43,7 @@ def word_tokenizer(*, pad: bool = True, eos: bool = True, chat: bool = False) ->
 
 
 def small_model(architecture: str, **changes: Any) -> Any:
-    """A random model with weights large enough that its laws are far from uniform."""
+    """A random model with weights large enough that its distributions are far from uniform."""
     import transformers as t
 
     size = {"vocab_size": 34, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
@@ -117,7 +117,7 @@ def make_tokenizer() -> Callable[..., Any]:
 
 
 class Program:
-    """A process that was started by `start`: its exit code (negative: the signal that ended it) and what it wrote."""
+    """A program that was started by `start`: its exit code (negative: the signal that ended it) and its output."""
 
     def __init__(self, process: Any, stdout: Path, stderr: Path):
         self.process, self._stdout, self._stderr = process, stdout, stderr
@@ -144,15 +144,15 @@ class Program:
 def server() -> Any:
     """Processes are forked from one that has imported everything: seconds less each, and no thread of the tests'."""
     context = multiprocessing.get_context("forkserver")
-    rooms = ["stepwell.cli.train", "stepwell.cli.lists", "stepwell.api", "stepwell.check.methods"]
+    ours = ["stepwell.cli.train", "stepwell.cli.lists", "stepwell.api", "stepwell.check.methods"]
     theirs = ["modeling_utils", "models.auto.modeling_auto", "models.qwen2.modeling_qwen2"]
-    context.set_forkserver_preload([*rooms, *(f"transformers.{module}" for module in theirs)])
+    context.set_forkserver_preload([*ours, *(f"transformers.{module}" for module in theirs)])
     return context
 
 
 @pytest.fixture
 def start(server: Any, tmp_path: Path) -> Callable[..., Program]:
-    """`start("stepwell", "methods")` or `start("script.py", "word")`: a process of its own, which `wait` waits for."""
+    """`start("stepwell", "methods")` or `start("script.py", "word")`: a program of its own, which `wait` waits for."""
     programs: list[Program] = []
 
     def begin(
@@ -177,7 +177,7 @@ def start(server: Any, tmp_path: Path) -> Callable[..., Program]:
 
 @pytest.fixture
 def launch(start: Callable[..., Program], tmp_path: Path) -> Callable[..., None]:
-    """`launch(script, *words)`: run a script as two processes that talk through gloo."""
+    """`launch(script, *words)`: run a script as two ranks that communicate through gloo."""
 
     def run(script: str, *words: str) -> None:
         (tmp_path / "script.py").write_text(script)

@@ -1,4 +1,4 @@
-"""A program of its own: what the fixture `start` lets a process do that has imported everything already."""
+"""A program of its own, run by the fixture `start` in a process that has imported everything already."""
 
 import os
 import runpy

@@ -8,7 +8,7 @@ import importlib
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,7 @@ def tree_of(file: Path) -> ast.Module:
 def place(file: Path, node: ast.AST | None = None) -> str:
     """A file, and a line in it, as a person looks for it."""
     line = f":{getattr(node, 'lineno', 0)}" if node is not None else ""
-    return f"{file.relative_to(ROOT)}{line}"
+    return f"{file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name}{line}"
 
 
 def calls(file: Path, *names: str) -> Iterator[ast.Call]:
@@ -38,44 +38,48 @@ def calls(file: Path, *names: str) -> Iterator[ast.Call]:
             yield node
 
 
-def in_processes(file: Path) -> bool:
-    return file.is_relative_to(SOURCE / "process")
-
-
 # processes
+
+
+def guessed(files: Iterable[Path]) -> list[str]:
+    return [
+        place(file, call)
+        for file in files
+        if file != SOURCE / "process" / "abilities.py"
+        for call in calls(file, "getattr", "hasattr")
+        if call.args and re.search(r"(^|\.|_)process$", ast.unparse(call.args[0]))
+    ]
 
 
 def test_no_ability_of_a_process_is_guessed_by_name():
     """`getattr(process, ...)` and `hasattr(process, ...)` stand in process/abilities.py alone."""
-    abilities = SOURCE / "process" / "abilities.py"
-    found = [
+    assert guessed(FILES) == []
+
+
+def concrete(files: Iterable[Path]) -> list[str]:
+    return [
         place(file, call)
-        for file in FILES
-        if file != abilities
-        for call in calls(file, "getattr", "hasattr")
-        if call.args and re.search(r"(^|\.|_)process$", ast.unparse(call.args[0]))
+        for file in files
+        if not file.is_relative_to(SOURCE / "process")
+        for call in calls(file, "isinstance", "issubclass")
+        if CONCRETE & {node.id for node in ast.walk(call.args[1]) if isinstance(node, ast.Name)}
     ]
-    assert found == []
 
 
 def test_shared_folders_know_no_concrete_process():
     """`isinstance` of a process's class stands in the folder of processes alone; others ask for an ability."""
-    found = [
-        f"{place(file, call)} {ast.unparse(call)}"
-        for file in FILES
-        if not in_processes(file)
-        for call in calls(file, "isinstance", "issubclass")
-        if CONCRETE & {node.id for node in ast.walk(call.args[1]) if isinstance(node, ast.Name)}
-    ]
-    assert found == []
+    assert concrete(FILES) == []
 
 
 # files
 
 
+def long(files: Iterable[Path]) -> list[str]:
+    return [place(file) for file in files if len(file.read_text(encoding="utf-8").splitlines()) > LINES]
+
+
 def test_no_file_is_long():
-    lengths = {place(file): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
-    assert {file: length for file, length in lengths.items() if length > LINES} == {}
+    assert long(FILES) == []
 
 
 def module_of(file: Path) -> str:
@@ -146,13 +150,17 @@ TWICE: dict[str, str] = {}
 """Public classes that share a name with another, and why."""
 
 
-def test_every_public_class_has_a_name_of_its_own():
+def namesakes(files: Iterable[Path]) -> dict[str, list[str]]:
     homes = defaultdict(list)
-    for file in FILES:
+    for file in files:
         for node in tree_of(file).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes[node.name].append(place(file, node))
-    assert {name: places for name, places in homes.items() if len(places) > 1 and name not in TWICE} == {}
+    return {name: places for name, places in homes.items() if len(places) > 1 and name not in TWICE}
+
+
+def test_every_public_class_has_a_name_of_its_own():
+    assert namesakes(FILES) == {}
 
 
 @pytest.mark.parametrize("package", ["stepwell", "stepwell.check"])
@@ -183,17 +191,48 @@ def documented(file: Path) -> Iterator[tuple[ast.AST, str]]:
                     yield after, value.value
 
 
+def riddles(files: Iterable[Path]) -> list[str]:
+    return [place(file, node) for file in files for node, text in documented(file) if RIDDLES.match(text)]
+
+
 def test_docstrings_say_what_a_thing_is():
     """They begin with a noun or an imperative, never with What, Whether, How, Where or Which."""
-    found = [
-        f"{place(file, node)} {text.splitlines()[0]}"
-        for file in FILES
-        for node, text in documented(file)
-        if RIDDLES.match(text)
-    ]
-    assert found == []
+    assert riddles(FILES) == []
+
+
+def unknown_notes(files: Iterable[Path]) -> list[str]:
+    return [place(file) for file in files if re.search(r"cards_\w+\.md", file.read_text(encoding="utf-8"))]
 
 
 def test_nothing_refers_to_notes_that_users_do_not_have():
-    texts = [*FILES, *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
-    assert [place(file) for file in texts if re.search(r"cards_\w+\.md", file.read_text(encoding="utf-8"))] == []
+    assert unknown_notes([*FILES, *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]) == []
+
+
+# the laws can be broken
+
+
+PLANTED = '''
+"""What stands here, by cards_flow.md."""
+
+class Flow:
+    def steps(self):
+        """How many."""
+        return getattr(self.process, "steps", 0) if isinstance(self, Flow) else hasattr(process, "steps")
+
+LIMIT = 3
+"""Which is the limit."""
+
+class Flow:
+    """Another."""
+'''
+
+
+def test_a_planted_file_breaks_every_law(tmp_path):
+    file = tmp_path / "planted.py"
+    file.write_text(PLANTED + "\n" * LINES)
+    assert guessed([file]) == ["planted.py:7", "planted.py:7"]
+    assert concrete([file]) == ["planted.py:7"]
+    assert long([file]) == ["planted.py"]
+    assert namesakes([file]) == {"Flow": ["planted.py:4", "planted.py:12"]}
+    assert sorted(riddles([file])) == ["planted.py:0", "planted.py:10", "planted.py:5"]
+    assert unknown_notes([file]) == ["planted.py"]

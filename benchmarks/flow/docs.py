@@ -36,10 +36,10 @@ has `corrector=True`, `to the end` has `lower_final=False`, and `exact` has `wei
 
 RANDOM = """### Solvers that draw noise
 
-Their samples cannot be held against an ODE one by one, so the distance is between laws: the exact 2-Wasserstein
-distance, without sampling, of n steps on the uniform grid of the linear path to Gaussian data with means
-(0.5, -0.5) and variances (0.1, 1). `order` is the slope from 160 to 320 steps. `cps` goes to another law than the
-data's, and stochastic Euler to the data's slowly, and not evenly in n.
+Their samples cannot be compared with an ODE one by one, so the distance is between distributions: the exact
+2-Wasserstein distance, without sampling, of n steps on the uniform grid of the linear path to Gaussian data with means
+(0.5, -0.5) and variances (0.1, 1). `order` is the slope from 160 to 320 steps. `cps` goes to another distribution than
+the data's, and stochastic Euler to the data's slowly, and not evenly in n.
 """
 
 

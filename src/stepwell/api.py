@@ -164,7 +164,7 @@ def sample(
 
 
 def check_count(name: str, value: int | None) -> None:
-    """Raise `InputError` for a number of samples that is not at least 1; None is no number."""
+    """Raise `InputError` for a number of samples below 1; None passes."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise InputError(f"{name} must be a whole number of at least 1, got {value!r}.")
 

@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from stepwell.errors import InputError
 from stepwell.process.base import Scores
 from stepwell.ranges import Checked
+from stepwell.tensors import Tensor, torch
 from stepwell.trajectories import FIELDS, Counts, Trajectories
 
 

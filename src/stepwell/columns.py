@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import ItemsView, Iterable, KeysView, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
-import torch
-from torch import Tensor
-
 from stepwell.errors import InputError
+from stepwell.tensors import Tensor, torch
 
 T = TypeVar("T")
 

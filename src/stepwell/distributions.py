@@ -11,10 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
-import torch
-from torch import Tensor
-
 from stepwell.rng import Rng
+from stepwell.tensors import Tensor, torch
 
 
 @runtime_checkable

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from torch import Tensor
-
 from stepwell.batch import Batch, Read
 from stepwell.errors import InputError
 from stepwell.ranges import Checked
+from stepwell.tensors import Tensor
 from stepwell.writing import describe
 
 When = Literal["rows", "minibatch", "step"]

@@ -12,11 +12,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
 from stepwell.errors import InputError, Unenumerable
+from stepwell.tensors import Tensor, functional, torch
 
 BLOCK = 256
 """Symbols that are summed up at once, where one is drawn from many."""
@@ -49,7 +46,7 @@ class Rng:
         rows, symbols = probabilities.shape
         values = probabilities if probabilities.dtype == torch.float64 else probabilities.float()
         if symbols % BLOCK and symbols > BLOCK:
-            values = nn.functional.pad(values, (0, -symbols % BLOCK))
+            values = functional.pad(values, (0, -symbols % BLOCK))
         blocks = values.unflatten(1, (-1, min(symbols, BLOCK)))
         sums = blocks.sum(-1).double().cumsum(-1)  # (N, B) first which block, then where in it
         total = sums[:, -1:]
@@ -57,7 +54,7 @@ class Rng:
             raise InputError("The probabilities of each row must be numbers of at least 0 with a sum above 0.")
         point = self.uniform(rows, 1, dtype=torch.float64).to(total.device) * total
         block = _first_above(sums, point)
-        rest = point - nn.functional.pad(sums, (1, 0)).gather(1, block)
+        rest = point - functional.pad(sums, (1, 0)).gather(1, block)
         inside = blocks[torch.arange(rows, device=block.device), block[:, 0]].cumsum(-1, dtype=torch.float64)
         return (block * BLOCK + _first_above(inside, rest))[:, 0]
 
@@ -193,6 +190,8 @@ class Replay(Rng):
             raise Unenumerable(
                 "A normal draw has no finite list of outcomes; pass normal_nodes=n to use Gauss-Hermite nodes."
             )
+        import numpy as np
+
         nodes, weights = np.polynomial.hermite_e.hermegauss(self.normal_nodes)
         drawn = [float(nodes[self.choose(weights.tolist())]) for _ in range(math.prod(shape))]
         return torch.tensor(drawn, dtype=dtype or torch.float64).reshape(shape)

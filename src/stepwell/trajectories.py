@@ -7,12 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
-
 from stepwell.columns import Columns, at, joined
 from stepwell.errors import InputError
+from stepwell.tensors import Tensor, functional, torch
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +143,7 @@ def _tensors(entries: Columns | None) -> Iterator[tuple[str, Any]]:
 
 
 def _pad_right(value: Tensor, extra: int, name: str = "") -> Tensor:
-    return pad(value, (0, 0) * (value.dim() - 2) + (0, extra), value=-1 if name == "node" else 0)
+    return functional.pad(value, (0, 0) * (value.dim() - 2) + (0, extra), value=-1 if name == "node" else 0)
 
 
 def concatenate(parts: Sequence[Trajectories], *, renumber: bool = False) -> Trajectories:
@@ -170,7 +167,7 @@ def concatenate(parts: Sequence[Trajectories], *, renumber: bool = False) -> Tra
         condition = part.condition
         if condition is not None:
             entries = {
-                key: pad(value, (0, 0) * (value.dim() - 2) + (widths[key] - value.shape[1], 0))
+                key: functional.pad(value, (0, 0) * (value.dim() - 2) + (widths[key] - value.shape[1], 0))
                 if value.dim() > 1
                 else value
                 for key, value in _tensors(condition)

@@ -54,26 +54,26 @@ PATHS = [Linear(), path("vp-linear")]
 def test_the_denoiser_is_that_of_a_mixture_of_variance_one(bench: Any, on: Any):
     data = bench.models.mixture(on, dimension=3, components=2).data
     means, variances = bench.models.components_of(3, 2)
-    law = Mixture(torch.full((2,), 0.5), means, torch.stack([row.diag() for row in variances]))
+    mixture = Mixture(torch.full((2,), 0.5), means, torch.stack([row.diag() for row in variances]))
     x = Rng(0).normal(7, 3, dtype=torch.float64)
     for t in (0.999, 0.5, 0.05):
-        assert torch.allclose(data(x, t), law.predict(x, t, on, "data"), atol=1e-10)
-    assert float(law.covariance.trace()) / 3 == pytest.approx(1.0, rel=1e-12)
+        assert torch.allclose(data(x, t), mixture.predict(x, t, on, "data"), atol=1e-10)
+    assert float(mixture.covariance.trace()) / 3 == pytest.approx(1.0, rel=1e-12)
 
 
 @pytest.mark.parametrize("on", PATHS, ids=["linear", "vp"])
 def test_the_reference_is_the_map_of_gaussian_data(bench: Any, on: Any):
     mean, variance = torch.tensor([0.3, -0.4]).double(), torch.tensor([0.02, 1.5]).double()
-    law = Mixture(torch.ones(1), mean[None], variance.diag()[None])
+    mixture = Mixture(torch.ones(1), mean[None], variance.diag()[None])
 
     def problem(of: Mixture) -> Any:
         return bench.models.Problem("gaussian", on, 2, lambda x, t: of.predict(x, t, on, "data"))
 
     x = Rng(1).normal(5, 2, dtype=torch.float64)
-    matrix, shift = flow_map(law, on, 1.0, 0.0)
+    matrix, shift = flow_map(mixture, on, 1.0, 0.0)
     exact = x @ matrix.mT + shift
     residual = 10 * math.exp(-bench.models.NEARLY_CLEAN)  # the noise that is left, at most, on these rows
-    assert float((problem(law).exact(x) - exact).abs().max()) < residual
+    assert float((problem(mixture).exact(x) - exact).abs().max()) < residual
     wrong = Mixture(torch.ones(1), mean[None], 1.05 * variance.diag()[None])
     assert float((problem(wrong).exact(x) - exact).abs().max()) > 100 * residual
 

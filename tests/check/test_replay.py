@@ -158,7 +158,9 @@ def test_the_law_of_a_rollout_is_that_of_its_samples_or_of_its_actions():
     assert actions == pytest.approx(strings, abs=1e-14)
 
 
-def test_an_expectation_keeps_the_structure_of_the_result_in_double_precision():
+def test_an_expectation_keeps_the_structure_of_the_result():
+    """In double precision."""
+
     def program(rng):
         heads = rng.bernoulli(COIN)
         return {"float": float(heads), "bool": bool(heads), "pair": (heads.float(), [torch.ones(2, 2)])}
@@ -224,7 +226,7 @@ def weighted_by_potential(process, rng):
     return drawn.samples.values, torch.tensor([potential(text) for text in drawn.samples.values], dtype=torch.float64)
 
 
-def test_a_sampler_of_the_process_is_unbiased_and_so_is_a_weighted_proposal():
+def test_a_sampler_and_a_weighted_proposal_are_unbiased():
     assert unbiased(plain, on=MODEL, tolerance=1e-12) <= 1e-12
     assert unbiased(proposed, on=MODEL, tolerance=1e-12) <= 1e-12
     assert unbiased(lambda process, rng: plain(process, rng).samples.values, on=MODEL) <= 1e-12
@@ -252,14 +254,15 @@ def test_only_the_test_functions_asked_for_are_compared():
         unbiased(reflected, on=MODEL, test_functions={"length": len, "ones": lambda text: text.count(1)})
 
 
-def test_an_estimator_on_a_process_may_be_held_against_a_function_of_the_process():
+def test_an_estimator_is_held_against_a_function_of_the_process():
     def estimator(process, rng):
         return sum(len(text) for text in plain(process, rng).samples.values) / 2
 
     assert unbiased(estimator, lambda process: process.expectation(len).detach(), on=MODEL) <= 1e-12
 
 
-def test_strings_outside_the_process_and_samplers_without_strings_are_refused():
+def test_strings_outside_the_process_are_refused():
+    """So are samplers without strings."""
     with pytest.raises(LawBroken, match="no complete string"):
         unbiased(lambda process, rng: [(7, 7)], on=MODEL)
     with pytest.raises(InputError, match="weight each"):

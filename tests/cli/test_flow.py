@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """What a command prints, on a wide terminal."""
+    """The output of a command, on a wide terminal."""
     monkeypatch.setenv("COLUMNS", "250")
 
     def run(*words: str) -> str:
@@ -167,7 +167,7 @@ def test_pictures_with_values_outside_their_range_are_arrays():
 
     assert format_for([image, image]) == "png"
     assert format_for([image, image + 0.6]) == "npy"
-    with pytest.raises(InputError, match="not images with values from 0 to 1"):
+    with pytest.raises(InputError, match="must be images with values from 0 to 1"):
         format_for([image - 0.6], "png")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -102,3 +104,46 @@ def test_solvers_are_a_line_each_and_tasks_are_wrapped(shown):
     assert [line.split()[0] for line in lines[1:] if line[0] != " "] == [entry.name for entry in tasks()]
     assert max(map(len, lines)) <= 80
     assert all(entry.summary in " ".join(" ".join(lines).split()) for entry in tasks())
+
+
+HEAVY = {"torch", "numpy", "scipy", "sklearn", "matplotlib", "transformers", "diffusers", "accelerate", "PIL", "rich"}
+TRAIN = ["train", "--model", "m", "--data", "d.jsonl", "--reward", "numeric", "--method"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["methods"], 0),
+        (["methods", "--search", "entropy"], 0),
+        (["methods", "--json"], 0),
+        (["methods", "gspo"], 0),
+        (["methods", "flow-grpo"], 0),
+        (["methods", "gsop"], 2),
+        (["methods", "--colour"], 2),
+        ([*TRAIN, "gsop"], 2),
+        ([*TRAIN, "gspo", "--set", "lo=1"], 2),
+        (["solvers"], 0),
+        (["solvers", "unipc-3"], 0),
+        (["solvers", "eulr"], 2),
+        (["tasks"], 0),
+    ],
+)
+def test_commands_that_load_no_model_import_nothing_heavy(words, code):
+    """They answer in the time that Python takes to read our own files: torch alone would take three times as long."""
+    script = (
+        "import sys; from stepwell.cli import main; code = main(sys.argv[1:])\n"
+        f"heavy = {HEAVY!r} & set(sys.modules)\n"
+        "assert not heavy, heavy\nsys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+
+
+def test_an_argument_of_another_library_points_to_ours(capsys):
+    for flag, ours in (
+        ("--num_generations", "--group-size"),
+        ("--kl_coef", "--set kl=..."),
+        ("--lr", "--learning-rate"),
+    ):
+        assert main([*TRAIN, "grpo", flag, "4"]) == 2
+        assert f"There is no argument '{flag}'; did you mean '{ours}'?" in capsys.readouterr().err

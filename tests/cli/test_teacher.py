@@ -63,7 +63,7 @@ def test_a_run_with_a_teacher_is_that_of_python(words, models, tmp_path):
     assert json.loads((tmp_path / "run/run.json").read_text())["teacher"] == str(models["teacher"])
 
 
-def test_a_teacher_keeps_its_whole_distribution_at_the_student_s_temperature(words, models):
+def test_a_teacher_keeps_its_whole_distribution_at_the_same_temperature(words, models):
     """A truncated teacher has no probability for tokens that the student draws."""
     assert main(words("--teacher", str(models["teacher"]), "--top-k", "3", "--temperature", "0.7")) == 0
     ours, student = load_file("run/model.safetensors"), {"top_k": 3, "temperature": 0.7}

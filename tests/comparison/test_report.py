@@ -52,7 +52,7 @@ def made(means, seeds=3, prompts=40, unit="solved", spread=0.01):
 
 
 class Loads(HTMLParser):
-    """What a browser would fetch, and every tag in order."""
+    """The addresses that a browser would fetch, and every tag in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -138,7 +138,7 @@ def test_nothing_is_called_better_whose_interval_contains_zero(spread):
 
 
 def claims(findings):
-    """Which method the sentences call better than which."""
+    """The pairs of methods of which the sentences call the first better."""
     found, labels = set(), [row.label for row in findings.rows]
     for sentence in findings.sentences:
         said = re.fullmatch(r"(?:After .*? each, )?(\S+) .*?is better than (.*?)(?:, but .*)?\.", sentence)
@@ -241,7 +241,8 @@ def test_many_methods_have_a_panel_each_and_a_table_of_their_differences():
     assert len(ids) == len(set(ids))
 
 
-def test_methods_that_never_differed_are_said_to_be_alike_and_others_are_not():
+def test_methods_that_never_differed_are_said_to_be_alike():
+    """Others are not."""
     comparison = made(SEVEN)
     assert not any("very same" in sentence for sentence in find(comparison).sentences)
     by_label = {entry.label: entry for entry in comparison.entries}

@@ -1,11 +1,14 @@
 """A comparison is fair: one start, one budget, paired seeds; and one method's failure is its own."""
 
 import dataclasses
+import json
 
 import pytest
 
 import stepwell as sw
 from stepwell import methods
+from stepwell.comparison.report.page import write_report
+from stepwell.comparison.report.runs import report_runs
 from stepwell.comparison.results import Comparison
 from stepwell.comparison.run import compare
 from stepwell.comparison.specs import parse_specs
@@ -33,12 +36,12 @@ def test_methods_are_read_with_their_options(written, labels):
 @pytest.mark.parametrize(
     ("written", "said"),
     [
-        ("", "no method to compare"),
+        ("", "methods must name at least one, got none"),
         ("grop", "did you mean 'grpo'"),
         ("grpo:clop=0.1", "did you mean 'clip'"),
         ("grpo:clip", "has no value"),
         ("clip=0.1,grpo", "option without a method"),
-        ("grpo:clip=big", "is a number"),
+        ("grpo:clip=big", "must be a number"),
         ("grpo,grpo", "given twice"),
     ],
 )
@@ -51,7 +54,8 @@ def test_a_wrong_method_is_named_before_anything_is_trained(written, said, tiny)
 
 
 @pytest.mark.parametrize("budget", ["5-steps", "100-reward-calls", "700-tokens", "600-evaluations"])
-def test_every_method_gets_the_same_budget_and_stops_at_the_step_that_reaches_it(tiny, budget):
+def test_every_method_stops_at_the_step_that_reaches_the_budget(tiny, budget):
+    """All methods have the same."""
     result = compare(tiny, "grpo,rloo", budget=budget, seeds=2, progress=False)
     whole = Budget.parse(budget)
     for entry in result.entries:
@@ -132,6 +136,26 @@ def test_a_comparison_is_read_back_as_it_was_written(tiny, tmp_path):
         Comparison.load(tmp_path)
 
 
+def test_costs_are_named_as_the_process_says(tiny, tmp_path):
+    class Spelling(sw.exact.TabularLanguage):
+        work = "symbols"
+
+    def start():
+        process = tiny.process()
+        process.__class__ = Spelling
+        return process
+
+    named = dataclasses.replace(tiny, process=start)
+    result = compare(named, "grpo", budget="2-steps", seeds=1, out=tmp_path, keep_runs=True, progress=False)
+    assert (compare(tiny, "grpo", budget="2-steps", seeds=1, progress=False).work, result.work) == ("tokens", "symbols")
+    assert Comparison.load(tmp_path).work == "symbols"
+    folder = tmp_path / "runs" / "grpo" / "seed-0"
+    assert json.loads((folder / "run.json").read_text())["work"] == "symbols"
+    for page in (write_report(result, tmp_path / "one.html"), report_runs([folder], tmp_path / "two.html")):
+        assert "symbols forward" in page.read_text()
+        assert "tokens forward" not in page.read_text()
+
+
 def test_runs_are_kept_where_asked_for(tiny, tmp_path):
     result = compare(tiny, "grpo:clip=0.1", budget="2-steps", seeds=1, out=tmp_path, keep_runs=True, progress=False)
     folder = tmp_path / "runs" / "grpo_clip=0.1" / "seed-0"
@@ -152,7 +176,9 @@ def test_wrong_requests_are_refused_before_anything_is_trained(tiny, wrong):
         compare(tiny, "grpo", **{"budget": "2-steps", "progress": False, **wrong})
 
 
-def test_a_users_task_is_found_by_name_and_an_unknown_one_names_the_nearest(tiny):
+def test_a_users_task_is_found_by_name(tiny):
+    """An unknown task or option names the nearest."""
+
     @task("mine")
     def mine(size: int = 2) -> Task:
         """A task of my own."""

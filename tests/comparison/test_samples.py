@@ -173,7 +173,8 @@ def test_the_terminal_shows_measures_within_its_width(images):
     assert any("prompts drawn anew" in line for line in lines)
 
 
-def test_images_are_kept_for_each_different_prompt_with_the_mean_of_their_rewards(images):
+def test_images_are_kept_for_each_different_prompt(images):
+    """Their reward is the mean of those that are kept."""
     values = [torch.full((1, 8, 8), i / 100) for i in range(12)]
     prompts = [prompt for prompt in images.evaluation for _ in range(2)]
     rows = make(torch.zeros(12, 1), torch.zeros(12, 1), torch.ones(12, 1))

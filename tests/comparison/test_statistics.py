@@ -47,7 +47,7 @@ def test_drawn_resamples_agree_with_listed_ones():
 
 
 def _misses(seeds, prompts, *, widened, spread, trials=400):
-    """How often the interval misses the true mean of 0, with deviations by seed, by prompt, and of each score."""
+    """The number of intervals that miss the true mean of 0, with deviations by seed, by prompt, and of each score."""
     draw, misses = np.random.default_rng(7), 0
     for trial in range(trials):
         of_seed, of_prompt, of_each = (

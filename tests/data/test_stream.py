@@ -1,4 +1,4 @@
-"""The stream of prompts: epochs are permutations, takes have their exact law, resuming changes nothing."""
+"""The stream of prompts: epochs are permutations, takes have their exact distribution, resuming changes nothing."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ def ids(taken):
     return [prompt.id for prompt in taken]
 
 
-def law(program):
+def distribution(program):
     """Every outcome of the program with its exact probability."""
     outcomes, script = Counter(), []
     while script is not None:
@@ -36,7 +36,7 @@ def law(program):
     return outcomes
 
 
-def assert_same_law(found, expected):
+def assert_same(found, expected):
     assert set(found) == set(expected)
     assert all(abs(found[key] - expected[key]) < 1e-12 for key in expected)
 
@@ -73,7 +73,7 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(size, before, after, shuff
     assert go_on(resumed) == uninterrupted
 
 
-def published_law(size, takes):
+def by_listing(size, takes):
     """Two epochs, each uniform over the orders that repeat no prompt within a take; by listing them all."""
     ends = list(itertools.accumulate(takes))
     split = lambda flat: tuple(flat[end - take : end] for end, take in zip(ends, takes, strict=True))  # noqa: E731
@@ -92,10 +92,10 @@ def test_shuffled_takes_are_uniform_over_the_orders_without_repeats(takes):
         stream = stream(prompts(3), rng)
         return tuple(tuple(ids(stream.take(count))) for count in takes)
 
-    assert_same_law(law(program), published_law(3, takes))
+    assert_same(distribution(program), by_listing(3, takes))
 
 
-def test_the_law_would_notice_repeats_being_passed_over():
+def test_planted_repeats_that_are_passed_over_have_another_distribution():
     class PassesOver(PromptStream):
         def _new_epoch(self, apart, first):
             order = self._shuffled(range(len(self)))
@@ -107,21 +107,21 @@ def test_the_law_would_notice_repeats_being_passed_over():
         return tuple(tuple(ids(stream.take(count))) for count in (2, 2, 2))
 
     with pytest.raises(AssertionError):
-        assert_same_law(law(program), published_law(3, (2, 2, 2)))
+        assert_same(distribution(program), by_listing(3, (2, 2, 2)))
 
 
 def test_weighted_takes_are_sequential_draws_without_replacement():
     weights = [0.0, 1.0, 2.0, 5.0]
-    found = law(lambda rng: tuple(ids(PromptStream(prompts(4), rng).take(2, torch.tensor(weights)))))
+    found = distribution(lambda rng: tuple(ids(PromptStream(prompts(4), rng).take(2, torch.tensor(weights)))))
     expected = {(i, j): weights[i] / 8 * weights[j] / (8 - weights[i]) for i, j in itertools.permutations((1, 2, 3), 2)}
-    assert_same_law(found, expected)
+    assert_same(found, expected)
 
 
 def test_weighted_takes_beyond_the_positive_weights_are_independent_draws():
     weights = [0.0, 1.0, 3.0]
-    found = law(lambda rng: tuple(ids(PromptStream(prompts(3), rng).take(3, torch.tensor(weights)))))
+    found = distribution(lambda rng: tuple(ids(PromptStream(prompts(3), rng).take(3, torch.tensor(weights)))))
     drawn = itertools.product((1, 2), repeat=3)
-    assert_same_law(found, {key: math.prod(weights[i] / 4 for i in key) for key in drawn})
+    assert_same(found, {key: math.prod(weights[i] / 4 for i in key) for key in drawn})
 
 
 def test_a_real_stream_never_takes_a_prompt_of_weight_zero():

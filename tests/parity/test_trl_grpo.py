@@ -335,11 +335,11 @@ def swapped(other, work):
     [
         ({"loss_type": "dr-grpo"}, "did you mean 'dr_grpo'"),
         ({"importance_sampling_level": "turn"}, "importance_sampling_level"),
-        ({"loss_type": "sapo", "epsilon": 0.3}, "no use for epsilon"),
-        ({"loss_type": "vespo", "delta": 4.0}, "no use for delta"),
-        ({"loss_type": "cispo"}, "no default"),
+        ({"loss_type": "sapo", "epsilon": 0.3}, "epsilon must be left out with loss_type=sapo"),
+        ({"loss_type": "vespo", "delta": 4.0}, "delta must be left out with loss_type=vespo"),
+        ({"loss_type": "cispo"}, "epsilon_high must be given"),
         ({"vllm_importance_sampling_mode": "mask"}, "did you mean 'token_mask'"),
-        ({"vllm_importance_sampling_clip_max": 2.0}, "needs a vllm_importance_sampling_mode"),
+        ({"vllm_importance_sampling_clip_max": 2.0}, "clip_max must be left out without"),
         ({"scale_rewards": "std"}, "scale_rewards"),
     ],
 )

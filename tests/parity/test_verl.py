@@ -1,6 +1,6 @@
 """semantics='verl' is what verl's core algorithms compute, written out in plain numbers: it is no test dependency.
 
-The formulas were read in verl's `core_algos.py`, and are those of cards_objectives.md section 0.2.
+The formulas were read in verl's `core_algos.py`.
 """
 
 from __future__ import annotations
@@ -139,5 +139,5 @@ def test_gspo_has_the_value_of_the_row_and_the_gradient_of_the_token(scale, monk
 
 @pytest.mark.parametrize("name", ["grpo", "bnpo", "gspo", "cispo", "rloo", "dapo", "ppo", "vespo", "ipo"])
 def test_a_library_that_a_method_has_no_semantics_of_is_refused(name):
-    with pytest.raises(InputError, match="has the semantics paper and"):
+    with pytest.raises(InputError, match="must be one of paper, "):
         get(name).recipe(semantics="openrlhf")

@@ -1,4 +1,4 @@
-"""Branches, trees and candidates: what they share, what it costs, and that every leaf has the law of a plain row."""
+"""Branches, trees and candidates: shared steps, costs, and leaves that are distributed as plain rows."""
 
 from __future__ import annotations
 
@@ -128,7 +128,8 @@ def test_the_rest_of_a_trunk_and_of_a_child_is_the_ode():
             assert (apart > 1e-6) if step == place else (apart < 1e-12)
 
 
-def test_a_childs_law_is_one_random_step_and_children_share_the_noise_of_their_trunk():
+def test_a_child_is_its_trunk_with_one_random_step():
+    """Mean, variance and the covariance of children, which share the noise of their trunk."""
     mean, cov = covariance(Branches(1, 2, at=(1, 2)))
     for row, place in enumerate([2, 2, 3, 3]):
         expected = moments(TIMES, {place})[-1]
@@ -138,7 +139,8 @@ def test_a_childs_law_is_one_random_step_and_children_share_the_noise_of_their_t
         assert float(cov[one, other]) == pytest.approx(slopes[one] * slopes[other], abs=1e-12)
 
 
-def test_branches_cost_their_trunk_and_what_comes_after_they_part_and_trunks_are_not_judged():
+def test_branches_cost_their_trunk_and_the_steps_after_they_part():
+    """Trunks are not judged."""
     process = small()
     drawn(Branches(2, 3, at=(0, 2), trunks=2), process)
     assert process.meter.spent.model_evaluations == 2 * 2 * (STEPS + 3 * (STEPS - 0) + 3 * (STEPS - 2))
@@ -247,7 +249,8 @@ def test_a_tree_costs_its_edges_and_no_more(size, branching, begin):
 
 
 @pytest.mark.parametrize("begin", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_each_leaf_has_the_law_of_a_plain_row_and_leaves_share_what_they_have_in_common(begin):
+def test_each_leaf_has_the_distribution_of_a_plain_row(begin):
+    """Leaves covary by the steps that they share."""
     planner = Tree(1, 4, steps=STEPS - 1, begin=begin)
     random = {begin + 1, begin + 2}
     mean, cov = covariance(planner)
@@ -261,7 +264,7 @@ def test_each_leaf_has_the_law_of_a_plain_row_and_leaves_share_what_they_have_in
         assert float(cov[one, other]) == pytest.approx(shared, abs=1e-12)
 
 
-def test_a_planted_tree_whose_branches_keep_the_step_has_leaves_that_are_the_same():
+def test_a_planted_tree_whose_branches_keep_the_step_has_equal_leaves():
     class Late(Tree):
         def plan(self, step, so_far, prompts):
             from dataclasses import replace
@@ -370,7 +373,7 @@ def test_the_best_candidate_goes_on_if_asked():
         assert all(place == best for place, best in path)
 
 
-def test_a_random_candidates_row_has_the_law_of_a_plain_row():
+def test_a_random_candidates_row_has_the_distribution_of_a_plain_row():
     """Going on with a random one leaves every layer's candidates with the moments of the plain chain."""
     planner = Candidates(1, 2, steps=2)
 
@@ -385,7 +388,7 @@ def test_a_random_candidates_row_has_the_law_of_a_plain_row():
         assert (float(mean[row]), float(square[row] - mean[row] ** 2)) == pytest.approx(path[step], abs=1e-12)
 
 
-def test_going_on_with_the_best_moves_the_law():
+def test_going_on_with_the_best_moves_the_distribution():
     """What the layer after earns is no longer what a plain row earns: steps are not independent any more."""
 
     def later(go_on):
@@ -427,7 +430,7 @@ def test_language_models_branch_too_off_their_likeliest_string():
         assert float((model.score(rows).log_prob - rows.log_prob).abs().max()) < 1e-14
 
 
-def test_the_law_of_a_language_models_children_is_exact():
+def test_the_distribution_of_a_language_models_children_is_exact():
     model = markov(symbols=2, length=3, end=False, seed=2)
     found = law(lambda rng: drawn(Branches(1, 1, at=(1,), first=0), model, rng, stream(1, rng.split("prompts"))))
     state = model.start([0], Rng(0))

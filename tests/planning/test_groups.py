@@ -1,4 +1,4 @@
-"""Planners of groups: how many, which prompts, and the exact law of what dynamic sampling keeps."""
+"""Planners of groups: numbers, prompts, and the exact distribution of the groups that dynamic sampling keeps."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def test_dynamic_sampling_asks_only_for_what_is_missing():
 
 @given(st.data(), st.integers(1, 4), st.integers(2, 3), st.floats(1.0, 4.0))
 @settings(deadline=None, max_examples=60)
-def test_dynamic_sampling_keeps_the_wanted_number_of_differing_groups_or_all_there_are(data, wanted, size, limit):
+def test_dynamic_sampling_keeps_the_wanted_number_of_differing_groups(data, wanted, size, limit):
+    """It keeps all that there are where these are fewer."""
     planner = DynamicSampling(wanted, size, limit)
     script = data.draw(st.lists(st.integers(0, 1), min_size=200, max_size=200))
     asked, rows = played(planner, stream(100), iter(script))
@@ -116,7 +117,7 @@ RATES = (0.1, 0.5, 0.8)
 
 
 def by_hand(size, tries):
-    """The law of the first group that differs, and of the first group drawn where none does."""
+    """The distribution of the first group that differs, or of the first group drawn where none does."""
     answer, dead = Counter(), Counter({(): 1.0})
     for prompt in range(tries):
         following = Counter()
@@ -132,18 +133,18 @@ def by_hand(size, tries):
     return answer + dead
 
 
-def same_law(found, expected):
+def same_distribution(found, expected):
     return found.keys() == expected.keys() and all(abs(found[key] - expected[key]) < 1e-12 for key in expected)
 
 
 @pytest.mark.parametrize(("size", "tries"), [(2, 1), (2, 3), (3, 2)])
-def test_the_law_of_what_dynamic_sampling_keeps(size, tries):
+def test_the_distribution_of_the_groups_that_dynamic_sampling_keeps(size, tries):
     found = kept_groups(DynamicSampling(1, size, limit=float(tries)), coins(*RATES))
-    assert same_law(found, by_hand(size, tries))
+    assert same_distribution(found, by_hand(size, tries))
 
 
-def test_refilling_draws_a_prompt_in_proportion_to_how_often_its_group_differs():
-    """Given that the first prompt's group is kept its law is that of a group that differs: 1 / (1 - p^G - q^G)."""
+def test_a_group_that_is_kept_is_one_given_that_it_differs():
+    """Given that the first prompt's group is kept, its probabilities are divided by 1 - p^G - q^G."""
     found = kept_groups(DynamicSampling(1, 3, limit=1.0), coins(0.1))
     differs = 1 - 0.1**3 - 0.9**3
     given_kept = {group: mass / differs for group, mass in found.items() if len({r for _, r in group}) > 1}
@@ -161,9 +162,9 @@ class RedrawsTheSame(DynamicSampling):
         return (so_far.prompt == best).nonzero()[:, 0]
 
 
-def test_a_planted_choice_among_groups_has_another_law():
+def test_a_planted_choice_among_groups_has_another_distribution():
     found = kept_groups(RedrawsTheSame(1, 2, limit=3.0), coins(*RATES))
-    assert not same_law(found, by_hand(2, 3))
+    assert not same_distribution(found, by_hand(2, 3))
 
 
 def taught(planner, **rates):
@@ -175,19 +176,20 @@ def taught(planner, **rates):
     return planner
 
 
-def first_prompt_law(planner, number):
+def first_prompt(planner, number):
     return law(lambda rng: planner.plan(0, None, PromptStream([Prompt(i, i) for i in range(number)], rng))[0].prompt.id)
 
 
 def test_weighted_prompts_favour_those_whose_outcome_is_uncertain():
     planner = taught(WeightedPrompts(1, 2, floor=0.1), p0=0.0, p1=0.5, p2=0.9)
     weights = [0.1 + 4 * p * (1 - p) for p in (0.0, 0.5, 0.9, 0.5)]  # the last is unseen
-    found = first_prompt_law(planner, 4)
+    found = first_prompt(planner, 4)
     assert all(found[i] == pytest.approx(weight / sum(weights), abs=1e-12) for i, weight in enumerate(weights))
     assert found[1] > found[2] > found[0] > 0
 
 
-def test_rates_are_remembered_with_decay_and_rewards_are_mapped_to_the_unit_interval():
+def test_rates_are_remembered_with_decay():
+    """Rewards are mapped to the unit interval."""
     planner = taught(taught(WeightedPrompts(decay=0.75), p0=0.2, p1=1.0), p0=0.6)
     assert planner.rates == pytest.approx({0: 0.75 * 0.2 + 0.25 * 0.6, 1: 1.0})
     signed = taught(WeightedPrompts(low=-1.0, high=3.0), p0=0.4)
@@ -200,5 +202,5 @@ def test_what_weighted_prompts_remember_survives_a_checkpoint():
     resumed = WeightedPrompts(1, 2)
     resumed.load_state_dict(planner.state_dict())
     assert resumed.rates == planner.rates
-    assert first_prompt_law(resumed, 3) == first_prompt_law(planner, 3)
+    assert first_prompt(resumed, 3) == first_prompt(planner, 3)
     assert all(isinstance(name, str) for name in planner.state_dict()["rates"])  # as JSON keeps it

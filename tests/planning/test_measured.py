@@ -1,4 +1,4 @@
-"""Greedy answers, vines, trees of answers and hints: what is drawn, what it costs, what is noted, and its exact law."""
+"""Greedy answers, vines, trees of answers and hints: rows, costs, notes, and exact distributions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_they_are_planners_whose_groups_can_be_resized(planner):
     assert planner.size in (1, 2, 4)
 
 
-def test_samples_beside_a_greedy_answer_have_the_law_of_plain_ones():
+def test_samples_beside_a_greedy_answer_are_distributed_as_plain_ones():
     process = markov(symbols=2, length=2, seed=3)
     found = law(lambda rng: collected(process, WithGreedy(1, 1), rng, prompts=1))
     strings = dict(zip(process.strings(), process.string_probabilities().tolist(), strict=True))
@@ -55,7 +55,7 @@ def test_the_greedy_reward_of_each_prompt_is_noted_on_its_samples():
 
 
 @pytest.mark.parametrize("segment", [1, 2, 5])
-def test_leaves_of_a_tree_have_the_law_of_plain_samples(segment):
+def test_leaves_of_a_tree_are_distributed_as_plain_samples(segment):
     process = markov(symbols=2, length=3, order=None, seed=3)
     program = lambda rng: collected(process, SegmentTree(1, 4, 2, segment), rng, prompts=1)  # noqa: E731
     if segment == 1:  # each leaf by itself, over 2^9 outcomes at most

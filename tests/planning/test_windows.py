@@ -1,4 +1,4 @@
-"""Where windows stand, by hand, for every schedule; the law of a tail; rows that branch later and later backwards."""
+"""The places of windows, by hand, for every schedule; tails; rows that branch off earlier and earlier."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_published_roll_back_walks_out_of_the_last_step_first():
     assert found == [(0, 3), (1, 4), (2, 5), (3, 6), (4, 6), (5, 6), (6, 6), (0, 3)]
 
 
-def test_the_published_window_of_25_steps_trains_too_few_as_the_docstring_counts():
+def test_the_published_window_trains_as_few_steps_as_its_docstring_says():
     planner = Windows(steps=25, width=4, hold=25, schedule="progressive", variant="published")
     widths = [end - begin for begin, end in (planner.window(rollout, Rng(0)) for rollout in range(650))]
     assert sum(0 < width < 4 for width in widths) == 75
@@ -91,7 +91,8 @@ def test_the_published_window_of_25_steps_trains_too_few_as_the_docstring_counts
     assert planner.window(650, Rng(0)) == planner.window(0, Rng(0))
 
 
-def test_a_random_window_is_uniform_over_its_places_and_the_same_for_the_same_rollout():
+def test_a_random_window_is_uniform_over_its_places():
+    """It is the same for the same rollout."""
     planner = Windows(steps=6, width=3, schedule="random")
     found = law(lambda rng: planner.window(0, rng))
     assert found == pytest.approx({(begin, begin + 3): 0.25 for begin in range(4)}, abs=1e-14)
@@ -99,7 +100,7 @@ def test_a_random_window_is_uniform_over_its_places_and_the_same_for_the_same_ro
     assert len(set(positions(steps=6, width=3, schedule="random", rollouts=40))) == 4
 
 
-def test_a_random_window_does_not_move_the_stream_that_prompts_are_taken_from():
+def test_a_random_window_does_not_move_the_stream_of_prompts():
     planner, prompts = Windows(prompts=1, steps=6, width=3, schedule="random"), stream(5)
     taken = [planner.plan(step, None, prompts)[0].prompt.id for step in range(5)]
     assert taken == [0, 1, 2, 3, 4]
@@ -112,7 +113,7 @@ def test_a_decaying_hold_falls_linearly_to_a_quarter():
     assert positions(steps=6, width=4, schedule="decay", hold=1)[:4] == [0, 1, 2, 0], "a hold is one at least"
 
 
-def test_an_exponentially_decaying_hold_begins_to_fall_after_the_free_places():
+def test_an_exponentially_decaying_hold_falls_after_the_free_places():
     """hold 10 up to place 1, then 10 exp(-0.5 (p - 1)), rounded up: 7, 4."""
     found = positions(
         steps=6, width=3, schedule="exponential-decay", hold=10, rate=0.5, free=1, rollouts=32, roll_back=False
@@ -135,7 +136,8 @@ def test_the_rows_of_a_window_train_its_steps_and_no_others():
     assert rows.prompt.tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_same_noise_rows_share_the_node_and_the_state_that_they_start_from_and_no_other():
+def test_rows_of_the_same_noise_share_their_start_and_no_other_step():
+    """Node and state alike."""
     rows = drawn(Windows(2, 4, steps=5, width=5, same_noise=True)).trajectories
     assert len(rows) == 8
     for prompt in (0, 1):
@@ -150,7 +152,7 @@ def test_same_noise_rows_share_the_node_and_the_state_that_they_start_from_and_n
     assert len(alone.node.unique()) == alone.node.numel()
 
 
-def test_same_noise_rows_evaluate_the_network_as_often_as_others():
+def test_rows_of_the_same_noise_evaluate_the_network_as_often_as_others():
     """Their noise costs nothing, so sharing it saves nothing."""
     costs = []
     for same in (True, False):
@@ -196,7 +198,7 @@ def test_a_tail_of_rows_with_the_same_noise_has_both():
     assert len(rows.node[:, 0].unique()) == 2
 
 
-def test_backward_rows_branch_off_a_shared_beginning_that_they_do_not_train():
+def test_backward_rows_do_not_train_their_shared_beginning():
     planner = Backward(2, 3, trunks=2, steps=6, least=2)
     process = small()
     rows = drawn(planner, process).trajectories
@@ -212,7 +214,8 @@ def test_backward_rows_branch_off_a_shared_beginning_that_they_do_not_train():
         assert float((process.score(rows).log_prob - rows.log_prob).abs().max()) < 1e-12
 
 
-def test_the_part_that_backward_rows_train_grows_by_a_step_each_hold_and_then_is_all():
+def test_the_part_that_backward_rows_train_grows_by_a_step_each_hold():
+    """In the end it is all of the row."""
     planner = Backward(1, 2, trunks=1, steps=6, least=2, hold=3)
     found = []
     for step in range(18):

@@ -35,7 +35,7 @@ def file(tmp_path):
     return tmp_path / "my.py"
 
 
-def test_functions_and_callable_objects_load_and_may_import_their_neighbours(file):
+def test_functions_and_callable_objects_may_import_their_neighbours(file):
     assert load_reward(f"{file}:reward")(completions=["a"]) == [3.0]
     assert load_reward(f"{file}:judge")(completions=["a"]) == [2.0]
 

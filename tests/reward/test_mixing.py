@@ -75,7 +75,9 @@ def test_a_column_that_a_row_lacks_is_none_there():
     assert seen == {"answer": ["a", None], "level": [None, 3]}
 
 
-def test_a_missing_column_names_function_parameter_and_columns_before_any_call():
+def test_a_missing_column_is_named_before_any_call():
+    """With the function, its parameter and the columns that there are."""
+
     def needy(completions, solution):
         return [1.0]
 

@@ -41,7 +41,8 @@ def test_what_has_no_text_is_an_error(completion):
 
 
 @pytest.mark.parametrize("verifier", [exact_match, numeric, math_equal, RegularExpression(r"\d+")])
-def test_every_verifier_reads_chat_skips_rows_without_answer_and_takes_trls_keywords(verifier):
+def test_every_verifier_reads_chat_and_takes_trls_keywords(verifier):
+    """Rows without an answer are skipped."""
     chat = [{"role": "assistant", "content": "72"}]
     rewards = verifier(
         prompts=["p"] * 3, completions=[chat, "71", "72"], completion_ids=[[1]] * 3, answer=["72", "72", None]
@@ -50,7 +51,7 @@ def test_every_verifier_reads_chat_skips_rows_without_answer_and_takes_trls_keyw
 
 
 @pytest.mark.parametrize("kind", [ExactMatch, Numeric, MathEqual, lambda column: RegularExpression(".+", column)])
-def test_every_verifier_reads_the_column_it_is_told_and_names_a_missing_one(kind):
+def test_every_verifier_reads_the_column_given_and_names_a_missing_one(kind):
     assert kind(column="solution")(completions=["5"], solution=["5"]) == [1.0]
     with pytest.raises(InputError, match="reads the column 'solution', which the data do not have; there are: answer"):
         kind(column="solution")(completions=["5"], answer=["5"])
@@ -135,7 +136,8 @@ def judge_mathematics():
     return math_equal(completions=texts, answer=answers)
 
 
-def test_mathematics_is_compared_by_value_and_what_cannot_be_parsed_is_wrong():
+def test_mathematics_is_compared_by_value():
+    """An expression that cannot be parsed is wrong."""
     assert judge_mathematics() == [right for _, _, right in MATHEMATICS]
 
 

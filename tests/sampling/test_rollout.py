@@ -1,10 +1,9 @@
-"""From requests to trajectories: whatever the shape of the request, the rows have the law that was asked for."""
-
-from dataclasses import dataclass
+"""From requests to trajectories: whatever the shape of the request, the rows have the distribution asked for."""
 
 import pytest
 import torch
 from torch import nn
+from walks import Places
 
 from stepwell.check import expectation, law
 from stepwell.distributions import Categorical, Gaussian, Point
@@ -29,9 +28,9 @@ def drawn_strings(*requests, model=MODEL, **settings):
     return lambda rng: rollout(model, requests, rng, **settings)
 
 
-def product(*laws):
+def product(*distributions):
     pairs = {(): 1.0}
-    for one in laws:
+    for one in distributions:
         pairs = {(*key, text): p * q for key, p in pairs.items() for text, q in one.items()}
     return pairs
 
@@ -48,7 +47,7 @@ def test_requests_come_back_in_their_order_however_they_are_batched(rows_at_once
 
 
 def test_prompts_and_columns_follow_their_rows():
-    same = Request(SECOND, 1, proposal=lambda law, state, prompts: law)
+    same = Request(SECOND, 1, proposal=lambda distribution, state, prompts: distribution)
     requests = [Request(FIRST, 2, horizon=1), same, Request(FIRST, 2)]
     drawn = rollout(MODEL, requests, Rng(0), rows_at_once=2, version=3)
     assert [prompt.id for prompt in drawn.prompts] == [0, 0, 1, 0, 0]
@@ -92,7 +91,7 @@ def test_a_row_that_ends_at_its_horizon_is_not_truncated():
     assert not rows.truncated.all()
 
 
-def test_a_truncated_row_has_the_law_of_the_beginning():
+def test_a_truncated_row_has_the_distribution_of_the_beginning():
     exact = law(drawn_strings(Request(FIRST, 1, horizon=2)))
     beginnings = {}
     for text, p in strings().items():
@@ -104,7 +103,7 @@ def test_a_truncated_row_has_the_law_of_the_beginning():
 
 
 def given_beginning(text, prompt=0):
-    """The law of complete strings that begin like `text`."""
+    """The distribution of complete strings that begin like `text`."""
     match = {other: p for other, p in strings(prompt=prompt).items() if other[: len(text)] == text}
     total = sum(match.values())
     return {other: p / total for other, p in match.items()}
@@ -118,14 +117,14 @@ def origin():
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])
-def test_a_branch_has_the_law_of_the_process_given_its_beginning(step):
+def test_a_branch_goes_on_with_the_distribution_given_its_beginning(step):
     drawn, row = origin()
     exact = law(drawn_strings(Request(FIRST, 2, start=(row, step)), so_far=drawn.trajectories))
     one = given_beginning(drawn.samples.values[row][:step])
     assert exact == pytest.approx(product(one, one), abs=1e-14)
 
 
-def test_branching_anew_leaves_the_law_of_a_row_unchanged():
+def test_branching_anew_leaves_the_distribution_of_a_row_unchanged():
     def program(rng):
         first = rollout(MODEL, [Request(FIRST, 1)], rng)
         return rollout(MODEL, [Request(FIRST, 1, start=(0, 1))], rng, so_far=first.trajectories)
@@ -133,7 +132,8 @@ def test_branching_anew_leaves_the_law_of_a_row_unchanged():
     assert law(program) == pytest.approx({(text,): p for text, p in strings().items()}, abs=1e-14)
 
 
-def test_branches_share_the_nodes_and_the_record_of_their_beginning_and_nothing_else():
+def test_branches_share_their_beginning_and_nothing_else():
+    """Nodes and stored log-probabilities alike."""
     drawn, row = origin()
     more = rollout(
         MODEL,
@@ -162,7 +162,7 @@ def snapshot(row, step):
     return Snapshot(state, trajectory.replace(length=torch.tensor([step])))
 
 
-def test_continuing_a_snapshot_has_the_law_of_the_process_given_its_beginning():
+def test_a_snapshot_goes_on_with_the_distribution_given_its_beginning():
     drawn, row = origin()
     exact = law(drawn_strings(Request(FIRST, 2, start=snapshot(row, 2))))
     one = given_beginning(drawn.samples.values[row][:2])
@@ -220,8 +220,8 @@ def test_branching_needs_rows_and_a_rollout_needs_requests():
 # proposals
 
 
-def flat(law_, state, prompts):
-    return Categorical(torch.zeros_like(law_.logits))
+def flat(distribution, state, prompts):
+    return Categorical(torch.zeros_like(distribution.logits))
 
 
 def test_weighted_expectations_under_a_proposal_are_those_of_the_process():
@@ -236,7 +236,7 @@ def test_weighted_expectations_under_a_proposal_are_those_of_the_process():
     assert abs(float(found["unweighted"]) - exact) > 0.01  # the weights matter
 
 
-def test_under_a_proposal_the_stored_log_probability_is_that_of_the_law_drawn_from():
+def test_the_stored_log_probability_is_that_of_the_proposal():
     rows = rollout(MODEL, [Request(FIRST, 5, proposal=flat)], Rng(0)).trajectories
     assert torch.allclose(rows.log_prob[rows.mask], torch.tensor(0.5, dtype=torch.float64).log())
     ratio = (MODEL.score(rows).log_prob.detach() - rows.log_prob).sum(1)
@@ -252,22 +252,6 @@ def test_rows_with_weights_are_not_branched_as_if_they_had_none():
 # processes of other kinds
 
 
-@dataclass(frozen=True)
-class Walk:
-    place: torch.Tensor
-    step: int
-
-    @property
-    def done(self):
-        return torch.full((len(self.place),), self.step >= 3)
-
-    def __len__(self):
-        return len(self.place)
-
-    def __getitem__(self, index):
-        return Walk(self.place[index], self.step)
-
-
 class RandomWalk(Process):
     """Three steps on the line in double precision, of which the given ones are points."""
 
@@ -275,7 +259,7 @@ class RandomWalk(Process):
         self.module, self.meter, self.points = nn.Module(), Meter(), points
 
     def start(self, prompts, rng):
-        return Walk(torch.tensor(prompts, dtype=torch.float64)[:, None], 0)
+        return Places(torch.tensor(prompts, dtype=torch.float64)[:, None], 0)
 
     def propose(self, state):
         if state.step in self.points:
@@ -283,7 +267,7 @@ class RandomWalk(Process):
         return Gaussian(state.place, torch.tensor(0.5, dtype=torch.float64))
 
     def advance(self, state, action, rng):
-        return Walk(action, state.step + 1)
+        return Places(action, state.step + 1)
 
     def finish(self, state):
         return Samples(state.place[:, 0].tolist())
@@ -306,8 +290,8 @@ def test_deterministic_steps_happen_but_have_no_density(deterministic):
 def test_a_step_in_lower_precision_lowers_that_of_no_other():
     class Mixed(RandomWalk):
         def propose(self, state):
-            law_ = super().propose(state)
-            return law_ if state.step else Gaussian(law_.mean.float(), law_.standard_deviation.float())
+            step = super().propose(state)
+            return step if state.step else Gaussian(step.mean.float(), step.standard_deviation.float())
 
         def advance(self, state, action, rng):
             return super().advance(state, action.double(), rng)
@@ -330,7 +314,7 @@ def test_moments_of_a_random_walk_are_exact_by_quadrature():
 
 def test_rows_that_are_done_at_their_start_are_rows_without_steps():
     walk = RandomWalk(set())
-    walk.start = lambda prompts, rng: Walk(torch.tensor(prompts, dtype=torch.float64)[:, None], 3)
+    walk.start = lambda prompts, rng: Places(torch.tensor(prompts, dtype=torch.float64)[:, None], 3)
     drawn = rollout(walk, [Request(Prompt(0, 2.0), 2)], Rng(0))
     assert drawn.samples.values == [2.0, 2.0]
     assert drawn.trajectories.mask.shape == (2, 0)

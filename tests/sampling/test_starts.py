@@ -19,7 +19,7 @@ FIRST, SECOND = Prompt(0, 0), Prompt(1, 1)
 # completions
 
 
-def test_a_completion_is_a_row_of_log_probability_zero_that_nothing_is_drawn_for():
+def test_nothing_is_drawn_for_a_completion_of_log_probability_zero():
     drawn = rollout(MODEL, [Request(FIRST, 2, start=Completion((1, 2, 0, 2)))], Rng(0))
     rows = drawn.trajectories
     assert rows.action.tolist() == [[1, 2, 0, 2]] * 2
@@ -45,7 +45,7 @@ def test_segments_of_a_completion_reach_the_rows():
     assert rows.trajectories.segment.tolist() == [[0, 0, 1, 2]] * 2
 
 
-def test_rows_drawn_beside_segmented_completions_have_the_segments_of_the_process():
+def test_rows_beside_completions_have_the_segments_of_the_process():
     given, plain = Completion((1, 1, 0, 2), segments=[0, 0, 0, 7]), Completion((2, 1, 0))
     requests = [Request(FIRST, 3), Request(FIRST, 1, start=given), Request(SECOND, 1, start=plain)]
     rows = rollout(MODEL, requests, Rng(0)).trajectories

@@ -12,9 +12,9 @@ from stepwell.meter import Meter
 from stepwell.process.base import Process, Samples, Scores, Steps
 from stepwell.rng import Rng
 from stepwell.sampling.record import Record
-from stepwell.sampling.request import Prompt, Request
+from stepwell.sampling.request import Prompt, Request, Snapshot
 from stepwell.sampling.rollout import rollout
-from stepwell.trajectories import concatenate, pad_steps
+from stepwell.trajectories import concatenate, from_tensors, make, pad_steps, to_tensors
 
 FIRST, SECOND = Prompt(0, 3), Prompt(1, 5)
 
@@ -45,8 +45,8 @@ class Fog(Process):
     Actions do not determine the observations: without them nobody can score a row.
     """
 
-    def __init__(self):
-        self.module, self.meter = nn.Linear(2, 2).double(), Meter()
+    def __init__(self, noise=1.0):
+        self.module, self.meter, self.noise = nn.Linear(2, 2).double(), Meter(), noise
 
     def start(self, prompts, rng):
         place = torch.tensor(prompts, dtype=torch.float64)
@@ -54,7 +54,8 @@ class Fog(Process):
         return Places(place, left, self._look(place, rng)[:, None], torch.zeros(len(place), 0, dtype=torch.float64))
 
     def _look(self, place, rng):
-        return torch.stack([place + rng.normal(len(place), dtype=torch.float64), torch.ones_like(place)], 1)
+        seen = place + self.noise * rng.normal(len(place), dtype=torch.float64)
+        return torch.stack([seen, torch.ones_like(place)], 1)
 
     def propose(self, state):
         return Categorical(self.module(state.seen[:, -1]))
@@ -76,12 +77,16 @@ class Fog(Process):
         return Scores(log_prob.masked_fill(~trajectories.mask, 0.0))
 
 
-@pytest.fixture
-def fog():
-    process = Fog()
+def foggy(noise=1.0):
+    process = Fog(noise)
     for parameter in process.module.parameters():
         parameter.data.copy_(Rng(7).normal(*parameter.shape, dtype=torch.float64))
     return process
+
+
+@pytest.fixture
+def fog():
+    return foggy()
 
 
 def assert_scores(process, rows):
@@ -108,17 +113,35 @@ def test_observations_survive_padding_forking_and_concatenation(fog):
     assert_scores(fog, whole)
     assert_scores(fog, pad_steps(whole, 9))
     assert_scores(fog, whole[torch.tensor([4, 0, 0, 2])])
+    assert_scores(fog, from_tensors(to_tensors(whole)))
 
 
-def test_rows_that_branch_see_what_the_environment_shows_them(fog):
-    """The environment has noise of its own, so that a branch sees its beginning through other noise: it is recorded."""
+def test_branches_of_an_environment_without_noise_see_their_beginning_again():
+    clear = foggy(noise=0.0)
+    trunk = rollout(clear, [Request(SECOND, 2)], Rng(0)).trajectories
+    rows = rollout(clear, [Request(SECOND, 3, start=(1, 2))], Rng(1), so_far=trunk).trajectories
+    assert torch.equal(rows.observed[:, :2], trunk.observed[1:, :2].expand(3, 2, 2))
+    assert_scores(clear, rows)
+
+
+def test_branches_of_a_random_environment_are_refused_and_snapshots_are_not(fog):
+    """Gone through again the row would see other things, and its log-probabilities would be those of neither."""
     trunk = rollout(fog, [Request(SECOND, 2)], Rng(0)).trajectories
-    rows = rollout(fog, [Request(SECOND, 3, start=(1, 2))], Rng(1), so_far=trunk).trajectories
+    with pytest.raises(InputError, match=r"a row's first 2 steps must be the same .* Continue a Snapshot instead"):
+        rollout(fog, [Request(SECOND, 3, start=(1, 2))], Rng(1), so_far=trunk)
+    with pytest.raises(InputError, match="a row's first 5 steps must be the same"):
+        rollout(fog, [Request(SECOND, 1, start=trunk[:1])], Rng(1))
+    rng = Rng(4)
+    state = fog.start([5], rng)
     with torch.no_grad():
-        scored = fog.score(rows).log_prob
-    assert torch.equal(scored[:, 2:], rows.log_prob[:, 2:])
-    assert torch.equal(rows.observed[0, :2], rows.observed[1, :2]), "they were one row until there"
-    assert not torch.equal(rows.observed[0, 3], rows.observed[1, 3])
+        distribution = fog.propose(state)
+        action = distribution.sample(rng)
+        row = make(action[:, None], distribution.log_prob(action)[:, None], torch.ones(1, 1), observed=state.seen)
+        state = fog.advance(state, action, rng)
+    rows = rollout(fog, [Request(SECOND, 3, start=Snapshot(state, row))], Rng(1)).trajectories
+    assert torch.equal(rows.observed[:, :1], row.observed.expand(3, 1, 2))
+    assert len(rows.observed[:, 2].unique(dim=0)) == 3
+    assert_scores(fog, rows)
 
 
 def test_rewards_and_segments_of_steps_reach_the_rows(fog):

@@ -87,7 +87,7 @@ def test_a_window_of_a_language_model_is_greedy_outside_and_exact_inside(window)
         assert float((MODEL.score(rows).log_prob - rows.log_prob).abs().max()) < 1e-14
 
 
-def test_a_planted_window_off_by_one_has_another_law():
+def test_a_planted_window_off_by_one_has_another_distribution():
     right, wrong = (0, 1), (1, 2)
     found = [law(lambda rng, w=w: rollout(MODEL, [Request(FIRST, 1, window=w)], rng)) for w in (right, wrong)]
     assert found[0] != pytest.approx(found[1], abs=1e-3)
@@ -121,7 +121,7 @@ def test_windows_that_are_none_are_refused(window):
 
 
 class Bare:
-    """A process without the abilities that windows and laws ask for."""
+    """A process without the abilities that windows and samplers ask for."""
 
     def __init__(self):
         self.module, self.meter = nn.Module(), Meter()
@@ -129,7 +129,7 @@ class Bare:
         self.finish, self.condition = MODEL.finish, MODEL.condition
 
 
-def test_processes_without_the_ability_are_told_so():
+def test_processes_without_the_ability_are_named():
     with pytest.raises(MissingAbility, match="needs a process with deterministic; Bare has none"):
         rollout(Bare(), [Request(FIRST, 1, window=(1, 2))], Rng(0))
     with pytest.raises(MissingAbility, match="needs a process with with_sampler; Bare has none"):
@@ -140,7 +140,7 @@ def test_processes_without_the_ability_are_told_so():
 # branches and what they keep of their past
 
 
-def test_a_branch_keeps_the_mask_of_its_past_inside_its_window_and_clears_it_outside():
+def test_a_branch_keeps_the_mask_of_its_past_inside_its_window_alone():
     for process, free in ((MODEL, 0), (small(), 1)):
         trunk = rollout(process, [Request(FIRST, 1)], Rng(0)).trajectories
         steps = trunk.mask.shape[1]
@@ -157,7 +157,8 @@ def test_a_branch_keeps_the_mask_of_its_past_inside_its_window_and_clears_it_out
                 assert float((process.score(rows).log_prob - rows.log_prob).abs().max()) < 1e-12
 
 
-def test_a_step_that_was_deterministic_is_not_trained_by_a_branch_whose_window_has_it():
+def test_a_deterministic_step_of_the_trunk_is_not_trained_by_a_branch():
+    """Not even by one whose window has it."""
     process = small()
     trunk = rollout(process, [Request(FIRST, 1, window=(0, 0))], Rng(0)).trajectories
     rows = rollout(process, [Request(FIRST, 2, start=(0, 3))], Rng(1), so_far=trunk).trajectories
@@ -182,7 +183,7 @@ def test_a_horizon_and_a_window_go_together():
     assert drawn.trajectories.mask.tolist() == [[False, True, False]] * 2
 
 
-def test_a_branch_may_take_another_law_from_there_on():
+def test_a_branch_may_take_another_sampler_from_there_on():
     process = small()
     trunk = rollout(process, [Request(FIRST, 1)], Rng(0)).trajectories
     request = Request(FIRST, 2, start=(0, 2), window=(0, 2), sampler={"tail": (1, "ddim", 1)})
@@ -199,7 +200,8 @@ def test_a_branch_may_take_another_law_from_there_on():
 # rows that are there to branch from
 
 
-def test_unjudged_rows_have_no_outcome_no_sample_and_cost_neither_an_end_nor_a_reward():
+def test_unjudged_rows_have_no_outcome_and_no_sample():
+    """Nor do they cost an evaluation for their end, or a reward call."""
     process = small()
     judged = []
 
@@ -294,7 +296,8 @@ def trained(method, out, resume=False):
 
 
 @pytest.mark.parametrize("method", PLANNED)
-def test_runs_that_plan_windows_and_branches_resume_bit_for_bit_in_the_middle_of_a_rollout(method, tmp_path):
+def test_runs_that_plan_windows_and_branches_resume_bit_for_bit(method, tmp_path):
+    """They do in the middle of a rollout's updates."""
     run = trained(method, tmp_path / "whole")
     names = sorted(path.name for path in (tmp_path / "whole" / "checkpoints").iterdir())
     halves = [n for n in names if (tmp_path / "whole" / "checkpoints" / n / "rows.safetensors").exists()]
@@ -358,17 +361,17 @@ ROWS = textwrap.dedent(
 )
 
 
-def test_two_processes_draw_the_rows_of_one_in_its_order(launch, tmp_path, monkeypatch):
+def test_two_ranks_draw_the_rows_of_one_in_its_order(launch, tmp_path, monkeypatch):
     """Who draws a row decides its noise, and nothing else: prompts, masks, lengths, sources and shared steps agree."""
     launch(ROWS, str(tmp_path))
     first, second = (json.loads((tmp_path / f"2-{rank}.json").read_text()) for rank in range(2))
     monkeypatch.setattr(sys, "argv", ["script.py", str(tmp_path)])
     runpy.run_path(str(tmp_path / "script.py"))
     alone = json.loads((tmp_path / "1-0.json").read_text())
-    assert first == second, "every process holds all rows"
+    assert first == second, "every rank holds all rows"
     for name, rows in alone.items():
         split = first[name]
         for field in ("prompt", "mask", "length", "source"):
             assert split[field] == rows[field], (name, field)
         assert split["nodes"] == rows["nodes"], name
-        assert split["samples"] != rows["samples"], "the second process has random numbers of its own"
+        assert split["samples"] != rows["samples"], "the second rank has random numbers of its own"

@@ -89,7 +89,7 @@ def moments(process, guide):
 
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])
-def test_the_guided_chains_law_on_gaussian_data_is_the_recursion_by_hand(beta):
+def test_the_guided_chain_on_gaussian_data_is_the_recursion_by_hand(beta):
     process = gaussian()
     expected = by_hand(process.sampler.times, lambda q: q**2 / (2 * beta))
     assert moments(process, RewardGuide(beta=beta)) == pytest.approx(expected, abs=1e-12)
@@ -122,12 +122,12 @@ def test_nothing_is_pushed_where_the_state_says_nothing_of_the_data():
     """At t = 1 the prediction is the mean whatever the noise, and so has no gradient."""
     process = gaussian()
     state = process.advance(process.start([None], Rng(0)), torch.ones(1, 1).double(), Rng(0))
-    law = process.propose(state)
-    guided = RewardGuide().proposal(process, judge)(law, state, [Prompt(0, None)])
-    torch.testing.assert_close(guided.mean, law.mean, rtol=0, atol=1e-15)
+    step = process.propose(state)
+    guided = RewardGuide().proposal(process, judge)(step, state, [Prompt(0, None)])
+    torch.testing.assert_close(guided.mean, step.mean, rtol=0, atol=1e-15)
 
 
-def test_half_the_beta_is_the_tilted_law_itself_for_a_linear_reward_and_the_stated_beta_goes_half_the_way():
+def test_half_of_beta_gives_the_tilted_distribution_for_a_linear_reward():
     """Doob's transform needs g^2 grad log E[exp(r / beta) | x], here g^2 grad r(D) / beta: twice the Langevin share."""
     beta = 1.5
     tilted = MEAN + SLOPE * DEVIATION**2 / beta
@@ -149,7 +149,8 @@ def test_half_the_beta_is_the_tilted_law_itself_for_a_linear_reward_and_the_stat
 @pytest.mark.parametrize(
     "planner", [Groups(1, 3), Windows(1, 3, steps=3, width=2), Tail(1, 3, steps=3, width=1, begin=1, ratio=0.5)]
 )
-def test_stored_log_densities_are_the_guided_laws_and_weights_are_the_ratio(guide, planner):
+def test_stored_log_densities_are_those_of_the_guided_steps(guide, planner):
+    """The weights are the ratio to the model's own."""
     process = gaussian()
     rows = drawn(process, guide, planner=planner)
     assert len(rows) == 3
@@ -198,7 +199,7 @@ def closeness(completions):
 
 
 @pytest.mark.parametrize("solver", ["sde-flow", "sde-dance", "sde-dpmpp-2m", "sa-solver-2"])
-def test_a_guide_of_no_strength_is_the_plain_law_bit_for_bit(solver):
+def test_a_guide_of_no_strength_changes_nothing_bit_for_bit(solver):
     plain = drawn(small(solver), None, count=3, reward=closeness)
     none = drawn(small(solver), RewardGuide(scale=0.0), count=3, reward=closeness)
     weak = drawn(small(solver), RewardGuide(beta=1e18), count=3, reward=closeness)
@@ -214,7 +215,8 @@ def test_deterministic_steps_are_left_alone():
     assert torch.equal(rows.action, drawn(small("euler"), None, count=2, reward=closeness).action)
 
 
-def test_a_guided_step_costs_one_more_evaluation_and_its_way_back_and_a_reward_call():
+def test_a_guided_step_costs_one_more_evaluation():
+    """Also the way back through it, and a reward call."""
     process = small()
     drawn(process, RewardGuide(), count=3, reward=closeness)
     spent, random = process.meter.spent, STEPS - 1  # the last step draws nothing
@@ -224,7 +226,8 @@ def test_a_guided_step_costs_one_more_evaluation_and_its_way_back_and_a_reward_c
     assert all(p.grad is None for p in process.module.parameters()), "nothing is left behind"
 
 
-def test_the_norm_is_that_of_the_whole_batch_which_couples_rows_and_the_raw_gradient_is_each_rows_own():
+def test_the_norm_is_that_of_the_whole_batch_which_couples_rows():
+    """The raw gradient is each row's own."""
     process = small()
     rng = Rng(4)
     state = process.start([None] * 3, rng)
@@ -233,9 +236,9 @@ def test_the_norm_is_that_of_the_whole_batch_which_couples_rows_and_the_raw_grad
 
     def pushes(guide, index):
         part = state[index]
-        law = process.propose(part)
-        moved = guide.proposal(process, lambda x, ids: -(x - 1.0).square().sum(1))(law, part, prompts[: len(index)])
-        return (moved.mean - law.mean).detach()
+        step = process.propose(part)
+        moved = guide.proposal(process, lambda x, ids: -(x - 1.0).square().sum(1))(step, part, prompts[: len(index)])
+        return (moved.mean - step.mean).detach()
 
     together, alone = torch.arange(3), torch.tensor([1])
     raw = RewardGuide(beta=0.3)
@@ -246,7 +249,9 @@ def test_the_norm_is_that_of_the_whole_batch_which_couples_rows_and_the_raw_grad
     assert not torch.allclose(pushes(published, together)[1:2], pushes(published, alone))
 
 
-def test_the_gradient_is_that_of_the_decoded_prediction_of_the_rows_own_prompt():
+def test_the_gradient_is_that_of_the_decoded_prediction():
+    """Under the row's own prompt."""
+
     def towards(completions, target):
         points = torch.stack(list(completions))
         return -(points - points.new_tensor(target)[:, None]).square().sum(1)
@@ -278,11 +283,11 @@ def test_planted_mistakes_in_the_guide_are_caught(mistake, monkeypatch):
             guide = RewardGuide(self.scale, self.beta, False)
         made = right(guide, process, judge_)
 
-        def planted(law, state, prompts):
-            moved = made(law, state, prompts)
-            if mistake == "sign" and hasattr(law, "mean"):
-                return type(law)(2 * law.mean - moved.mean, law.standard_deviation, law.trained)
-            return law if mistake == "unguided" else moved
+        def planted(step, state, prompts):
+            moved = made(step, state, prompts)
+            if mistake == "sign" and hasattr(step, "mean"):
+                return type(step)(2 * step.mean - moved.mean, step.standard_deviation, step.trained)
+            return step if mistake == "unguided" else moved
 
         return planted
 
@@ -290,7 +295,7 @@ def test_planted_mistakes_in_the_guide_are_caught(mistake, monkeypatch):
     assert guided_step(methods.get("euphonium")) > 1e-3
 
 
-def test_the_card_says_what_is_published_and_that_the_guided_centre_is_left_out():
+def test_the_card_names_the_published_numbers_and_the_centre_left_out():
     card = methods.get("euphonium")
     assert card.recipe().guide == RewardGuide(beta=0.1)
     assert card.recipe(variant="published").guide == RewardGuide(scale=0.1, normalise=True)

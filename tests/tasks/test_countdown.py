@@ -75,7 +75,8 @@ def test_near_misses_earn_nothing():
     assert well_formed(texts, given_) == [1.0, 1.0, 1.0, 0, 0, 0, 0, 0]
 
 
-def test_training_and_held_out_problems_are_disjoint_and_the_same_every_time():
+def test_training_and_held_out_problems_are_disjoint():
+    """They are the same every time."""
     first, second = countdown(), get_task("countdown")
     train, held = ({p.value for p in prompts} for prompts in (first.prompts, first.evaluation))
     assert not train & held

@@ -270,7 +270,8 @@ def test_what_cannot_be_measured_is_refused():
 # the flow
 
 
-def test_the_same_seed_teaches_the_same_flow_and_leaves_the_global_generator_alone():
+def test_the_same_seed_teaches_the_same_flow():
+    """The global generator is left alone."""
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
     first, second, third = taught(SHORT), taught(SHORT), taught(Teaching(steps=3, batch=16, seed=1))
@@ -299,7 +300,7 @@ def test_lessons_are_learnt():
             name: (network(between, time, label) - (noise - states)).square().mean((1, 2, 3))
             for name, label in (("right", classes), ("wrong", (classes + 1) % CLASSES))
         }
-    difference = losses["wrong"] - losses["right"]  # what the label tells, beyond four standard errors
+    difference = losses["wrong"] - losses["right"]  # the label helps, beyond four standard errors
     assert float(difference.mean()) > 4 * float(difference.std()) / math.sqrt(len(difference))
     assert float(losses["right"].mean()) < 0.7 * float((noise - states).square().mean())
 
@@ -335,7 +336,8 @@ def test_impossible_settings_are_refused(wrong):
 
 
 @pytest.mark.slow
-def test_the_start_follows_half_of_its_prompts_and_a_policy_gradient_the_rest():
+def test_a_policy_gradient_follows_the_prompts_that_the_start_does_not():
+    """The start follows half of them."""
     task = digits_task()
     begin = time.process_time()  # of one core: what else the machine does is not the task
     process = task.process()

@@ -1,4 +1,4 @@
-"""The mixture task: it starts at its law, its reward has gradients, and its measures and picture tell the truth."""
+"""The mixture task: it starts at its mixture, its reward has gradients, and its measures and picture tell the truth."""
 
 from __future__ import annotations
 
@@ -129,7 +129,8 @@ def test_the_levels_of_a_gaussian_are_those_of_the_chi_square():
     assert _levels(density) == pytest.approx([0.1, 0.5], abs=2e-3)
 
 
-def test_the_picture_has_a_panel_for_the_start_each_method_and_perfection_with_a_stroke_for_each_sample():
+def test_the_picture_has_a_stroke_for_each_sample_shown():
+    """There is a panel for the start, for each method, and for perfect samples."""
     start = list(PROBLEM.start.sample(SHOWN + 50, Rng(0)))
     ends = {"grpo": list(PROBLEM.optimum.distribution.sample(200, Rng(1))), "a & b": start[:30]}
     figure = mixture().figure

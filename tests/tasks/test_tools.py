@@ -49,7 +49,8 @@ def test_an_answer_ends_and_only_the_right_one_earns(message, reward):
     assert at_desk(0.25).step(message)[1:3] == (reward, True)
 
 
-def test_a_demonstration_holds_at_the_desk_and_solves_unless_it_guessed_wrongly():
+def test_a_demonstration_solves_unless_it_guessed_wrongly():
+    """The desk answers it as it says."""
     rng = Rng(0)
     for expression in all_expressions(3)[::97]:
         problem = problems_for([expression], 19, rng)[0]
@@ -83,7 +84,8 @@ def test_only_what_the_model_says_is_learnt():
     assert tokenizer.unk_token_id not in ids
 
 
-def test_training_and_held_out_expressions_are_disjoint_and_the_same_every_time():
+def test_training_and_held_out_expressions_are_disjoint():
+    """They are the same every time."""
     first, second = tools(), get_task("tools")
     train, held = ({p.value for p in prompts} for prompts in (first.prompts, first.evaluation))
     assert not train & held
@@ -110,7 +112,7 @@ def test_a_short_warm_start_gives_conversations_with_untrained_tool_output(tmp_p
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
-def test_one_problem_can_be_learnt_by_heart_and_the_longest_conversation_fits(tmp_path):
+def test_the_longest_conversation_can_be_learnt_by_heart(tmp_path):
     problem = ToolsProblem("a*b*c", {"a": 19, "b": 19, "c": 19})
     start = WarmStart(layers=1, hidden=32, intermediate=64, positions=64, steps=150, batch=4)
     imitate(tmp_path, start, CHARACTERS, [demonstration(problem, {})] * 4)

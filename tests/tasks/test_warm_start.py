@@ -97,7 +97,8 @@ def test_the_tokenizer_gives_back_every_character(tmp_path):
     assert loaded.unk_token_id not in ids
 
 
-def test_the_same_settings_give_the_same_start_and_leave_the_global_generator_alone(tmp_path, monkeypatch):
+def test_the_same_settings_give_the_same_start(tmp_path, monkeypatch):
+    """The global generator is left alone."""
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
     first = countdown(warm_steps=2).process()

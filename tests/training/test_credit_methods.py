@@ -66,9 +66,7 @@ def test_a_run_that_is_resumed_is_the_run_that_never_stopped(name, tmp_path):
 
 def test_a_missing_second_reward_is_named():
     model = sw.exact.markov(symbols=3, length=4, prompts=4, seed=2)
-    with pytest.raises(
-        InputError, match=r"RewardColumn\.column must be below the number of .*, 1, got 1"
-    ):
+    with pytest.raises(InputError, match=r"RewardColumn\.column must be below the number of .*, 1, got 1"):
         sw.train(model, [{"prompt": 0}], long, method="constrained-rlhf", **SMALL)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import nn
+from walks import Places
 
 import stepwell as sw
 from stepwell.distributions import Categorical
@@ -17,24 +16,6 @@ from stepwell.planning.groups import Groups
 from stepwell.process.base import Process, Samples, Scores
 from stepwell.recipe.recipe import Recipe
 from stepwell.training import checkpoint
-
-
-@dataclass(frozen=True)
-class Places:
-    """N walkers at `place` (N,) after `steps` steps of three."""
-
-    place: torch.Tensor
-    steps: int = 0
-
-    @property
-    def done(self):
-        return torch.full((len(self.place),), self.steps >= 3)
-
-    def __len__(self):
-        return len(self.place)
-
-    def __getitem__(self, index):
-        return Places(self.place[index], self.steps)
 
 
 class Walk(Process):
@@ -55,7 +36,7 @@ class Walk(Process):
         return Categorical(self.module(state.place[:, None]))
 
     def advance(self, state, action, rng):
-        return Places((state.place + 2 * action - 1 + self.wind).clamp(*self.bounds), state.steps + 1)
+        return Places((state.place + 2 * action - 1 + self.wind).clamp(*self.bounds), state.step + 1)
 
     def finish(self, state):
         return Samples(state.place.tolist())

@@ -236,7 +236,8 @@ def test_a_tracker_that_is_not_installed_says_what_to_install(tmp_path, monkeypa
     assert f"pip install {package}" in str(caught.value)
 
 
-def test_tensorboard_gets_every_number_and_a_resumed_run_replaces_lost_steps(tmp_path):
+def test_tensorboard_gets_every_number(tmp_path):
+    """A resumed run's steps take the place of those that were lost."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

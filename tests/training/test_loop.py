@@ -123,7 +123,8 @@ def test_schedules_end_at_zero_and_warm_up_from_below():
     assert Settings(learning_rate=1.0, schedule="linear").learning_rate_at(50, 0.25) == 0.75
 
 
-def test_a_divergence_from_the_start_grows_and_from_a_synced_reference_does_not():
+def test_a_divergence_from_the_start_grows():
+    """From a synced reference it does not."""
     objective = Policy(surrogate=Score()) + Regulariser(Divergence("exact"), 1e-9)
     settled = train(Recipe(objective, Groups(), reference="start"), steps=8).history
     synced = train(Recipe(objective, Groups(), reference="synced"), steps=8).history
@@ -139,7 +140,8 @@ def test_an_adaptive_coefficient_moves_with_its_metric_and_is_logged():
     assert values == pytest.approx([0.1 * 0.9 ** (step + 1) for step in range(4)])
 
 
-def test_the_planner_learns_what_its_rows_earned_but_the_recipe_does_not_change():
+def test_the_planner_learns_from_the_rewards_of_its_rows():
+    """The recipe's own planner does not change."""
     from stepwell.planning.groups import WeightedPrompts
 
     planner = WeightedPrompts(high=4.0)
@@ -201,7 +203,7 @@ def test_an_unknown_setting_names_the_nearest():
         ({"max_gradient_norm": 0.0}, "Settings.max_gradient_norm must be a number above 0, got 0.0"),
         ({"group_size": 0}, "Settings.group_size must be a whole number, at least 1, or None, got 0"),
         ({"schedule": "cosin"}, "Settings.schedule must be one of constant, cosine, linear; got 'cosin', did you mean"),
-        ({"budget": "60 potatoes"}, "is no budget"),
+        ({"budget": "60 potatoes"}, "A budget must be like 60s, 5m, 200-steps"),
         ({"budget": 60}, "Settings.budget must be text such as 60s, or a Budget, got 60"),
         ({"steps": "3"}, "Settings.steps must be a whole number, 0 or more, or None, got '3'"),
         ({"group_size": 2.5}, "Settings.group_size must be a whole number, at least 1, or None, got 2.5"),
@@ -210,15 +212,18 @@ def test_an_unknown_setting_names_the_nearest():
         ({"seed": 2**64}, "Settings.seed must be a whole number of 64 bits, got 18446744073709551616"),
         ({"learning_rate": "1e-3"}, "Settings.learning_rate must be a finite number above 0, got '1e-3'"),
         ({"trackers": "tensorboard"}, "Settings.trackers must be a list of names, got 'tensorboard'"),
-        ({"method": 3}, "the id of one or a Recipe, not a int"),
-        ({"method": Recipe(Policy(GroupCredit("mean"))), "options": {"clip": 0.1}}, "a recipe has them already"),
+        ({"method": 3}, "method must be an id or a Recipe, got a int"),
+        (
+            {"method": Recipe(Policy(GroupCredit("mean"))), "options": {"clip": 0.1}},
+            "options must be left out for a Recipe",
+        ),
         (
             {"method": Recipe(Policy(GroupCredit("mean"))), "group_size": 1},
             "Settings.group_size must be at least 2 for GroupCredit, which compares the samples of a prompt, got 1",
         ),
         ({"process": "path/to/a/model"}, "must be a process, such as language"),
-        ({"evaluation": PROMPTS}, "Evaluation needs both"),
-        ({"evaluate_every": 1}, "Evaluation needs both"),
+        ({"evaluation": PROMPTS}, "evaluation and evaluate_every must be given together"),
+        ({"evaluate_every": 1}, "evaluation and evaluate_every must be given together"),
     ],
 )
 def test_a_wrong_argument_is_one_clear_sentence(given, said):
@@ -234,7 +239,7 @@ def test_a_gradient_may_be_left_as_long_as_it_is():
 
 @pytest.mark.parametrize("reward", ["my.py:reward", None, 3])
 def test_what_is_no_reward_is_refused(reward):
-    with pytest.raises(InputError, match="A reward has to be a function"):
+    with pytest.raises(InputError, match="A reward must be a function"):
         sw.train(model(), PROMPTS, reward, steps=1)
 
 

@@ -264,7 +264,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("call", range(9))
-def test_a_kill_while_a_checkpoint_takes_the_place_of_one_leaves_one_of_them(call, tmp_path, monkeypatch):
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(call, tmp_path, monkeypatch):
     folder = tmp_path / "update-00000007"
     checkpoint.write(folder, {"at": "first"}, {})
     left = [call]

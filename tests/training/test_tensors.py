@@ -136,7 +136,8 @@ class Drawing(Policy):
         return type(found)(found.value + here, {**found.metrics, "distance": here.detach()})
 
 
-def test_points_and_the_reference_survive_a_checkpoint_in_the_middle_of_a_rollout(tmp_path):
+def test_points_and_the_reference_survive_a_checkpoint(tmp_path):
+    """It is taken in the middle of a rollout's updates."""
     settings = {"epochs": 2, "minibatches": 2, "sampler": SAMPLER, "reference": "synced", "sync_every": 1}
     drawing = Recipe(Drawing(), Groups(2, 4), **settings)
     whole = run(tmp_path / "whole", drawing, steps=2)

@@ -38,7 +38,7 @@ def surrogate(part: Surrogate) -> float:
 
 
 def slope_at_one(part: Surrogate, models: Models, rows: Trajectories) -> float:
-    """The largest deviation of a surrogate's slope on these rows, drawn and scored anew as of the present policy."""
+    """The largest deviation of a surrogate's slope on these rows, as if the present policy had drawn them."""
     with torch.no_grad():
         scores = models.score(rows, sorted(part.needs | part.present))
     log_prob = scores.log_prob.clone().requires_grad_()

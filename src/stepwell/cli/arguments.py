@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from stepwell.errors import InputError, UnknownName
+from stepwell.recipe.foreign_names import argument_hint
 
 C = TypeVar("C")
 _WORDS = {"INT": "a whole number", "FLOAT": "a number", "INT ...": "whole numbers", "FLOAT ...": "numbers"}
@@ -68,7 +69,8 @@ def _refusal(event: Any, program: str, known: Sequence[str]) -> InputError:
     unknown = list(getattr(event, "tokens", ()) or getattr(event, "unrecognized_tokens", ()))
     flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
     if flags:
-        return UnknownName("argument", flags[0], [f"--{field.replace('_', '-')}" for field in known])
+        arguments = [f"--{field.replace('_', '-')}" for field in known]
+        return UnknownName("argument", flags[0], arguments, hint=argument_hint(flags[0], arguments))
     missing = [entry.arg for entry in getattr(event, "missing_arguments", ())]
     if missing:
         needed = [each.lowered.metavar if each.is_positional() else each.lowered.name_or_flags[0] for each in missing]

@@ -96,7 +96,7 @@ class Tasks(Command):
 
 
 def _noise(table: Table) -> str:
-    """How much noise a step draws, in words.
+    """The noise that a step draws, in words.
 
     Example:
         >>> from stepwell.solver.table import table

@@ -95,22 +95,23 @@ class Train(Command):
 
     def run(self) -> None:
         self.load_plugins()
-        from stepwell import api
-        from stepwell.data.prompts import load_prompts
         from stepwell.methods import catalogue
-        from stepwell.process.language.prompts import is_chat
-        from stepwell.reward.mixing import Rewards
-        from stepwell.training import loop
-        from stepwell.training import resume as saved
-        from stepwell.training.distribute import World
 
         if ":" in self.method:
             name, _, option = self.method.partition(":")
             raise InputError(
                 f"--method must be an id, got '{self.method}'; set options by --method {name} --set {option}."
             )
-        card, options = catalogue.get(self.method), options_from(self.set)
+        card, options = catalogue.get(self.method), options_from(self.set)  # refused before torch is loaded
         recipe = card.recipe(**options)
+        from stepwell import api
+        from stepwell.data.prompts import load_prompts
+        from stepwell.process.language.prompts import is_chat
+        from stepwell.reward.mixing import Rewards
+        from stepwell.training import loop
+        from stepwell.training import resume as saved
+        from stepwell.training.distribute import World
+
         kind = kind_of(self.model, card.processes)
         catalogue.check_kind(card, kind.process)
         refuse_unused(self, kind)

@@ -82,7 +82,7 @@ class Comparison:
 
     @property
     def work(self) -> str:
-        """What a network's forward pass is counted in (`Process.work`): `tokens`, `latents`, ..."""
+        """The units of a network's forward passes (`Process.work`): `tokens`, `latents`, ..."""
         return str(self.task.get("work", "tokens"))
 
     @property

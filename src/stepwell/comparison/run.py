@@ -24,6 +24,7 @@ from stepwell.figures.charts import safe
 from stepwell.meter import Budget, Cost
 from stepwell.methods.catalogue import check_kind
 from stepwell.process.base import Process
+from stepwell.recipe.foreign_names import setting_hint
 from stepwell.rng import Rng
 from stepwell.sampling.record import Drawn
 from stepwell.tasks.registry import Task, get_task, source_of
@@ -240,7 +241,7 @@ def _settings(task: Task, changes: Mapping[str, Any], budget: Budget) -> Setting
     fields = Settings.__dataclass_fields__
     for name in (*task.settings, *changes):
         if name not in fields:
-            raise UnknownName("setting", name, fields)
+            raise UnknownName("setting", name, fields, hint=setting_hint(name))
     for name in ("steps", "budget", "seed"):
         if name in changes:
             raise InputError(f"settings must not hold '{name}'; use the comparison's own budget and seeds.")

@@ -58,5 +58,5 @@ def parse_specs(written: str | Sequence[str]) -> list[MethodSpec]:
             raise InputError(f"The method '{label}' is given twice; give it once, or with other options.")
         specs.append(spec)
     if not specs:
-        raise InputError("There is no method to compare; name some with commas between, such as grpo,dr-grpo.")
+        raise InputError("methods must name at least one, got none; write them as grpo,dr-grpo.")
     return specs

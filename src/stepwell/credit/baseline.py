@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch, Read
 from stepwell.credit.group import equal_groups, group_index, group_sum
 from stepwell.credit.shaping import Outcome
 from stepwell.credit.traces import reward_to_go, step_rewards
 from stepwell.parts import Part
 from stepwell.ranges import NotNegative
+from stepwell.tensors import Tensor, torch
 
 
 def _weighted_mean(values: Tensor, weight: Tensor, group: Tensor, groups: int, others: bool, epsilon: float) -> Tensor:

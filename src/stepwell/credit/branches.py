@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch
 from stepwell.credit.group import GroupCredit, group_index, group_sum
 from stepwell.credit.shaping import Outcome
 from stepwell.parts import Part
 from stepwell.ranges import NotNegative, Positive
+from stepwell.tensors import Tensor, torch
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch
 from stepwell.credit.group import GroupCredit, group_index, group_sum
 from stepwell.credit.shaping import Outcome
 from stepwell.errors import InputError
 from stepwell.parts import Part
 from stepwell.ranges import Count, NotNegative, Share
+from stepwell.tensors import Tensor, torch
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch
 from stepwell.credit.group import group_index, group_sum, top_of_groups
 from stepwell.credit.shaping import Outcome
 from stepwell.parts import Node, Part
 from stepwell.ranges import NotNegative
+from stepwell.tensors import Tensor, torch
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch, Read
 from stepwell.parts import Part, column
 from stepwell.ranges import NotNegative
+from stepwell.tensors import Tensor, torch
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, assert_never
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch
 from stepwell.credit.shaping import Outcome
 from stepwell.parts import Part
 from stepwell.ranges import Count, NotNegative
+from stepwell.tensors import Tensor, torch
 
 Center = Literal["none", "mean", "leave-one-out", "batch"]
 Scale = Literal["none", "std", "batch-std", "mean"]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from stepwell.errors import InputError
+from stepwell.tensors import Tensor
 
 
 def overlong_penalty(length: Tensor, maximum: float, buffer: float) -> Tensor:

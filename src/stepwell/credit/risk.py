@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch
 from stepwell.credit.group import group_index, group_sum
 from stepwell.credit.shaping import Outcome
 from stepwell.errors import InputError
 from stepwell.parts import Part
 from stepwell.ranges import NotNegative, Portion, Size
+from stepwell.tensors import Tensor, torch
 
 
 def tail_credit(values: Tensor, quantile: Tensor | float, level: float) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from stepwell.batch import Batch, Read
 from stepwell.credit.overlong import overlong_penalty
 from stepwell.parts import Part
 from stepwell.ranges import Portion, Positive, Size
+from stepwell.tensors import Tensor
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch, Read
 from stepwell.credit.shaping import Outcome
 from stepwell.parts import Part
 from stepwell.ranges import NotNegative, Share
+from stepwell.tensors import Tensor, torch
 
 
 def step_rewards(batch: Batch, outcome: Tensor) -> Tensor:

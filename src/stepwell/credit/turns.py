@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch
 from stepwell.credit.shaping import Outcome
 from stepwell.credit.traces import step_rewards
 from stepwell.parts import Part
 from stepwell.ranges import Share
+from stepwell.tensors import Tensor, torch
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from stepwell.errors import CheckpointError, InputError
 from stepwell.rng import Rng
 from stepwell.sampling.request import Prompt
+from stepwell.tensors import Tensor, torch
 
 
 class PromptStream:

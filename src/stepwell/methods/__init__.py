@@ -1,4 +1,4 @@
-"""The methods: published compositions and their cards, and where they and a user's own are found."""
+"""The methods: published compositions with their cards, and the catalogue of them and of a user's own."""
 
 from stepwell.methods.catalogue import get, names
 from stepwell.recipe.card import Card

@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch, Read
 from stepwell.credit.group import group_index, group_sum
 from stepwell.credit.shaping import Outcome
@@ -17,6 +14,7 @@ from stepwell.objective.state import Coefficient, LogPartition, value_of
 from stepwell.objective.term import Loss, Term
 from stepwell.parts import Part
 from stepwell.ranges import NotNegative
+from stepwell.tensors import Tensor, torch
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from stepwell.batch import Batch
 from stepwell.objective.state import Coefficient, Multiplier, value_of
 from stepwell.objective.term import Loss, Term
 from stepwell.parts import Part
+from stepwell.tensors import Tensor
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
-
 from stepwell.batch import Batch, Read
 from stepwell.credit.traces import reward_to_go
 from stepwell.objective.gates.step import Gate
@@ -22,6 +18,7 @@ from stepwell.parts import Part, parts_of
 from stepwell.process.models import Models
 from stepwell.ranges import Count, NotNegative, Share
 from stepwell.rng import Rng
+from stepwell.tensors import Tensor, functional, torch
 from stepwell.trajectories import Trajectories
 
 
@@ -86,8 +83,8 @@ class TeacherDivergence(Part):
         student = batch.present("logits")
         if self.top:
             beyond = (0, 0, 0, student.shape[1] - batch.field("teacher_ids").shape[1])  # rows may have been padded
-            student = coarse(student, pad(batch.field("teacher_ids"), beyond))
-            teacher = pad(batch.field("teacher_top"), beyond)
+            student = coarse(student, functional.pad(batch.field("teacher_ids"), beyond))
+            teacher = functional.pad(batch.field("teacher_top"), beyond)
         else:
             teacher = batch.field("teacher_logits")
         keep = batch.rows.mask[..., None]  # where no step was trained logits may be anything, minus infinity too
@@ -111,16 +108,16 @@ class Distillation(Regulariser):
     coefficient: float | Coefficient = 1.0
     name: str = "teacher_divergence"
 
-    @torch.no_grad()
     def draw(self, rows: Trajectories, models: Models, rng: Rng) -> dict[str, Tensor]:
         top = max((part.top for part in parts_of(self.quantity) if isinstance(part, TeacherDivergence)), default=0)
         if not top:
             return {}
         teacher, ids, likeliest = models.of("teacher"), [], []
-        for piece in torch.arange(len(rows)).split(8):
-            logits = teacher.score(rows[piece], {"logits"})["logits"]
-            ids.append(logits.topk(min(top, logits.shape[-1])).indices)
-            likeliest.append(coarse(logits, ids[-1]))
+        with torch.no_grad():
+            for piece in torch.arange(len(rows)).split(8):
+                logits = teacher.score(rows[piece], {"logits"})["logits"]
+                ids.append(logits.topk(min(top, logits.shape[-1])).indices)
+                likeliest.append(coarse(logits, ids[-1]))
         return {"teacher_ids": torch.cat(ids), "teacher_top": torch.cat(likeliest)}
 
 

@@ -6,8 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from stepwell.tensors import Tensor, torch
 
 
 class GradientTransform(ABC):

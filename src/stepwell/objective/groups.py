@@ -7,16 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
 from stepwell.batch import Batch
 from stepwell.objective.preference.pairs import SequenceScore
 from stepwell.objective.state import Coefficient, value_of
 from stepwell.objective.term import Coupling, Loss, Term
 from stepwell.parts import Node, Part
 from stepwell.ranges import Positive
+from stepwell.tensors import Tensor, functional, torch
 
 
 class GroupFunction(Node, ABC):
@@ -77,7 +74,7 @@ class NashRegression(GroupFunction):
         rate = win_rates(reward)
         label = torch.sigmoid(rate[:, None] - rate)
         logit = self.beta * (score[:, None] - score)
-        losses = -label * logsigmoid(logit)  # ordered pairs: (j, i) is the other half of (i, j)
+        losses = -label * functional.logsigmoid(logit)  # ordered pairs: (j, i) is the other half of (i, j)
         losses = losses.masked_fill(torch.eye(len(score), dtype=torch.bool, device=score.device), 0.0)
         return 2 * losses.sum() / max(len(score) * (len(score) - 1), 1)
 

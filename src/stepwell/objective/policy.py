@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch
 from stepwell.credit.group import GroupCredit
 from stepwell.objective.gates.step import Gate
@@ -17,6 +14,7 @@ from stepwell.objective.state import Coefficient, value_of
 from stepwell.objective.surrogate import Clip, Surrogate
 from stepwell.objective.term import Loss, Term
 from stepwell.parts import Part, column
+from stepwell.tensors import Tensor, torch
 
 
 @dataclass(frozen=True)

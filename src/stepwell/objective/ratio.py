@@ -8,13 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch, Read
 from stepwell.errors import InputError
 from stepwell.parts import Node, Part
 from stepwell.ranges import Width
+from stepwell.tensors import Tensor, torch
 
 Level = Literal["token", "segment", "turn", "sequence", "sequence_token"]
 

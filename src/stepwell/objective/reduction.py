@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch
 from stepwell.credit.group import group_index, group_sum
 from stepwell.parts import Part
 from stepwell.ranges import Size
+from stepwell.tensors import Tensor, torch
 
 Mode = Literal["token", "row", "row-sum", "group", "fixed", "sum", "edge"]
 

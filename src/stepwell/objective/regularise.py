@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch, Read
 from stepwell.errors import InputError
 from stepwell.objective.gates.step import Gate
@@ -17,6 +14,7 @@ from stepwell.objective.reduction import Reduction, total
 from stepwell.objective.state import Coefficient, value_of
 from stepwell.objective.term import Loss, Term
 from stepwell.parts import Part, column, parts_of
+from stepwell.tensors import Tensor, torch
 
 Estimate = Literal["k1", "k2", "k3", "abs", "k3-weighted", "k1+", "k3+", "exact"]
 

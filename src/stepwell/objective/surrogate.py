@@ -21,15 +21,12 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Annotated
 
-import torch
-from torch import Tensor
-from torch.nn.functional import relu
-
 from stepwell.batch import Batch
 from stepwell.errors import InputError
 from stepwell.objective.gates.step import SamplerCorrection
 from stepwell.parts import Node, product_in_words, sum_in_words
 from stepwell.ranges import NotNegative, Positive, Range, Width
+from stepwell.tensors import Tensor, functional, torch
 from stepwell.writing import describe
 
 LARGEST = 80.0
@@ -211,8 +208,8 @@ class Drift(Surrogate):
         up, down = (ratio - 1) * advantage, log_ratio * advantage
         drift = torch.where(
             advantage >= 0,
-            relu(up - self.a * torch.tanh(up / self.a)),
-            relu(down - self.b * torch.tanh(down / self.b)),
+            functional.relu(up - self.a * torch.tanh(up / self.a)),
+            functional.relu(down - self.b * torch.tanh(down / self.b)),
         )
         return -(ratio * advantage - drift)
 

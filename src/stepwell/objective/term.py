@@ -8,15 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch, Read
 from stepwell.columns import Columns
 from stepwell.objective.state import Coefficient
 from stepwell.parts import Node, declared, parts_of
 from stepwell.process.models import Models
 from stepwell.rng import Rng
+from stepwell.tensors import Tensor, torch
 from stepwell.trajectories import Trajectories
 
 Coupling = Literal["rows", "groups", "batch"]
@@ -140,7 +138,6 @@ class Objective:
         """Targets of the whole rollout, one entry a term."""
         return self._targets(batch, lambda term, key: term.credit(batch))
 
-    @torch.no_grad()
     def plan(self, batch: Batch, targets: Columns | None = None) -> Columns:
         """Targets of a whole minibatch; `targets` are its rows of what `credit` gave for the rollout."""
         given = self.credit(batch) if targets is None else targets
@@ -154,9 +151,9 @@ class Objective:
             total = total + loss
         return total
 
-    @torch.no_grad()
     def _targets(self, batch: Batch, give: Callable[[Term, str], Mapping[str, Any]]) -> Columns:
-        entries = {key: Columns(dict(give(term, key)), len(batch)) for key, term in self._named()}
+        with torch.no_grad():
+            entries = {key: Columns(dict(give(term, key)), len(batch)) for key, term in self._named()}
         return Columns(entries, len(batch))
 
     def _named(self) -> list[tuple[str, Term]]:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch
 from stepwell.credit.traces import GeneralisedAdvantage
 from stepwell.objective.reduction import Reduction, total
@@ -15,6 +12,7 @@ from stepwell.objective.state import Coefficient, value_of
 from stepwell.objective.term import Loss, Term
 from stepwell.parts import Part
 from stepwell.ranges import NotNegative, Width
+from stepwell.tensors import Tensor, torch
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Self
 
-import torch
-from torch import Tensor
-
 from stepwell.data.stream import PromptStream
 from stepwell.errors import InputError
 from stepwell.sampling.request import Request
+from stepwell.tensors import Tensor, torch
 from stepwell.trajectories import Trajectories
 
 SETTINGS = {"prompts": "prompts_per_step", "size": "group_size"}

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from stepwell.data.stream import PromptStream
 from stepwell.errors import InputError
 from stepwell.planning.groups import Groups
 from stepwell.planning.trees import Parted
 from stepwell.ranges import Count, Size
 from stepwell.sampling.request import Branch, Prompt, Request
+from stepwell.tensors import Tensor, torch
 from stepwell.trajectories import Trajectories
 
 

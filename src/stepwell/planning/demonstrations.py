@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from stepwell.data.stream import PromptStream
 from stepwell.errors import InputError
 from stepwell.planning.groups import Groups
 from stepwell.sampling.request import Completion, Request
+from stepwell.tensors import Tensor
 
 
 @dataclass

@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import torch
-from torch import Tensor
-
 from stepwell.data.stream import PromptStream
 from stepwell.planning.base import Planner
 from stepwell.ranges import Checked, NotNegative, Range, Share, Size
 from stepwell.sampling.request import Request
+from stepwell.tensors import Tensor, torch
 from stepwell.trajectories import Trajectories
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from stepwell.data.stream import PromptStream
 from stepwell.planning.groups import Groups
 from stepwell.ranges import Count
 from stepwell.sampling.request import Request
+from stepwell.tensors import torch
 from stepwell.trajectories import Trajectories
 
 HINTED = 1

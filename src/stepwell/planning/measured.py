@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from stepwell.data.stream import PromptStream
 from stepwell.planning.groups import Groups
 from stepwell.ranges import Size
 from stepwell.sampling.request import Branch, Request
+from stepwell.tensors import Tensor, torch
 from stepwell.trajectories import Trajectories
 
 MEASURE = 1
@@ -37,9 +35,9 @@ class WithGreedy(Groups):
 
     def note(self, so_far: Trajectories) -> dict[str, Tensor]:
         assert so_far.reward is not None
-        greedy = so_far[so_far.source == MEASURE]
-        same = so_far.prompt[:, None] == greedy.prompt
-        return {"greedy": greedy.reward[same.int().argmax(1)]}  # type: ignore[index]
+        greedy = so_far.source == MEASURE
+        same = so_far.prompt[:, None] == so_far.prompt[greedy]
+        return {"greedy": so_far.reward[greedy][same.int().argmax(1)]}
 
 
 @dataclass

@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from stepwell.data.stream import PromptStream
 from stepwell.planning.groups import Groups
 from stepwell.ranges import Count, Size
 from stepwell.sampling.request import Request
+from stepwell.tensors import Tensor, torch
 from stepwell.trajectories import Trajectories, from_tensors, to_tensors
-
-FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
 
 
 @dataclass
@@ -65,7 +61,8 @@ class Queue(Groups):
         if not state:
             self.waiting = None
             return
-        kinds = {str(kind): kind for kind in FORMATS}
+        formats = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
+        kinds = {str(kind): kind for kind in formats}
         tensors = {name: torch.tensor(entry["values"], dtype=kinds[entry["kind"]]) for name, entry in state.items()}
         self.waiting = from_tensors(tensors)
 

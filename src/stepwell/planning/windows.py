@@ -6,15 +6,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from stepwell.data.stream import PromptStream
 from stepwell.errors import InputError
 from stepwell.planning.groups import Groups
 from stepwell.ranges import Count, NotNegative, Portion, Size
 from stepwell.rng import Rng
 from stepwell.sampling.request import Branch, Request
+from stepwell.tensors import Tensor, torch
 from stepwell.trajectories import Trajectories
 
 Schedule = Literal["fixed", "progressive", "random", "decay", "exponential-decay"]

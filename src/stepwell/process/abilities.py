@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from torch import Tensor
-
 from stepwell.distributions import Distribution
 from stepwell.errors import MissingAbility
 from stepwell.process.base import Process, Samples, State
 from stepwell.rng import Rng
 from stepwell.solver.path import Path
+from stepwell.tensors import Tensor
 from stepwell.trajectories import Trajectories
 
 

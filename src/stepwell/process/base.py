@@ -13,14 +13,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
-from torch import Tensor, nn
-
 from stepwell.columns import Columns
 from stepwell.distributions import Distribution
 from stepwell.errors import InputError, MissingAbility
 from stepwell.meter import Meter
 from stepwell.process import kinds
 from stepwell.rng import Rng
+from stepwell.tensors import Tensor, torch
 from stepwell.trajectories import Trajectories
 
 
@@ -163,7 +162,7 @@ class Process(ABC):
     free_steps: int = 0
     any_prompt: bool = True
     work: ClassVar[str] = "tokens"
-    module: nn.Module
+    module: torch.nn.Module
     meter: Meter
     if TYPE_CHECKING:  # a subclass may have a class attribute, an attribute or a property of these names
 

@@ -1,1 +1,1 @@
-"""A method as data, its card, and where it is found."""
+"""A method as data, its card, and the place where it registers."""

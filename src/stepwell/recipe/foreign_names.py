@@ -113,6 +113,24 @@ def setting_hint(name: str) -> str | None:
     return None
 
 
+def argument_hint(flag: str, known: Iterable[str]) -> str | None:
+    """A hint for an argument that has another name among those `known`; None where there is no such name.
+
+    Example:
+        >>> argument_hint("--num_generations", ["--group-size"]), argument_hint("--kl-coef", ["--set"])
+        ("did you mean '--group-size'?", "did you mean '--set kl=...'?")
+    """
+    known = set(known)
+    for short in _endings(flag.lstrip("-").replace("-", "_")):
+        ours = SETTINGS.get(short) or ((MODEL[short],) if short in MODEL else ())
+        flags = [flag for flag in (f"--{name.replace('_', '-')}" for name in ours) if flag in known]
+        if short in OPTIONS and not flags and "--set" in known:
+            flags = [f"--set {OPTIONS[short][0]}=..."]
+        if flags:
+            return f"did you mean {' or '.join(map(repr, flags))}?"
+    return None
+
+
 def option_hint(name: str, known: Iterable[str]) -> str | None:
     """A hint for an option that has another name among those `known`, or is a setting of the run; None otherwise.
 

@@ -16,7 +16,7 @@ from stepwell.recipe.recipe import Recipe
 from stepwell.recipe.source import code_of
 
 KINDS = ("training",)
-"""Kinds of card: what a method is used for."""
+"""Kinds of card, by what a method is used for."""
 
 CARDS: dict[str, Card] = {}
 """The cards of all methods that were registered so far, by id; `stepwell.methods.get` finds the others as well."""
@@ -120,5 +120,5 @@ def _same_function(one: Callable[..., Recipe], other: Callable[..., Recipe]) -> 
 
 
 def _origin(card: Card, name: str) -> str:
-    """Where a name that is taken comes from, as a message says it."""
+    """The origin of a name that is taken, as a message says it."""
     return f"from {card.source}" if folded(name) == folded(card.id) else f"an alias of '{card.id}' from {card.source}"

@@ -1,4 +1,4 @@
-"""Where a user's own code is: the code of a function that builds, and the line at which a file failed."""
+"""Places in a user's own code: the code of a function that builds, and the line at which a file failed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ def code_of(build: Callable[..., Any]) -> CodeType:
     inner = inspect.unwrap(build.func if isinstance(build, functools.partial) else build)
     found: CodeType | None = getattr(inner, "__code__", None) or getattr(inner.__init__, "__code__", None)
     if found is None:
-        raise InputError(f"A method is built by a function, not by {build!r:.60}.")
+        raise InputError(f"A method must be built by a function, got {build!r:.60}.")
     return found
 
 
 def line_in(error: BaseException, path: Path) -> str:
+    """The line of a file at which an error was raised, as a message says it; nothing where it was raised elsewhere."""
     if isinstance(error, SyntaxError) and error.lineno:
         return f" at line {error.lineno}"
     trace, line = error.__traceback__, ""

@@ -280,10 +280,10 @@ def _run(coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
 
 
 @functools.cache
-def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+def _event_loop(pid: int) -> asyncio.AbstractEventLoop:
     """The loop that coroutine rewards run on, in a thread of its own, one for each operating system process.
 
-    Threads do not survive a fork, hence the number `process`. It is one loop for good, because clients with open
+    Threads do not survive a fork, hence `pid`. It is one loop for good, because clients with open
     connections (httpx, openai) cannot move from loop to loop.
     """
     loop = asyncio.new_event_loop()

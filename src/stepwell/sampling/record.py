@@ -196,11 +196,27 @@ class Record:
                     )
                 table[row, : len(entries)] = entries
             fields[field] = table
-        begun = self._begun
-        prefix = None if begun is None or bool((length != begun.steps).any()) else begun.prefix
-        if prefix is not None and prefix.segment is not None:  # of rows that went on only the process can tell
-            fields["segment"] = prefix.segment[:, : log_prob.shape[1]].to(log_prob.device)
+        prefix = None if self._begun is None else self._begun.prefix
+        if prefix is not None and self._begun is not None:
+            _refuse_other_observations(fields.get("observed"), prefix.observed, ended, self._begun.steps)
+            if prefix.segment is not None and bool((length == self._begun.steps).all()):
+                fields["segment"] = prefix.segment[:, : log_prob.shape[1]].to(log_prob.device)  # else the process's own
         return fields
+
+
+def _refuse_other_observations(seen: Tensor | None, before: Tensor | None, rows: Tensor, steps: int) -> None:
+    """Raise `InputError` where the observations of rows that were gone through again are not those of the first time.
+
+    Their stored log-probabilities would be those of neither.
+    """
+    if seen is None or before is None:
+        return
+    pairs = seen[rows, :steps], before.to(seen.device)[rows, :steps]
+    if not bool(torch.isclose(*pairs, equal_nan=True).all()):
+        raise InputError(
+            f"The observations of a row's first {steps} steps must be the same when these are gone through again, got "
+            "others: the environment is random. Continue a Snapshot instead."
+        )
 
 
 def _spread(column: Sequence[Any], rows: Tensor, total: int) -> list[Any]:

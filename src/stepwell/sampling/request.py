@@ -7,14 +7,12 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
 from stepwell.distributions import Distribution
 from stepwell.errors import InputError
 from stepwell.process.abilities import ReadsColumns, Tokenised, ability
 from stepwell.process.base import Process, State
 from stepwell.rng import Rng
+from stepwell.tensors import Tensor, torch
 from stepwell.trajectories import Trajectories, concatenate, make
 
 

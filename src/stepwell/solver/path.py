@@ -18,10 +18,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
 from stepwell.errors import InputError, UnknownName
+from stepwell.tensors import Tensor, torch
 
 Time = TypeVar("Time", float, Tensor)
 PREDICTIONS = ("velocity", "noise", "data", "score")

@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-import torch
-from torch import Tensor
-
 from stepwell.distributions import Distribution, Gaussian
 from stepwell.errors import InputError, MissingAbility, RewardError
 from stepwell.process.abilities import Denoising, Redrawn, ability
 from stepwell.process.base import Process
 from stepwell.ranges import Checked, Range, Width
 from stepwell.sampling.request import Prompt, Request
+from stepwell.tensors import Tensor, torch
 
 Proposal = Callable[[Distribution, Any, list[Prompt]], Distribution]
 JudgeOf = Callable[[Tensor, Tensor], Tensor]

@@ -1,1 +1,1 @@
-"""What methods are compared on: a start, prompts, rewards and a held-out measure."""
+"""Tasks to compare methods on: a start, prompts, rewards and held-out prompts."""

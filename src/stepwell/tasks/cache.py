@@ -1,4 +1,4 @@
-"""Folders that are expensive to make and made once: keyed by what made them, complete or not there at all."""
+"""Cached folders: made once for a key, and complete or not there at all."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _SEAL = "stepwell.json"
 
 
 def cache_root() -> Path:
-    """Where made folders are kept: `$STEPWELL_CACHE`, else `~/.cache/stepwell`."""
+    """The folder of the cache: `$STEPWELL_CACHE`, else `~/.cache/stepwell`."""
     return Path(os.environ.get("STEPWELL_CACHE") or Path.home() / ".cache" / "stepwell").expanduser()
 
 
 def cached_folder(name: str, key: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-    """The folder that `make` fills, made now or found from before; `key` (JSON values) says what it depends on.
+    """The folder that `make` fills, made now or found in the cache under `key` (JSON values), all that it depends on.
 
-    It is made beside its place and renamed into it, and sealed with the size of each of its files: what was left by a
-    run that died, or lost a file since, is never used but made anew. Runs that make it at the same time do not
+    It is made beside its place and renamed into it, and sealed with the size of each of its files: a folder that a
+    crashed run left behind, or that has lost a file since, is made anew. Runs that make it at the same time do not
     disturb each other; the first to finish wins. Raises `InputError` where nothing can be written.
     """
     written = json.dumps(dict(key), sort_keys=True)
@@ -36,7 +36,7 @@ def cached_folder(name: str, key: Mapping[str, Any], make: Callable[[Path], None
     try:
         parent = writable_folder(folder.parent)
     except InputError as error:
-        raise InputError(f"{error} The cache's folder is named by STEPWELL_CACHE.") from error
+        raise InputError(f"{error} STEPWELL_CACHE names the folder of the cache.") from error
     workshop = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parent))
     try:
         made = workshop / "made"

@@ -91,7 +91,7 @@ class World:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])  # type: ignore[union-attr]
+        flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])  # all of them have one now
         flat = reduce(flat, reduction="sum")
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.reshape(parameter.shape)

@@ -47,6 +47,7 @@ def description(state: RunState, config: Mapping[str, Any] | None) -> dict[str, 
     policy = state.models.policy
     return {
         "process": type(policy).__name__,
+        "work": policy.work,
         **policy.describe(),
         "parts": state.recipe.parts(),
         "settings": state.settings.as_dict(),

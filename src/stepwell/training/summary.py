@@ -14,10 +14,12 @@ from stepwell.trajectories import Trajectories
 
 def row_metrics(rows: Trajectories, names: Sequence[str]) -> dict[str, float]:
     """Rewards and lengths before any update; each reward function by name, over the rows it applies to."""
-    reward, length = rows.reward.double(), rows.length.double()  # type: ignore[union-attr]
+    assert rows.reward is not None
+    assert rows.rewards is not None
+    reward, length = rows.reward.double(), rows.length.double()
     metrics = {"reward": float(reward.mean()), "reward_deviation": float(reward.std(correction=0))}
     if len(names) > 1:
-        each = rows.rewards.double().nanmean(0).tolist()  # type: ignore[union-attr]
+        each = rows.rewards.double().nanmean(0).tolist()
         metrics |= {f"reward/{name}": value for name, value in zip(names, each, strict=True)}
     return metrics | {"length": float(length.mean()), "truncated": float(rows.truncated.double().mean())}
 
@@ -32,9 +34,11 @@ def _completion(drawn: Drawn, names: Sequence[str], step: int, row: int) -> dict
     """The entry of one row."""
     rows, value = drawn.trajectories, drawn.samples.values[row]
     shown = {"step": step, "prompt": _brief(drawn.prompts[row].value), "completion": _brief(value)}
-    shown["reward"] = float(rows.reward[row])  # type: ignore[index]
+    assert rows.reward is not None
+    assert rows.rewards is not None
+    shown["reward"] = float(rows.reward[row])
     if len(names) > 1:
-        shown["rewards"] = dict(zip(names, rows.rewards[row].tolist(), strict=True))  # type: ignore[index]
+        shown["rewards"] = dict(zip(names, rows.rewards[row].tolist(), strict=True))
     return shown | ({"picture": value} if is_image(value) else {})
 
 

@@ -196,7 +196,7 @@ def test_another_mixture_fails_its_oracle():
     assert oracles.mixture_ratio(planted("rl-plus", ratio=wrong)) > CAUGHT
 
 
-def test_demonstrations_that_take_part_in_the_statistics_fail_the_oracle_of_halves():
+def test_demonstrations_in_the_statistics_fail_the_oracle_of_halves():
     assert oracles.either_half(methods.get("hpt")) < 1e-12
     assert oracles.either_half(planted("hpt", credit_of=GroupCredit("mean", "std"))) > CAUGHT
     assert oracles.either_half(planted("hpt", reduction=Reduction("row"))) > CAUGHT
@@ -218,7 +218,8 @@ def test_kl_covs_penalty_on_other_steps_is_seen():
 # the figures of the cards
 
 
-def test_the_token_mean_of_micro_batches_depends_on_their_cut_as_the_card_says():
+def test_the_token_mean_of_micro_batches_depends_on_their_cut():
+    """As the card says, and by how much."""
     process, rows = oracles.stale()
     ours = oracles.slopes(methods.get("bnpo").recipe().whole, process, rows)
     tokens = int(rows.mask.sum())

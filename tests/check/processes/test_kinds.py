@@ -1,10 +1,11 @@
 """The laws of a process on processes of many kinds: ragged prompts, environments, continuous steps, no parameters."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from walks import Places
 
 from stepwell import check
 from stepwell.check.tolerance import rounding
@@ -125,22 +126,6 @@ def test_a_transformer_with_its_cache_obeys_every_law(small_language, architectu
 # continuous and single-precision processes
 
 
-@dataclass(frozen=True)
-class Diffusing:
-    place: torch.Tensor
-    step: int
-
-    @property
-    def done(self):
-        return torch.full((len(self.place),), self.step >= 3)
-
-    def __len__(self):
-        return len(self.place)
-
-    def __getitem__(self, index):
-        return Diffusing(self.place[index], self.step)
-
-
 class LearnedWalk(Process):
     """A Gaussian walk with a learned drift from the prompt's place, in single precision; its second step is a point."""
 
@@ -151,7 +136,7 @@ class LearnedWalk(Process):
         self.module, self.meter = nn.Linear(2, 2), Meter()
 
     def start(self, prompts, rng):
-        return Diffusing(torch.tensor(prompts), 0)
+        return Places(torch.tensor(prompts), 0)
 
     def step_from(self, place, step):
         self.meter.add(model_evaluations=len(place), forward=len(place))
@@ -162,7 +147,7 @@ class LearnedWalk(Process):
         return self.step_from(state.place, state.step)
 
     def advance(self, state, action, rng):
-        return state if state.step >= 3 else Diffusing(action, state.step + 1)
+        return state if state.step >= 3 else Places(action, state.step + 1)
 
     def finish(self, state):
         return Samples(list(state.place))
@@ -198,7 +183,8 @@ class MeanOfTheDensity(LearnedWalk):
         return Scores(super().score(trajectories, needs, context).log_prob / 2)
 
 
-def test_a_continuous_process_in_single_precision_passes_with_its_tolerance():
+def test_a_continuous_process_in_single_precision_passes():
+    """With the tolerance of its type and its sums."""
     report = check.process(LearnedWalk(), [[0.0, 1.0], [2.0, -1.0]], evaluations_per_step=1)
     assert report.tolerance == rounding(torch.float32, 102)  # two inputs of each output, and what needs no weight
     assert max(report.measured.values()) < report.tolerance

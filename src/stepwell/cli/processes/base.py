@@ -71,8 +71,8 @@ def kind_called(name: str) -> Kind:
 def kind_of(model: str, trained: Collection[str] = ()) -> Kind:
     """The kind of model that `--model` names.
 
-    An id of the hub does not say what it is of: it is taken for a kind that is trained as one of `trained`
-    (`Process.kind`), and else for a language model.
+    An id of the hub names any kind: it is taken for the one whose processes are among `trained` (`Process.kind`), and
+    else for a language model.
     """
     _find()
     for kind in _KINDS.values():

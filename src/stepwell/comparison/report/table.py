@@ -24,7 +24,7 @@ UNITS = {
 
 
 def unit_name(unit: str, work: str = "tokens") -> str:
-    """A unit of cost in words; `work` is what a network's forward pass is counted in (`Process.work`).
+    """A unit of cost in words; `work` are the units of a network's forward passes (`Process.work`).
 
     Example:
         >>> unit_name("forward"), unit_name("forward", "latents")
@@ -90,9 +90,9 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     for row in findings.rows:
         gain = Text(f"{number(row.gain.value, comparison, True)} {spread(row.gain, comparison, True)}")
         gain.stylize("green" if row.gain.above_zero else "red" if row.gain.below_zero else "")
-        label = Text(row.label, style="bold")
-        scores.add_row(label, f"{number(row.score.value, comparison)} {spread(row.score, comparison)}", gain)
-        costs.add_row(label, amount(row.steps), *(amount(row.cost[cost]) for cost in spent))
+        name_cell = Text(row.label, style="bold")
+        scores.add_row(name_cell, f"{number(row.score.value, comparison)} {spread(row.score, comparison)}", gain)
+        costs.add_row(name_cell, amount(row.steps), *(amount(row.cost[cost]) for cost in spent))
     start = findings.start
     scores.add_row("[dim]start", f"{number(start.value, comparison)} {spread(start, comparison)}", "")
     console.print(scores)

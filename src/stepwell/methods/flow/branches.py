@@ -176,5 +176,4 @@ def spo(
 ) -> Recipe:
     pairing = Pairing("extremes", keys=("prompt", "origin"))
     planner = Candidates(size=candidates, steps=steps - 1, go_on=go_on)  # type: ignore[arg-type]
-    law = ancestral(eta, steps)
-    return Recipe(Pairs(Logistic(beta), pairing=pairing), planner, sampler=law)
+    return Recipe(Pairs(Logistic(beta), pairing=pairing), planner, sampler=ancestral(eta, steps))

@@ -26,7 +26,7 @@ CPS = "noise='cps' leaves 0.7270 of the variance of Gaussian data at level 0.7 a
 
 
 def published(variant: str) -> bool:
-    """True for the method as published, with what its card calls a fault; raises `UnknownName` for a third way."""
+    """True for the method as published, with the faults that its card names; raises `UnknownName` for a third way."""
     if variant not in VARIANTS:
         raise UnknownName("variant", variant, VARIANTS)
     return variant == "published"
@@ -42,7 +42,7 @@ def clipped(variant: str, clip: float | None, credit: Part, **parts: Any) -> Pol
 
 
 def near(policy: Term, kl: float, variant: str) -> Term | Objective:
-    """With the exact divergence of each step from the reference's; as published, times |dt| and over D."""
+    """The policy term with the exact divergence of each step from the reference's; as published, times |dt| over D."""
     if not kl:
         return policy
     quantity = Divergence("exact") * StepSize() * PerDimension() if published(variant) else Divergence("exact")

@@ -1,4 +1,4 @@
-"""Methods for language models that differ in their credit: whom a sample is judged against, and what for."""
+"""Methods for language models that differ in their credit: the baseline of a sample, and the reward that counts."""
 
 from __future__ import annotations
 

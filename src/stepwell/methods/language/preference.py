@@ -28,10 +28,11 @@ def scored(loss: str, divergence: str = "reverse-kl", tail: float = 1.0) -> Part
     """The score that a loss is a function of; raises `InputError` for what the loss is not defined for."""
     if divergence != "reverse-kl" and loss not in OF_MARGINS:
         raise InputError(
-            f"The loss '{loss}' is defined for the divergence reverse-kl only; {', '.join(OF_MARGINS)} take others."
+            f"divergence must be reverse-kl with the loss '{loss}', got '{divergence}'; {', '.join(OF_MARGINS)} take "
+            "others."
         )
     if loss.startswith("aot") and tail != 1.0:
-        raise InputError(f"The loss '{loss}' sorts whole rows, so it takes no tail; leave it at 1.")
+        raise InputError(f"tail must be 1 with the loss '{loss}', which sorts whole rows, got {tail}.")
     score: Part | PairScore = SequenceScore() if tail == 1.0 else LengthDesensitised(tail)
     if divergence == "reverse-kl" and tail == 1.0:
         return SequenceScore(mean=loss in PER_STEP)
@@ -69,7 +70,7 @@ def dpo(
     if not loss.startswith("aot"):
         return Recipe(Pairs(form, score, pairing, weight=OnPolicyWeight() if weighted else None))
     if weighted:
-        raise InputError(f"The loss '{loss}' sorts rows away from their pairs, so pairs have no weights in it.")
+        raise InputError(f"weighted must be false with the loss '{loss}', which sorts rows away from their pairs.")
     return Recipe(SortedPairs(form, pairing=pairing, paired=loss == "aot"))
 
 
@@ -129,7 +130,7 @@ def exo(beta: float = 0.1, smoothing: float = 1e-3) -> Recipe:
     paper="Noise Contrastive Alignment of Language Models with Explicit Rewards",
     arxiv="2402.05369",
     year=2024,
-    differs="Each row is told from the reference by itself, so that the chosen row's probability does not fall.",
+    differs="Each row is classified against the reference by itself, so that the chosen row's probability does not fall.",
     when="When dpo lowers the probability of the chosen answers together with that of the rejected.",
     proof=("loss_by_hand",),
 )

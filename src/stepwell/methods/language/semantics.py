@@ -1,7 +1,7 @@
-"""What libraries make of a method where its paper leaves it open, or does otherwise: `semantics` paper, trl or verl.
+"""Semantics paper, trl and verl: what a paper leaves open, or a library does otherwise than it says.
 
-The differences were read in TRL 1.16, whose functions tests run beside ours, and in verl's core algorithms;
-cards_objectives.md section 0.2 has the table.
+The differences were read in TRL 1.16, whose functions tests run beside ours, and in verl's
+`verl/trainer/ppo/core_algos.py`. `KNOWN` is the table of them, and `Semantics` says what its columns are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from stepwell.parts import Part
 
 @dataclass(frozen=True)
 class Semantics:
-    """How one library fills in the parts of a policy-gradient method.
+    """The parts of a policy-gradient method as one library fills them in.
 
     epsilon: added to a group's deviation. singleton: the advantage of a row that is alone in its group. dual: the c of
     dual-clip PPO, where it is always on. bounds: of log-ratios, without a gradient outside. estimate: of the divergence
@@ -49,7 +49,7 @@ class Semantics:
         return Clip(low, high, dual=self.dual)
 
     def divergence(self) -> Divergence:
-        """From the reference, in the loss."""
+        """The divergence from the reference, in the loss."""
         return Divergence(self.estimate, bounds=self.divergence_bounds)
 
 
@@ -61,7 +61,7 @@ KNOWN = {
 
 
 def semantics_of(method: str, name: str, known: str = "paper trl verl") -> Semantics:
-    """The semantics by name; raises `InputError` for one that the method has not."""
+    """The semantics by name; raises `InputError` for one that the method does not have."""
     if name not in known.split():
-        raise InputError(f"{method} has the semantics {' and '.join(known.split())}, not '{name}'.")
+        raise InputError(f"The semantics of {method} must be one of {', '.join(known.split())}, got '{name}'.")
     return KNOWN[name]

@@ -1,4 +1,4 @@
-"""Methods that move a language model to a law one can write down: regression, balance, mirror steps, teachers."""
+"""Methods whose target is a distribution that can be written down: regression, balance, mirror steps, teachers."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def kdrl(clip: float = 0.2, kl: NotNegative = 2e-3, failing: bool = False, estim
 )
 def on_policy_distillation(to_go: bool = False, front: float = 0.0, maximum: float = 2.0) -> Recipe:
     if to_go and front:
-        raise InputError("Front-loaded advantages are not summed to go; choose to_go or front.")
+        raise InputError(f"front must be 0 with to_go, got {front}: front-loaded advantages are not summed to the end.")
     return Recipe(Policy(TeacherAdvantage(to_go, front), surrogate=Score(maximum=maximum)))
 
 

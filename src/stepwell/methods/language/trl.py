@@ -27,7 +27,7 @@ REDUCTIONS: dict[str, Mode] = {
     "sapo": "row",
     "vespo": "token",
 }
-"""TRL's loss types, and how each sums its steps up."""
+"""TRL's loss types, and the way in which each sums its steps up."""
 LEVEL = "importance_sampling_level"
 RATIOS = {"token": Ratio("token"), "sequence": Ratio("sequence")}
 WHOLE = Ratio("sequence", "product", hook=LogBound())
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 def one_of(option: str, name: str, known: Mapping[str, T]) -> T:
-    """What TRL's option stands for; raises `UnknownName` for a value that TRL has not."""
+    """The part that a value of TRL's option stands for; raises `UnknownName` for a value that TRL does not have."""
     if name not in known:
         raise UnknownName(option, name, known)
     return known[name]
@@ -55,13 +55,15 @@ def step_loss(
         ("delta", delta, None, clips),
     ):
         if value != default and not used:
-            raise InputError(f"The loss type {loss} has no use for {option}={value}, which TRL ignores; leave it out.")
+            raise InputError(f"{option} must be left out with loss_type={loss}, where TRL ignores it; got {value}.")
     if loss == "cispo":
         if high is None:
-            raise InputError("The loss type cispo caps the ratio at epsilon_high, which has no default; 5.0 is usual.")
+            raise InputError("epsilon_high must be given with loss_type=cispo: it caps the ratio; 5.0 is usual.")
         return Score(maximum=high)
     if loss == "vespo" and sampler is not None and sampler.level == "sequence":
-        raise InputError("The loss type vespo has a sequence's ratio already; correct its sampler token by token.")
+        raise InputError(
+            "vllm_importance_sampling_mode must be token by token with loss_type=vespo, whose ratio is a sequence's."
+        )
     plain = {"sapo": Taper(), "vespo": GammaScore(sampler=sampler)}
     return plain.get(loss) or Clip(epsilon, epsilon if high is None else high, delta=delta)
 
@@ -70,14 +72,17 @@ def sampler_correction(mode: str | None, maximum: float) -> SamplerCorrection | 
     """The factor of rows that another sampler drew, where there is one."""
     if mode is None:
         if maximum != 3.0:
-            raise InputError(f"A cap of {maximum} needs a vllm_importance_sampling_mode, such as sequence_mask.")
+            raise InputError(
+                "vllm_importance_sampling_clip_max must be left out without a vllm_importance_sampling_mode, such as "
+                f"sequence_mask; got {maximum}."
+            )
         return None
     level, kind = one_of("vllm_importance_sampling_mode", mode, MODES)
     return SamplerCorrection(level, high=maximum, kind=kind)  # type: ignore[arg-type]
 
 
 def all_gates(threshold: float | None, spread: tuple[Gate, ...], sampler: SamplerCorrection | None) -> tuple[Gate, ...]:
-    """What weighs steps: rows that the policy has left, the spread of its law, and the sampler's factor."""
+    """The weights of steps: for rows that the policy has left, for the spread of its distribution, for the sampler."""
     stale = () if threshold is None else (OffPolicyRows(threshold),)
     return (*stale, *spread, *(() if sampler is None else (sampler,)))
 

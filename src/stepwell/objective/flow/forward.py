@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch, Read
 from stepwell.credit.group import GroupCredit
 from stepwell.errors import InputError
@@ -21,6 +18,7 @@ from stepwell.process.abilities import Denoising, ability
 from stepwell.process.models import Models
 from stepwell.ranges import Count, Positive, Size
 from stepwell.rng import Rng
+from stepwell.tensors import Tensor, torch
 from stepwell.trajectories import Trajectories
 
 Weighting = Literal["uniform", "data", "time"]

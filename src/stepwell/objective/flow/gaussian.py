@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch, Read
 from stepwell.objective.gates.step import Gate
 from stepwell.objective.ratio import Ratio
 from stepwell.parts import Part
 from stepwell.ranges import Width
+from stepwell.tensors import Tensor, torch
 
 
 def step_divergence(batch: Batch) -> Tensor:

@@ -6,14 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
-from torch import Tensor
-from torch.nn.functional import one_hot
-
 from stepwell.batch import Batch
 from stepwell.objective.gates.step import Gate
 from stepwell.ranges import Portion, Range, Width
 from stepwell.rng import Rng
+from stepwell.tensors import Tensor, functional, torch
 
 
 def covariance(batch: Batch, advantage: Tensor) -> Tensor:
@@ -160,7 +157,7 @@ class HiddenReward(Gate):
         for prompt in batch.rows.prompt.unique():
             steps = batch.rows.mask & (batch.rows.prompt == prompt)[:, None]
             hidden, chance = batch.present("hidden")[steps].detach(), batch.present("logits")[steps].detach().exp()
-            error = one_hot(batch.rows.action[steps], chance.shape[-1]).to(chance.dtype) - chance
+            error = functional.one_hot(batch.rows.action[steps], chance.shape[-1]).to(chance.dtype) - chance
             own = advantage[steps]
             good = own > 0
             likeness = (hidden @ hidden[good].T) * (error @ error[good].T)

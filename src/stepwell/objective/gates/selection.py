@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch
 from stepwell.credit.columns import RewardColumn, answer_entropy
 from stepwell.credit.group import GroupCredit, equal_groups, group_index
@@ -15,6 +12,7 @@ from stepwell.objective.gates.step import Gate
 from stepwell.objective.state import Coefficient, value_of
 from stepwell.parts import Part
 from stepwell.ranges import Portion, Share
+from stepwell.tensors import Tensor, torch
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch, Read
 from stepwell.credit.group import group_index, group_sum
 from stepwell.parts import Node
 from stepwell.ranges import NotNegative, Portion, Width
+from stepwell.tensors import Tensor, torch
 
 
 class Gate(Node, ABC):

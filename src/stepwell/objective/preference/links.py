@@ -7,15 +7,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
 from stepwell.batch import Batch
 from stepwell.errors import InputError, UnknownName
 from stepwell.objective.preference.pairs import Hinge, Link, Logistic, Square
 from stepwell.objective.state import Coefficient, value_of
 from stepwell.ranges import Positive
+from stepwell.tensors import Tensor, functional, torch
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Robust(Link):
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         logit, e = self.beta * (chosen - rejected), self.smoothing
-        return (e * logsigmoid(-logit) - (1 - e) * logsigmoid(logit)) / (1 - 2 * e)
+        return (e * functional.logsigmoid(-logit) - (1 - e) * functional.logsigmoid(logit)) / (1 - 2 * e)
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,8 @@ class ExactPair(Link):
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         logit = self.beta * (chosen - rejected)
-        won = torch.sigmoid(logit) * (logsigmoid(logit) - math.log1p(-self.smoothing))
-        return won + torch.sigmoid(-logit) * (logsigmoid(-logit) - math.log(self.smoothing))
+        won = torch.sigmoid(logit) * (functional.logsigmoid(logit) - math.log1p(-self.smoothing))
+        return won + torch.sigmoid(-logit) * (functional.logsigmoid(-logit) - math.log(self.smoothing))
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class NoiseContrast(Link):
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         won, lost = self.beta * chosen, self.beta * rejected
-        return -logsigmoid(won) - 0.5 * logsigmoid(-won) - 0.5 * logsigmoid(-lost)
+        return -functional.logsigmoid(won) - 0.5 * functional.logsigmoid(-won) - 0.5 * functional.logsigmoid(-lost)
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,8 @@ class Classifier(Link):
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         shift = self.shift.initial if isinstance(self.shift, Coefficient) else self.shift
-        return -logsigmoid(self.beta * (chosen - shift)) - logsigmoid(-self.beta * (rejected - shift))
+        won, lost = self.beta * (chosen - shift), self.beta * (rejected - shift)
+        return -functional.logsigmoid(won) - functional.logsigmoid(-lost)
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class Discovered(Link):
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         logit = self.beta * (chosen - rejected)
         mixed = torch.sigmoid(logit / self.tau)
-        return (1 - mixed) * -logsigmoid(logit) + mixed * torch.exp(-logit)
+        return (1 - mixed) * -functional.logsigmoid(logit) + mixed * torch.exp(-logit)
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ class OddsRatio(Link):
     """
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        return -logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+        return -functional.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
 def _log_odds(log_probability: Tensor) -> Tensor:

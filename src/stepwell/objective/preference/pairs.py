@@ -7,16 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, assert_never
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid, relu
-
 from stepwell.batch import Batch, Read
 from stepwell.credit.group import group_index, group_sum, top_of_groups
 from stepwell.objective.state import Coefficient, value_of
 from stepwell.objective.term import Coupling, Loss, Term
 from stepwell.parts import Node, Part
 from stepwell.ranges import Positive, Range
+from stepwell.tensors import Tensor, functional, torch
 
 Against = Literal["reference", "old", "teacher", "none"]
 
@@ -101,7 +98,7 @@ class Logistic(Link):
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         logit = self.beta * (chosen - rejected) - self.margin
-        return -(1 - self.smoothing) * logsigmoid(logit) - self.smoothing * logsigmoid(-logit)
+        return -(1 - self.smoothing) * functional.logsigmoid(logit) - self.smoothing * functional.logsigmoid(-logit)
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ class Hinge(Link):
     beta: Positive = 0.1
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        return relu(1 - self.beta * (chosen - rejected))
+        return functional.relu(1 - self.beta * (chosen - rejected))
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
 from stepwell.batch import Batch, Read
 from stepwell.errors import InputError
 from stepwell.objective.preference.pairs import Against, PairScore, SequenceScore, log_ratio, read_for, sides_of
 from stepwell.parts import Part
 from stepwell.ranges import Positive, Share
+from stepwell.tensors import Tensor, functional, torch
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class ImplicitReward(Part, PairScore):
         if self.divergence == "forward-kl":
             return 1 - torch.exp(-s)
         if self.divergence == "js":
-            return math.log(2.0) + logsigmoid(s)
+            return math.log(2.0) + functional.logsigmoid(s)
         if self.divergence == "alpha" and abs(self.alpha - 1.0) > 1e-6:
             return torch.expm1((self.alpha - 1.0) * s) / (self.alpha - 1.0)
         return s

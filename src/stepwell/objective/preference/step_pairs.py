@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
 from stepwell.batch import Batch, Read
 from stepwell.credit.prefixes import StepValues
 from stepwell.objective.preference.pairs import Pairing, log_ratio, pairs_of
@@ -17,6 +13,7 @@ from stepwell.objective.state import Coefficient, value_of
 from stepwell.objective.term import Coupling, Loss, Term
 from stepwell.parts import Part
 from stepwell.ranges import NotNegative, Positive
+from stepwell.tensors import Tensor, functional, torch
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class StepPairs(Term):
             fall = losses[:, None] * torch.sigmoid(self.rate * gap) * targets["falls"]
         value = value_of(self.coefficient, batch) * total(batch.log_prob, fall - rise)
         metrics = {
-            "pair_loss": -(logsigmoid(margin) * share).sum(),
+            "pair_loss": -(functional.logsigmoid(margin) * share).sum(),
             "pair_accuracy": ((margin > 0).to(margin.dtype) * share).sum(),
             "pair_score": (0.5 * (score[chosen] + score[rejected]) * share).sum(),
         }

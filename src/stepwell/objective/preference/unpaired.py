@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
-import torch
-from torch import Tensor
-
 from stepwell.batch import Batch
 from stepwell.objective.preference.pairs import Pairing, Pairs, SequenceScore
 from stepwell.objective.state import Coefficient, value_of
@@ -18,6 +15,7 @@ from stepwell.parts import Part
 from stepwell.process.models import Models
 from stepwell.ranges import NotNegative, Positive, Range
 from stepwell.rng import Rng
+from stepwell.tensors import Tensor, torch
 from stepwell.trajectories import Trajectories
 
 

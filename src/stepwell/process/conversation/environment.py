@@ -227,7 +227,8 @@ def _refuse_other_arguments(
         signature.bind(*arguments, **keywords)
     except TypeError as error:
         raise InputError(
-            f"The {method} of the environment {name} must be callable as {right}, got the signature {signature} ({error})."
+            f"The {method} of the environment {name} must be callable as {right}, got the signature {signature} "
+            f"({error})."
         ) from error
 
 

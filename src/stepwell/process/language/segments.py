@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
+from stepwell.tensors import Tensor, torch
 
 ENDINGS = (".", "!", "?", ";", "\n", "。", "！", "？", "；")
 """A token ends a sentence if its text, trailing spaces aside, ends with one of these."""

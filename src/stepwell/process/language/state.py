@@ -22,7 +22,7 @@ class ReadText:
 
 @dataclass
 class Memory:
-    """What the network has read of a state's rows. The one part of a state that changes: reading brings it up to date.
+    """The network's readings of a state's rows. The one part of a state that changes: reading brings it up to date.
 
     All rows have `columns` tokens, of which more may have been read of some rows than of others: a row whose next
     tokens are given (an environment's words) waits until they can be read at once.
