@@ -76,6 +76,8 @@ def train(
     """
     given = settings_from(**settings)
     check_process(process, "The model to train")
+    if teacher is not None:
+        check_process(teacher, "The teacher")
     if bool(given.evaluate_every) != (evaluation is not None):
         raise InputError("evaluation and evaluate_every must be given together: prompts, and the steps between.")
     if not isinstance(method, str | Recipe):
@@ -113,7 +115,7 @@ class CostedSamples(Samples):
 
     def save(self, folder: str | os.PathLike[str], format: str | None = None, **about: Any) -> list[Path]:
         """Write them into a new or empty folder (`stepwell.sampling.export.write_samples`); returns the files."""
-        cost = {unit: amount for unit, amount in vars(self.cost).items() if unit != "wall_time"}  # the rest is decided by the seed
+        cost = {unit: amount for unit, amount in vars(self.cost).items() if unit != "wall_time"}  # which may vary
         return write_samples(folder, self.values, self.prompts, format, {**about, "cost": cost})
 
 
@@ -156,8 +158,8 @@ def sample(
     for prompt, value in zip(drawn.prompts, drawn.samples.values, strict=True):
         if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
             raise InputError(
-                f"Samples must be finite, got NaN or infinity for prompt {prompt.id} ({prompt.value!r:.60}); the states "
-                "diverged."
+                f"Samples must be finite, got NaN or infinity for prompt {prompt.id} ({prompt.value!r:.60}): the "
+                "states diverged."
             )
     prompts = [prompt.value for prompt in drawn.prompts]
     return CostedSamples(drawn.samples.values, drawn.samples.columns, prompts=prompts, cost=cost)

@@ -35,6 +35,10 @@ class Compare(Command):
 
     def run(self) -> None:
         self.load_plugins()
+        from stepwell.comparison.specs import parse_specs
+        from stepwell.tasks.registry import entry_of
+
+        parse_specs(self.methods), entry_of(self.task)  # refused before torch is loaded
         from stepwell.comparison.report.page import write_report
         from stepwell.comparison.report.table import print_comparison
         from stepwell.comparison.run import compare
@@ -86,10 +90,12 @@ class Check(Command):
     def run(self) -> None:
         self.load_plugins()
         from stepwell import methods
+
+        cards = [methods.get(name) for name in self.methods or methods.names()]  # refused before torch is loaded
         from stepwell.check.methods import check_method
         from stepwell.cli.printing import print_table
 
-        for card in [methods.get(name) for name in self.methods or methods.names()]:
+        for card in cards:
             report = check_method(card)  # type: ignore[arg-type]
             print_table(
                 (f"{card.id}: law", "largest deviation"), [(law, f"{error:.1e}") for law, error in report.items()]

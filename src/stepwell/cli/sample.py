@@ -54,13 +54,13 @@ class Sample(Command):
 
     def run(self) -> None:
         self.load_plugins()
+        kind, model = self._named()  # refused before torch is loaded
+        refuse_unused(self, kind)
+        self.sampler_settings()
         from stepwell import api
         from stepwell.data.prompts import load_prompts
         from stepwell.sampling import export
 
-        kind, model = self._named()
-        refuse_unused(self, kind)
-        self.sampler_settings()  # raises before anything is loaded
         api.check_count("--samples", self.samples)
         api.check_count("--rows-at-once", self.rows_at_once)
         api.check_seed("--seed", self.seed)
@@ -102,6 +102,10 @@ class Sample(Command):
             words = " and ".join(f"--{name}" for name in models) or "none of them"
             raise InputError(f"Exactly one of --pipeline, --model and --task must be given, got {words}.")
         ((name, model),) = models.items()
+        if name == "task":
+            from stepwell.tasks.registry import entry_of
+
+            entry_of(model)  # raises for an unknown one
         if name != "model":
             return kind_called(name), model
         kind = kind_of(model)

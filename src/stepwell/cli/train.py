@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,7 +24,8 @@ from stepwell.recipe.options import options_from
 if TYPE_CHECKING:
     from stepwell.process.base import Process
     from stepwell.recipe.recipe import Recipe
-    from stepwell.training.loop import Run
+    from stepwell.sampling.request import Prompt
+    from stepwell.training.state import Run
 
 Trackers = Annotated[
     tuple[Literal["tensorboard", "wandb", "trackio"], ...],
@@ -104,31 +105,20 @@ class Train(Command):
             )
         card, options = catalogue.get(self.method), options_from(self.set)  # refused before torch is loaded
         recipe = card.recipe(**options)
+        kind = kind_of(self.model, card.processes)
+        catalogue.check_kind(card, kind.process)
+        refuse_unused(self, kind)
+        self.sampler_settings()
+        self._check_teacher(card.id, recipe, kind)
         from stepwell import api
-        from stepwell.data.prompts import load_prompts
-        from stepwell.process.language.prompts import is_chat
         from stepwell.reward.mixing import Rewards
         from stepwell.training import loop
         from stepwell.training import resume as saved
         from stepwell.training.distribute import World
 
-        kind = kind_of(self.model, card.processes)
-        catalogue.check_kind(card, kind.process)
-        refuse_unused(self, kind)
-        self.sampler_settings()  # raises before anything is loaded
-        self._check_teacher(card.id, recipe, kind)
         chosen = {name: value for name, value in vars(self.training).items() if value is not None}
         settings = api.settings_from(**chosen)
-        anything = kind.process != "language"
-        prompts = load_prompts(self.data, self.prompt_column, anything=anything)
-        evaluation = None
-        if self.evaluation is not None:
-            evaluation = load_prompts(self.evaluation, self.prompt_column, anything=anything)
-        if bool(settings.evaluate_every) != (evaluation is not None):
-            raise InputError("--evaluation and --evaluate-every must be given together: prompts, and steps between.")
-        chats = any(is_chat(prompt.value) for prompt in [*prompts, *(evaluation or [])])
-        if self.conversation.turn_role is not None and not chats:
-            raise InputError("--turn-role must be left out: no prompt is a chat.")
+        prompts, evaluation = self._prompts(anything=kind.process != "language")
         rewards = Rewards([reward_named(address) for address in self._rewards()], self.reward_weights or None)
         config = {"method": card.id, "options": options, "card": card.as_dict()} | self._described(kind)
         if self.out is not None and Path(named(self.out)).resolve() == Path(self.model).resolve():
@@ -158,6 +148,22 @@ class Train(Command):
         """The settings of a flow's sampler that were given."""
         return self.solver.settings(self.solver.solver_steps)
 
+    def _prompts(self, anything: bool) -> tuple[list[Prompt], list[Prompt] | None]:
+        """The prompts to train on, and those to evaluate on; `anything`: they may be other than texts and chats."""
+        from stepwell.data.prompts import load_prompts
+        from stepwell.process.language.prompts import is_chat
+
+        prompts = load_prompts(self.data, self.prompt_column, anything=anything)
+        evaluation = None
+        if self.evaluation is not None:
+            evaluation = load_prompts(self.evaluation, self.prompt_column, anything=anything)
+        if bool(self.training.evaluate_every) != (evaluation is not None):
+            raise InputError("--evaluation and --evaluate-every must be given together: prompts, and steps between.")
+        chats = any(is_chat(prompt.value) for prompt in [*prompts, *(evaluation or [])])
+        if self.conversation.turn_role is not None and not chats:
+            raise InputError("--turn-role must be left out: no prompt is a chat.")
+        return prompts, evaluation
+
     def _check_teacher(self, method: str, recipe: Recipe, kind: Kind) -> None:
         """Raise `InputError` for a teacher that is missing, is not read, or is another kind of model."""
         learns_from = any(read.of == "teacher" for read in recipe.whole.reads)
@@ -173,8 +179,6 @@ class Train(Command):
 
     def _built_teacher(self, kind: Kind) -> Process:
         """The teacher, drawing from its whole distribution: a cut one has no probability for much of the model's."""
-        from dataclasses import replace
-
         whole = replace(self.language, top_k=0, top_p=1.0, min_p=0.0, compile=False)
         command = replace(self, language=whole, start=WeightsOptions())
         return kind.build(self.teacher or "", command).frozen()

@@ -16,16 +16,16 @@ def options_from(words: Sequence[str]) -> dict[str, Any]:
         >>> options_from(["clip=0.1", "skip_equal=false", "pairs=all"])
         {'clip': 0.1, 'skip_equal': False, 'pairs': 'all'}
     """
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name:
             raise InputError(f"The option '{word}' has no value; write it as name=value, such as clip=0.1.")
-        if name in found:
+        if name in options:
             raise InputError(f"The option '{name}' is set twice; set it once.")
-        found[name] = value_from(value.strip())
-    return found
+        options[name] = value_from(value.strip())
+    return options
 
 
 def value_from(text: str) -> Any:

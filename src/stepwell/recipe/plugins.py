@@ -30,9 +30,9 @@ def load_plugin(path: str | Path) -> None:
         raise
     except (Exception, SystemExit) as error:
         line = line_in(error, path)
-        said = error.msg if isinstance(error, SyntaxError) else str(error)
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
         raise InputError(
-            f"The plugin '{path}' failed{line}: {type(error).__name__}{f': {said}' if said else ''}"
+            f"The plugin '{path}' failed{line}: {type(error).__name__}{f': {reason}' if reason else ''}"
         ) from error
 
 

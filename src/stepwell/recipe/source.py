@@ -15,10 +15,10 @@ from stepwell.errors import InputError
 def code_of(build: Callable[..., Any]) -> CodeType:
     """The code of a function that builds, behind `functools.partial` and decorators; of a class, that of its maker."""
     inner = inspect.unwrap(build.func if isinstance(build, functools.partial) else build)
-    found: CodeType | None = getattr(inner, "__code__", None) or getattr(inner.__init__, "__code__", None)
-    if found is None:
+    code: CodeType | None = getattr(inner, "__code__", None) or getattr(inner.__init__, "__code__", None)
+    if code is None:
         raise InputError(f"A method must be built by a function, got {build!r:.60}.")
-    return found
+    return code
 
 
 def line_in(error: BaseException, path: Path) -> str:

@@ -152,9 +152,17 @@ def tasks() -> list[TaskEntry]:
     return [_TASKS[name] for name in sorted(_TASKS)]
 
 
+def entry_of(name: str) -> TaskEntry:
+    """The entry of a task; raises `UnknownName`, with the nearest name, for one that nobody registered."""
+    entries = {entry.name: entry for entry in tasks()}
+    if name not in entries:
+        raise UnknownName("task", name, entries)
+    return entries[name]
+
+
 def source_of(name: str) -> str:
     """The file that a user's own task is written in, or `stepwell`."""
-    build = next(entry.build for entry in tasks() if entry.name == name)
+    build = entry_of(name).build
     return "stepwell" if build.__module__.startswith("stepwell.") else build.__code__.co_filename
 
 
@@ -164,8 +172,6 @@ def get_task(name: str, **options: Any) -> Task:
     """
     from stepwell.recipe.card import check_options
 
-    entries = {entry.name: entry for entry in tasks()}
-    if name not in entries:
-        raise UnknownName("task", name, entries)
-    check_options(f"task {name}", options, entries[name].build)
-    return entries[name].build(**options)
+    build = entry_of(name).build
+    check_options(f"task {name}", options, build)
+    return build(**options)

@@ -15,10 +15,10 @@ from stepwell.trajectories import Trajectories
 def row_metrics(rows: Trajectories, names: Sequence[str]) -> dict[str, float]:
     """Rewards and lengths before any update; each reward function by name, over the rows it applies to."""
     assert rows.reward is not None
-    assert rows.rewards is not None
     reward, length = rows.reward.double(), rows.length.double()
     metrics = {"reward": float(reward.mean()), "reward_deviation": float(reward.std(correction=0))}
     if len(names) > 1:
+        assert rows.rewards is not None
         each = rows.rewards.double().nanmean(0).tolist()
         metrics |= {f"reward/{name}": value for name, value in zip(names, each, strict=True)}
     return metrics | {"length": float(length.mean()), "truncated": float(rows.truncated.double().mean())}
@@ -35,9 +35,9 @@ def _completion(drawn: Drawn, names: Sequence[str], step: int, row: int) -> dict
     rows, value = drawn.trajectories, drawn.samples.values[row]
     shown = {"step": step, "prompt": _brief(drawn.prompts[row].value), "completion": _brief(value)}
     assert rows.reward is not None
-    assert rows.rewards is not None
     shown["reward"] = float(rows.reward[row])
     if len(names) > 1:
+        assert rows.rewards is not None
         shown["rewards"] = dict(zip(names, rows.rewards[row].tolist(), strict=True))
     return shown | ({"picture": value} if is_image(value) else {})
 

@@ -287,8 +287,8 @@ def reproduction(settings: Mapping[str, Any], made: Mapping[str, Any]) -> list[t
     rows = [("settings", ", ".join(f"{name} = {value}" for name, value in settings.items() if value not in (None, [])))]
     if made.get("versions"):
         rows.append(("versions", ", ".join(f"{name} {value}" for name, value in made["versions"].items())))
-    machine: Sequence[tuple[str, str]] = (("device", "{}"), ("cores", "{} cores"), ("threads", "{} threads used"))
-    words = [form.format(made[name]) for name, form in machine if made.get(name)]
+    words = [str(made["device"])] if made.get("device") else []
+    words += [count_of(made[name], noun) for name, noun in (("cores", "core"), ("threads", "thread")) if made.get(name)]
     if words:
         rows.append(("machine", ", ".join(words)))
     return rows

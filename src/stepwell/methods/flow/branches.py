@@ -29,7 +29,7 @@ from stepwell.recipe.registry import method
     processes=("flow",),
     differs="flow-grpo in a window that moves from noise to data; `flash` finishes by DPM-Solver++ in fewer steps.",
     when="When flow-grpo is too slow: only a window of steps is random, and trained.",
-    note=f"{RATIO}; {FIRST}; {WINDOW}.",
+    note=f"As published, {RATIO}; {FIRST}; {WINDOW}.",
     proof=("gaussian_gradient", "policy_moment_gradient", "mean_ratio", "window_schedule"),
 )
 def mix_grpo(
@@ -59,8 +59,8 @@ def mix_grpo(
     catalogue=267,
     processes=("flow",),
     differs="Each step is judged by children that part there and nowhere else; steps weigh by the noise they draw.",
-    when="When credit for each step is worth more rollouts: its children part at that step alone.",
-    note=f"{RATIO}; {FIRST}.",
+    when="When each step should be judged by itself, at the price of more rollouts.",
+    note=f"As published, {RATIO}; {FIRST}.",
     proof=("gaussian_gradient", "branch_gradient", "mean_ratio", "step_divergence"),
 )
 def tempflow_grpo(
@@ -87,7 +87,7 @@ def tempflow_grpo(
     processes=("flow",),
     differs="One random step a row, judged at several strides of what follows; their standardised rewards add up.",
     when="When one reward for all steps is too coarse, and the early steps matter most.",
-    note=f"{RATIO}; {FIRST}.",
+    note=f"As published, {RATIO}; {FIRST}.",
     proof=("gaussian_gradient", "branch_gradient", "mean_ratio"),
 )
 def g2rpo(
@@ -116,7 +116,7 @@ def g2rpo(
     processes=("flow",),
     differs="A tree of random steps in a sliding window; each step earns its leaves' mean less its siblings'.",
     when="When rollouts are the cost: the leaves of a tree share their first steps.",
-    note=f"{RATIO}; {FIRST}.",
+    note=f"As published, {RATIO}; {FIRST}.",
     proof=("gaussian_gradient", "branch_gradient", "mean_ratio"),
 )
 def dynamic_treerpo(
@@ -143,7 +143,7 @@ def dynamic_treerpo(
     processes=("flow",),
     differs="ddpo-is on the last steps first, a part that grows; only each state's best and worst branches count.",
     when="When rewards are sparse: the last steps are learned first, by comparing branches of one state.",
-    note=f"{RATIO}.",
+    note=f"As published, {RATIO}.",
     proof=("gaussian_gradient", "branch_gradient", "mean_ratio"),
 )
 def b2_diffurl(

@@ -45,7 +45,7 @@ def ddpo_sf(steps: Size = 10, eta: NotNegative = 1.0) -> Recipe:
     processes=("flow",),
     differs="ddpo-sf with a clipped ratio a step; published: of mean log-densities, clipped at 1e-4.",
     when="As ddpo-sf, when each rollout serves several updates.",
-    note=f"{RATIO}.",
+    note=f"As published, {RATIO}.",
     proof=("gaussian_gradient", "policy_moment_gradient", "mean_ratio"),
 )
 def ddpo_is(steps: Size = 10, eta: NotNegative = 1.0, clip: float | None = None, variant: str = "corrected") -> Recipe:
@@ -79,7 +79,7 @@ def loop(steps: Size = 10, eta: NotNegative = 1.0, clip: float = 0.2) -> Recipe:
     processes=("flow",),
     differs="GRPO on the steps of an SDE with the flow's marginals; `window` > 0 is Fast, random steps there alone.",
     when="The usual choice for flow-matching models and rewards without a gradient.",
-    note=f"{RATIO}; {FIRST}; {KL}; {CPS}.",
+    note=f"As published, {RATIO}; {FIRST}; {KL}; {CPS}.",
     proof=("gaussian_gradient", "policy_moment_gradient", "mean_ratio", "step_divergence"),
 )
 def flow_grpo(
@@ -105,7 +105,7 @@ def flow_grpo(
     processes=("flow",),
     differs="flow-grpo with noise of constant size, standardised within the group, a prompt's samples from one noise.",
     when="For image and video models, when the samples of a prompt should start from the same noise.",
-    note=f"{RATIO}.",
+    note=f"As published, {RATIO}.",
     proof=("gaussian_gradient", "policy_moment_gradient", "mean_ratio"),
 )
 def dance_grpo(
@@ -126,6 +126,7 @@ def dance_grpo(
     paper="Euphonium: Steering Video Flow Matching via Process Reward Gradient Guided Stochastic Dynamics",
     arxiv="2602.04928",
     year=2026,
+    catalogue=386,
     processes=("flow",),
     differs="dance-grpo on rollouts guided by the reward's gradient, which the policy absorbs; scored under its own "
     "unguided distribution, as a guided centre would leave it in need of the reward.",

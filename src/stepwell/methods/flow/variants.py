@@ -22,7 +22,7 @@ FIRST = "the first step leaves a variance of 1 + level^4 / 4, 1.060 at level 0.7
 KL = "the penalty is |dt| / D of the step's divergence, 0.05 of it for ten steps in two dimensions"
 WINDOW = "with 25 random steps, 75 of 650 rollouts train one to three steps and 25 train none"
 CPS = "noise='cps' leaves 0.7270 of the variance of Gaussian data at level 0.7 as steps grow; corrected, DDIM's eta"
-"""Faults of published variants, in figures that tests/check/oracles/test_flow.py and tests/solver measure."""
+"""Faults of published variants, in figures that tests/check/oracles/test_flow_figures.py and tests/solver measure."""
 
 
 def published(variant: str) -> bool:

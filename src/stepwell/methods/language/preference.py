@@ -80,7 +80,7 @@ def dpo(
     paper="A General Theoretical Paradigm to Understand Learning from Human Preferences",
     arxiv="2310.12036",
     year=2023,
-    differs="dpo with a square in place of the logistic: margins are drawn to 1 / (2 beta) and not without bound.",
+    differs="dpo with a square in place of the logistic: margins are pulled to 1 / (2 beta) and grow no further.",
     when="When dpo overfits clear preferences: margins stop at a target.",
     note="semantics='trl' takes the mean log-ratio a step, as TRL's DPO trainer does on the authors' word; the "
     "paper's formula, and TRL's online trainer, take the sum. For rows of length n the target margin differs n-fold.",
@@ -130,7 +130,7 @@ def exo(beta: float = 0.1, smoothing: float = 1e-3) -> Recipe:
     paper="Noise Contrastive Alignment of Language Models with Explicit Rewards",
     arxiv="2402.05369",
     year=2024,
-    differs="Each row is classified against the reference by itself, so that the chosen row's probability does not fall.",
+    differs="Each row is set against the reference by itself, so that the chosen row's probability does not fall.",
     when="When dpo lowers the probability of the chosen answers together with that of the rejected.",
     proof=("loss_by_hand",),
 )

@@ -84,7 +84,7 @@ def dno(beta: float = 0.1, rounds: int = 1) -> Recipe:
     paper="Self-Play Preference Optimization for Language Model Alignment",
     arxiv="2405.00675",
     year=2024,
-    differs="Each row's log-ratio is drawn to its rate of winning less a half, over beta; the reference moves on.",
+    differs="Each row's log-ratio is fitted to its rate of winning less a half, over beta; the reference moves on.",
     when="When all that counts is who beats whom in a group, and the reference may move on.",
     note="Win rates are within the group, by Bradley and Terry's model of the rewards. dpo(loss='sppo-hard') is the "
     "form with labels 0 and 1.",
@@ -144,7 +144,7 @@ def mdpo(step: Positive = 1.0, epochs: int = 4) -> Recipe:
     paper="Trajectory Balance: Improved Credit Assignment in GFlowNets",
     arxiv="2201.13259",
     year=2022,
-    differs="The squared residual of log Z + log pi - log ref - R / beta, with a log Z that is learned beside.",
+    differs="The squared residual of log Z + log pi - log ref - R / beta, with a log Z that is learned beside it.",
     when="When answers should be drawn in proportion to exp(R / beta), for variety and not for the best one.",
     note="Backward policy: none, for text has one parent. On policy, whatever log Z, the gradient is the divergence's.",
     proof=("tilted_minimum", "loss_by_hand"),
@@ -191,7 +191,7 @@ def sub_trajectory_balance(beta: Positive = 0.1, lam: float = 0.9) -> Recipe:
     arxiv="2310.00386",
     year=2023,
     catalogue=272,
-    differs="Only the order of rewards is read: the group's best rows are to have the largest implied rewards.",
+    differs="Only the order of rewards is read: the group's best rows should have the largest implied rewards.",
     when="When only the order of rewards means something, and variety among the best is wanted.",
     note="In the form of trajectory balance, whose implied reward is the row's probability; for two rows it is dpo's "
     "loss with beta 1 and a uniform reference.",
