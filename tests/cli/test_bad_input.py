@@ -197,7 +197,9 @@ def test_a_language_model_is_not_trained_or_drawn_from_as_a_flow(bench):
     line = bench.refused(*bench.words("--method", "flow-grpo"))
     assert "The method 'flow-grpo' trains flows, and not language models; choose a method for them, such as" in line
     assert "--height must be left out for a language model." in bench.refused(*bench.words("--height", "64"))
-    assert "--model must be a flow, as my.py:NAME" in bench.refused("sample", "--model", str(bench.model), "--prompt", "a")
+    assert "--model must be a flow, as my.py:NAME" in bench.refused(
+        "sample", "--model", str(bench.model), "--prompt", "a"
+    )
     assert not bench.out.exists()
     assert not (bench.folder / "runs").exists()
 

@@ -186,7 +186,8 @@ class Train(Command):
     def _print(self, run: Run, method: str) -> None:
         if run.history:
             first, last = run.history[0]["reward"], run.history[-1]["reward"]
-            print(f"{run.steps} steps of {method}: the mean reward went from {first:.3g} to {last:.3g}.")
+            steps = "1 step" if run.steps == 1 else f"{run.steps} steps"
+            print(f"{steps} of {method}: the mean reward went from {first:.3g} to {last:.3g}.")
         if run.out is not None:
             print(f"The trained model and the log are in {run.out}; `stepwell report {run.out}` draws the curves.")
 
