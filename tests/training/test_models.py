@@ -148,3 +148,22 @@ def test_a_policy_with_a_head_and_another_sampler_comes_back_as_given():
 def test_a_process_without_a_value_head_of_its_own_comes_back_itself():
     process = tabular()
     assert train(process, Recipe(Policy(), Groups(2, 2))).process is process
+
+
+def test_a_teacher_of_other_symbols_is_refused_before_anything_is_drawn():
+    process = tabular()
+    with pytest.raises(InputError, match="teacher must be a table of 3 symbols"):
+        train(process, "gkd", teacher=sw.exact.markov(symbols=4, length=3, prompts=2))
+    assert process.meter.spent.forward == 0
+
+
+def test_a_teacher_with_other_tokens_is_refused(small_language):
+    process, teacher = (small_language(max_new_tokens=3, dtype="float32") for _ in range(2))
+    process.check_teacher(teacher)
+    teacher = copy.copy(teacher)
+    teacher.tokenizer = copy.deepcopy(teacher.tokenizer)
+    teacher.tokenizer.add_tokens(["one-more"])
+    with pytest.raises(InputError, match="teacher must have the model's tokens"):
+        process.check_teacher(teacher)
+    with pytest.raises(InputError, match="teacher must have the model's tokens"):
+        process.check_teacher(tabular())

@@ -223,6 +223,11 @@ class Process(ABC):
     def check_prompt(self, value: Any) -> None:  # noqa: B027
         """Raise `InputError` for a prompt that cannot be read; called for every prompt before anything is drawn."""
 
+    def check_teacher(self, teacher: Process) -> None:
+        """Raise `InputError` for a process whose actions mean something else, so that this one cannot learn from it."""
+        if teacher.kind != self.kind:
+            raise InputError(f"teacher must be of kind '{self.kind}', as the model is, got '{teacher.kind}'.")
+
     def row_sizes(self, rows: Trajectories) -> Tensor:
         """(N,) the size of each row as the network sees it, in tokens or states: micro-batches are cut by it."""
         return rows.length.clone()

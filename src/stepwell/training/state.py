@@ -190,5 +190,5 @@ def _models(
         raise InputError("teacher must be left out: no part of the method reads a teacher.")
     models = Models(policy, reference, None if teacher is None else teacher.metered(policy.meter))
     if "teacher" in roles:
-        models.of("teacher")
+        process.check_teacher(models.of("teacher"))
     return process, models

@@ -213,6 +213,15 @@ class Conversation(Process):
         """Raise `InputError` for a prompt that is neither a text nor a chat, or is too long for the model."""
         self.language.check_prompt(value)
 
+    @property
+    def tokens(self) -> tuple[Mapping[str, int], int]:
+        """The numbers of the language's tokens, and how many its embeddings have room for."""
+        return self.language.tokens
+
+    def check_teacher(self, teacher: Process) -> None:
+        """Raise `InputError` for a teacher with other tokens."""
+        self.language.check_teacher(teacher)
+
     def condition(self, prompts: Sequence[Any]) -> Columns:
         """`prompt_ids` and `prompt_mask` (N, P), padded on the left."""
         return self.language.condition(prompts)

@@ -123,6 +123,12 @@ class TabularLanguage(Process):
     def condition(self, prompts: Sequence[int]) -> Columns:
         return Columns({"prompt": torch.tensor(prompts, dtype=torch.long)}, len(prompts))
 
+    def check_teacher(self, teacher: Process) -> None:
+        """Raise `InputError` for a teacher with another number of symbols."""
+        super().check_teacher(teacher)
+        if not isinstance(teacher, TabularLanguage) or teacher.symbols != self.symbols:
+            raise InputError(f"teacher must be a table of {self.symbols} symbols, as the model is.")
+
     def score(
         self,
         trajectories: Trajectories,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,14 @@ from stepwell.trajectories import Trajectories
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "accelerator": 2**26}
 """The most logits that a chunk holds, unless `chunk` gives its number of steps: 16 and 256 MiB in float32."""
+
+
+@runtime_checkable
+class HasTokens(Protocol):
+    """A process that draws the tokens of a tokenizer: a language model, or a conversation that holds one."""
+
+    @property
+    def tokens(self) -> tuple[Mapping[str, int], int]: ...
 
 
 class Language(Process):
@@ -172,6 +180,20 @@ class Language(Process):
     def check_prompt(self, value: Any) -> None:
         """Raise `InputError` for a prompt that is neither a text nor a chat, or is too long for the model."""
         self.encoder(value)
+
+    @property
+    def tokens(self) -> tuple[Mapping[str, int], int]:
+        """The numbers of all tokens, and how many the embeddings have room for."""
+        return self.tokenizer.get_vocab(), self.encoder.vocabulary
+
+    def check_teacher(self, teacher: Process) -> None:
+        """Raise `InputError` for a teacher with other tokens: its probabilities would be those of other texts."""
+        super().check_teacher(teacher)
+        if not isinstance(teacher, HasTokens) or teacher.tokens != self.tokens:
+            raise InputError(
+                "teacher must have the model's tokens, each with the same number, and embeddings for as many; this one "
+                "has others."
+            )
 
     def row_sizes(self, rows: Trajectories) -> Tensor:
         """(N,) tokens of each row, its prompt's and its own."""
