@@ -26,7 +26,7 @@ def registries() -> Iterator[None]:
 def test_every_section_has_an_example() -> None:
     sections = re.findall(r"^## An? (.+)$", TEXT, re.M)
     assert [name.split()[0] for name in sections] == [name for name, _ in EXAMPLES]
-    assert len(EXAMPLES) == 7
+    assert len(EXAMPLES) == 8
 
 
 @pytest.mark.parametrize(("name", "code"), EXAMPLES, ids=[name for name, _ in EXAMPLES])

@@ -37,7 +37,6 @@ def test_an_unknown_name_is_answered_with_the_known_ones():
 
 def test_type_checkers_read_the_same_list(tmp_path):
     """Only the stub is read, and not what it imports, which takes a minute."""
-    pytest.importorskip("mypy")
     stub = Path(sw.__file__).with_suffix(".pyi")
     assert stub.with_name("py.typed").is_file()
     lines = ["import stepwell as sw", *(f"sw.{name}" for name in [*sw.__all__, "__version__", "trian"])]

@@ -74,6 +74,12 @@ def train(
         >>> run.steps
         2
     """
+    if isinstance(method, str):
+        if ":" in method:
+            raise InputError(f"method must be an id, got {method!r}; give its options as options={{'name': value}}.")
+        for name in settings.keys() - Settings.__dataclass_fields__.keys():
+            if name in catalogue.get(method).options:
+                raise InputError(f"{name} must be given as options={{'{name}': ...}}: it is an option of '{method}'.")
     given = settings_from(**settings)
     check_process(process, "The model to train")
     if teacher is not None:
@@ -162,7 +168,8 @@ def sample(
                 "states diverged."
             )
     prompts = [prompt.value for prompt in drawn.prompts]
-    return CostedSamples(drawn.samples.values, drawn.samples.columns, prompts=prompts, cost=cost)
+    truncated = drawn.trajectories.truncated.tolist()
+    return CostedSamples(drawn.samples.values, drawn.samples.columns, truncated, prompts=prompts, cost=cost)
 
 
 def check_count(name: str, value: int | None) -> None:

@@ -84,7 +84,7 @@ class Demand:
         if isinstance(value, self.kinds):
             number = value.first_number() if isinstance(value, Checked) else None
             return number is None or self.range is None or self.range.holds(number)
-        if self.functions and callable(value) and not isinstance(value, Checked):
+        if self.functions and callable(value) and not isinstance(value, Checked | type):
             return True
         chosen = any(type(value) is type(choice) and value == choice for choice in self.choices)
         return chosen or (self.range is not None and self.range.holds(value))
@@ -97,6 +97,8 @@ class Demand:
             raise UnknownChoice(what, value, self.words, map(str, self.choices))
         number = value.first_number() if isinstance(value, Checked) else None
         shown = f"{value!r:.60}" if number is None else f"{_with_article(type(value))} that begins at {number!r:.60}"
+        if isinstance(value, type):
+            shown = f"the class {value.__name__}; write {value.__name__}()"
         raise InputError(f"{what} must be {self.words}, got {shown}.")
 
 

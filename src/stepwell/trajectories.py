@@ -35,6 +35,7 @@ class Trajectories:
     reward (N,), rewards (N, K), step_reward (N, T)
     final_value (N,)         value of each row's last state, where it was cut although more would have come; else 0
     observed (N, T, *O)      the policy's observation before each step, where actions do not determine it
+    last_observed (N, *O)    the one after each row's last step
     old_log_prob, reference_log_prob, value, entropy (N, T)   scored before the update, where a method needs it
     points                   points that a term drew at random for each row, and their scores before the update
     info                     (N,) or (N, T, ...) entries that a method declared
@@ -58,6 +59,7 @@ class Trajectories:
     step_reward: Tensor | None = None
     final_value: Tensor | None = None
     observed: Tensor | None = None
+    last_observed: Tensor | None = None
     old_log_prob: Tensor | None = None
     reference_log_prob: Tensor | None = None
     value: Tensor | None = None

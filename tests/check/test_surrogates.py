@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from stepwell import check
+from stepwell import check, methods
 from stepwell.cli import main
 from stepwell.errors import InputError, LawBroken
 from stepwell.objective.gates.step import SamplerCorrection
@@ -145,6 +145,15 @@ def build():
 """
 
 
+@pytest.fixture
+def plugins():
+    """The methods that the plugins register are gone afterwards."""
+    yield
+    for name in ("upwards", "downwards"):
+        methods.forget(name)
+
+
+@pytest.mark.usefixtures("plugins")
 def test_a_users_surrogate_of_the_wrong_sign_is_caught_by_the_command(tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text(PLUGIN.format(sign="-", name="upwards"))

@@ -164,7 +164,7 @@ def test_every_foreign_name_leads_to_one_of_ours():
         ("num_generations", "There is no setting 'num_generations'; did you mean 'group_size'?"),
         ("per_device_train_batch_size", "did you mean 'prompts_per_step' or 'tokens_per_microbatch'?"),
         ("max_completion_length", "did you mean 'max_new_tokens' of the model?"),
-        ("kl_coef", "did you mean the option 'kl' of the method?"),
+        ("kl_coef", "did you mean the option 'kl' of the method, options={'kl': ...}?"),
         ("rollout.n", "did you mean 'group_size'?"),
         ("actor_rollout_ref.actor.ppo_mini_batch_size", "did you mean 'minibatches'?"),
         ("lr", "did you mean 'learning_rate'?"),

@@ -123,3 +123,64 @@ def test_a_number_that_a_planner_does_not_have_cannot_be_set(planner, setting, n
 def test_a_number_out_of_range_is_refused_as_by_the_planner_itself():
     with pytest.raises(InputError, match=r"Groups\.size must be a whole number, at least 1, got 0"):
         Groups(3, 4).resized(size=0)
+
+
+WRONG_NOTES = {
+    "no dictionary": (lambda rows: torch.zeros(len(rows)), "got a Tensor"),
+    "a list": (lambda rows: {"it": [0.0] * len(rows)}, "got 'it', a list"),
+    "a number": (lambda rows: {"it": torch.tensor(0.5)}, r"got 'it' of shape \(\)"),
+    "one a prompt": (lambda rows: {"it": torch.zeros(1)}, r"here N, T = \(4, \d\); got 'it' of shape \(1,\)"),
+    "a step too many": (lambda rows: {"it": torch.zeros(4, rows.mask.shape[1] + 1)}, "got 'it' of shape"),
+}
+
+
+@pytest.mark.parametrize(("note", "words"), WRONG_NOTES.values(), ids=list(WRONG_NOTES))
+def test_a_note_of_another_shape_is_refused(note, words):
+    planner = Once()
+    planner.note = note
+    with pytest.raises(InputError, match=f"Once.note must return tensors .*{words}"):
+        collected(planner)
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (lambda so_far: None, "must return a list of requests, got None"),
+        (lambda so_far: ["x"], r"must return a list of requests, got \['x'\]"),
+        (lambda so_far: [], "must ask for at least one request in step 0"),
+        (lambda so_far: [Request(Prompt(0, 0), 1)], "must return \\[\\] to end step 0; it asked again 5 times"),
+    ],
+)
+def test_a_planner_that_does_not_plan_or_does_not_end_is_refused(plan, words, monkeypatch):
+    monkeypatch.setattr("stepwell.training.collect.PARTS", 5)
+    planner = Once()
+    planner.plan = lambda step, so_far, prompts: plan(so_far)
+    with pytest.raises(InputError, match=words):
+        collected(planner)
+
+
+@pytest.mark.parametrize("planner", ["groups", Once])
+def test_the_planner_of_a_recipe_is_one(planner):
+    with pytest.raises(InputError, match=r"Recipe\.planner must be a Planner"):
+        Recipe(Policy(), planner)
+
+
+@dataclass(frozen=True)
+class Returns(Part):
+    """A credit that returns anything."""
+
+    value: object = None
+
+    def __call__(self, batch):
+        return self.value
+
+
+@pytest.mark.parametrize("value", [None, 1.0, torch.zeros(3), torch.zeros(4, 9)])
+def test_a_credit_of_another_shape_is_refused_by_name(value):
+    with pytest.raises(InputError, match=r"Policy.credit_of \(Returns[^!]*must return a tensor \(N,\) or \(N, T\)"):
+        sw.train(markov(prompts=3), DATA, length, Recipe(Policy(Returns(value)), Once()), steps=1, learning_rate=0.1)
+
+
+def test_a_class_in_place_of_a_part_is_refused():
+    with pytest.raises(InputError, match=r"Policy.credit_of must be a Part, got the class Returns; write Returns\(\)"):
+        Policy(Returns)

@@ -69,7 +69,8 @@ class Fog(Process):
         steps = state.earned.shape[1]
         seen, earned = list(state.seen[:, :steps]), list(state.earned)
         turns = [torch.arange(steps) // 2 for _ in range(len(state))]
-        return Samples(state.place.tolist(), steps=Steps(earned, turns, seen))
+        last = list(state.seen[:, steps])
+        return Samples(state.place.tolist(), steps=Steps(earned, turns, seen, last))
 
     def score(self, trajectories, needs=(), context=None, reference=None):
         log_prob = self.module(trajectories.observed).log_softmax(-1)
@@ -188,3 +189,15 @@ def test_rows_that_were_not_judged_keep_what_the_others_say_of_themselves(fog):
     assert drawn.trajectories.truncated.tolist() == [True, True, False]
     assert drawn.trajectories.step_reward.tolist() == [[0.0, 0.0], [-1.0, -2.0], [1.0, 2.0]]
     assert drawn.trajectories.observed[:, 1, 0].tolist() == [0.0, -2.0, 2.0]
+
+
+def test_the_observation_after_the_last_step_travels_with_rows_of_every_length():
+    fog = foggy(noise=0.0)
+    drawn = rollout(fog, [Request(SECOND, 3), Request(FIRST, 3), Request(SECOND, 2, horizon=2)], Rng(0))
+    rows = drawn.trajectories
+    assert rows.last_observed.shape == (8, 2)
+    assert rows.last_observed[:, 0].tolist() == drawn.samples.values
+    assert rows.truncated.tolist() == [False] * 6 + [True] * 2
+    order = torch.tensor([7, 0, 3])
+    assert torch.equal(rows[order].last_observed, rows.last_observed[order])
+    assert torch.equal(from_tensors(to_tensors(rows)).last_observed, rows.last_observed)

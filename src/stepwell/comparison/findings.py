@@ -167,14 +167,15 @@ def _sentences(
         others = "samples" if comparison.task.get("same_prompts") else "prompts"
         sentences.append(f"There was one seed: the intervals cover other {others}, but not other seeds.")
     for label, error in comparison.errors.items():
-        sentences.append(f"{label} failed ({error}).")
+        sentences.append(f"{label} failed ({error.rstrip('.')}).")
     return sentences
 
 
 def _alike(labels: Sequence[str]) -> str:
     return (
-        f"{_listed(labels)} ended with the very same scores: the parts they differ in made no difference. Ratios and "
-        "their clips make none where a rollout has one update; the settings minibatches and epochs give it more."
+        f"{_listed(labels)} ended with the very same scores: nothing that was judged tells them apart. Ratios "
+        "and their clips make no difference where a rollout has one update; the settings minibatches and epochs give "
+        "it more."
     )
 
 

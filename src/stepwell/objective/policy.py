@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from stepwell.batch import Batch
 from stepwell.credit.group import GroupCredit
+from stepwell.errors import InputError
 from stepwell.objective.gates.step import Gate
 from stepwell.objective.ratio import Ratio
 from stepwell.objective.reduction import Reduction, total
@@ -15,6 +17,7 @@ from stepwell.objective.surrogate import Clip, Surrogate
 from stepwell.objective.term import Loss, Term
 from stepwell.parts import Part, column
 from stepwell.tensors import Tensor, torch
+from stepwell.writing import describe
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,15 @@ class Policy(Term):
     coefficient: float | Coefficient = 1.0
 
     def credit(self, batch: Batch) -> dict[str, Tensor]:
-        advantage = column(self.credit_of(batch)).expand_as(batch.mask)
+        advantage: Any = self.credit_of(batch)
+        rows, steps = batch.mask.shape
+        if not isinstance(advantage, Tensor) or advantage.shape not in ((rows,), (rows, 1), (rows, steps)):
+            found = f"shape {tuple(advantage.shape)}" if isinstance(advantage, Tensor) else f"{advantage!r:.40}"
+            raise InputError(
+                f"Policy.credit_of ({describe(self.credit_of):.60}) must return a tensor (N,) or (N, T), here "
+                f"({rows},) or ({rows}, {steps}), got {found}."
+            )
+        advantage = column(advantage).expand_as(batch.mask)
         return {"advantage": (advantage * batch.mask).contiguous()}
 
     def plan(self, batch: Batch, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:

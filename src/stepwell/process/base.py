@@ -42,12 +42,14 @@ class Steps:
     """Numbers of each step of finished rows; each field lists one tensor (T_i, ...) a row, or is None.
 
     reward: the step's own reward. segment: the number of its sentence or turn, rising along the row. observation
-    (T_i, *O): the policy's observation before the step; it comes back to `score` as `trajectories.observed`.
+    (T_i, *O): the policy's observation before the step; it comes back to `score` as `trajectories.observed`. last (*O):
+    the observation after the row's last step, which `final_value` is of; `trajectories.last_observed`.
     """
 
     reward: list[Tensor] | None = None
     segment: list[Tensor] | None = None
     observation: list[Tensor] | None = None
+    last: list[Tensor] | None = None
 
     def __getitem__(self, index: Sequence[int]) -> Steps:
         lists = {entry.name: getattr(self, entry.name) for entry in fields(self)}

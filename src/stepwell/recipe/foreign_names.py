@@ -101,7 +101,7 @@ def setting_hint(name: str) -> str | None:
         >>> setting_hint("num_generations")
         "did you mean 'group_size'?"
         >>> setting_hint("actor.kl_loss_coef")
-        "did you mean the option 'kl' of the method?"
+        "did you mean the option 'kl' of the method, options={'kl': ...}?"
     """
     for short in _endings(name):
         if short in SETTINGS:
@@ -109,7 +109,8 @@ def setting_hint(name: str) -> str | None:
         if short in MODEL:
             return f"did you mean '{MODEL[short]}' of the model?"
         if short in OPTIONS:
-            return f"did you mean the option '{OPTIONS[short][0]}' of the method?"
+            option = OPTIONS[short][0]
+            return f"did you mean the option '{option}' of the method, options={{'{option}': ...}}?"
     return None
 
 

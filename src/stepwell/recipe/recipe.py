@@ -44,6 +44,8 @@ class Recipe(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "sampler", SamplerChanges(self.sampler))
+        if not isinstance(self.planner, Planner):
+            raise InputError(f"Recipe.planner must be a Planner, such as Groups(), got {self.planner!r:.60}.")
         for term in self.objective.terms if isinstance(self.objective, Objective) else (self.objective,):
             if not isinstance(term, Term):
                 raise InputError(f"Recipe.objective must be made of terms, such as Policy(), got {term!r:.60}.")

@@ -176,7 +176,7 @@ class Record:
         return torch.cat([rows for rows, _ in self._ended]), samples
 
     def _by_step(self, ended: Tensor, steps: Steps, length: Tensor, log_prob: Tensor) -> dict[str, Tensor]:
-        """`segment`, `step_reward` (N, T) and `observed` (N, T, *O), where the process or the rows' start has them."""
+        """`segment`, `step_reward` (N, T), `observed` (N, T, *O) and `last_observed` (N, *O), where there are such."""
         fields = {}
         given = (
             ("segment", "segment", steps.segment, torch.long),
@@ -196,6 +196,10 @@ class Record:
                     )
                 table[row, : len(entries)] = entries
             fields[field] = table
+        if steps.last is not None:
+            rows_last = torch.stack([torch.as_tensor(row, device=log_prob.device) for row in steps.last])
+            table = torch.zeros(len(length), *rows_last.shape[1:], dtype=rows_last.dtype, device=log_prob.device)
+            fields["last_observed"] = table.index_copy(0, ended.to(log_prob.device), rows_last)
         prefix = None if self._begun is None else self._begun.prefix
         if prefix is not None and self._begun is not None:
             _refuse_other_observations(fields.get("observed"), prefix.observed, ended, self._begun.steps)

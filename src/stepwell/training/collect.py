@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from stepwell.columns import Columns
 from stepwell.data.stream import PromptStream
-from stepwell.errors import RewardError, StepwellError
+from stepwell.errors import InputError, RewardError, StepwellError
 from stepwell.meter import Meter
 from stepwell.planning.base import Planner
 from stepwell.process.base import Process
@@ -22,6 +24,10 @@ from stepwell.sampling.request import Request
 from stepwell.sampling.rollout import rollout
 from stepwell.steering.guide import RewardGuide
 from stepwell.training.distribute import World
+from stepwell.trajectories import Trajectories
+
+PARTS = 1000
+"""The most parts that a planner may ask for in one step: one that never returns [] would go on for ever."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +83,9 @@ def collect(
     total: Drawn | None = None
     names: tuple[str, ...] = ()
     seconds = {"rollout": 0.0, "reward": 0.0}
-    for part in range(10_000):
+    for part in itertools.count():
         so_far = None if total is None else total.trajectories
-        requests = planner.plan(step, so_far, stream)
+        requests = _planned(planner, step, part, so_far, stream)
         if not requests:
             break
         if guide is not None:
@@ -106,15 +112,38 @@ def collect(
                 total = other.drawn if total is None else total + other.drawn
                 names = other.names
                 seconds = {phase: seconds[phase] + other.seconds[phase] for phase in seconds}
-    assert total is not None, "the planner asked for nothing"
+    assert total is not None
     kept = _noted(planner, total)[planner.keep(total.trajectories)]
     return Rewarded(kept, names, seconds)
 
 
+def _planned(
+    planner: Planner, step: int, part: int, so_far: Trajectories | None, stream: PromptStream
+) -> list[Request]:
+    """The requests of one part of a step; raises `InputError` for a planner that does not plan, or does not end."""
+    name = f"{type(planner).__name__}.plan"
+    requests = planner.plan(step, so_far, stream)
+    if not isinstance(requests, list) or not all(isinstance(request, Request) for request in requests):
+        raise InputError(f"{name} must return a list of requests, got {requests!r:.60}.")
+    if not requests and part == 0:
+        raise InputError(f"{name} must ask for at least one request in step {step}, got none.")
+    if requests and part == PARTS:
+        raise InputError(f"{name} must return [] to end step {step}; it asked again {PARTS} times.")
+    return requests
+
+
 def _noted(planner: Planner, drawn: Drawn) -> Drawn:
-    """The rows with the planner's notes on them in their `info`."""
+    """The rows with the planner's notes on them in their `info`; raises `InputError` for notes of another shape."""
     rows = drawn.trajectories
-    notes = planner.note(rows)
+    notes, shape = planner.note(rows), tuple(rows.mask.shape)
+    right = f"{type(planner).__name__}.note must return tensors (N,) or (N, T, ...) by name, here N, T = {shape}"
+    if not isinstance(notes, Mapping):
+        raise InputError(f"{right}; got a {type(notes).__name__}.")
+    for name, note in notes.items():
+        if not isinstance(note, Tensor):
+            raise InputError(f"{right}; got '{name}', a {type(note).__name__}.")
+        if note.shape[:2] not in (shape[:1], shape):
+            raise InputError(f"{right}; got '{name}' of shape {tuple(note.shape)}.")
     if not notes:
         return drawn
     info = Columns(notes, len(rows)) if rows.info is None else rows.info.replace(**notes)

@@ -28,13 +28,13 @@ SETTINGS = (
 """The settings that decide the numbers of a run; a longer or more often saved run is the same one."""
 
 STARTED_WITH = {
+    "method": "the method and options",
+    "process": "the process",
     "model": "the model",
     "data": "the prompts",
-    "process": "the process",
     "reward": "the rewards and weights",
-    "method": "the method and options",
 }
-"""The entries of a fingerprint besides the settings, in words."""
+"""The entries of a fingerprint besides the settings, in words; what explains another difference comes before it."""
 
 
 def fingerprint(

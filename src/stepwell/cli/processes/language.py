@@ -26,7 +26,7 @@ class LanguageOptions:
     top_k: int = 0  # draw only from this many most probable tokens; 0 for all
     top_p: float = 1.0  # draw only from the fewest tokens that have this probability together
     min_p: float = 0.0  # draw only from tokens at least this probable, relative to the most probable
-    max_new_tokens: int = 256  # the length at which a completion is cut
+    max_new_tokens: int = 256  # the length at which a completion is cut; in a conversation, of all its turns together
     system: Text = None  # a system message for chats that have none
     compile: Flag = False  # compile the model's norms and perceptrons; updates take less memory
 
