@@ -243,6 +243,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         sw.train(model, [{"prompt": i} for i in range(5)], uneven, "grpo", out=tmp_path / "run", resume=True, steps=3)
 
 
+def test_a_checkpoint_of_a_method_with_a_critic_is_of_another_method(tmp_path):
+    tabular("ppo", tmp_path / "run")
+    with pytest.raises(CheckpointError, match="is of another method"):
+        tabular("grpo", tmp_path / "run", resume=True)
+
+
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     tabular("grpo", tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()

@@ -28,13 +28,13 @@ SETTINGS = (
 """The settings that decide the numbers of a run; a longer or more often saved run is the same one."""
 
 STARTED_WITH = {
-    "method": "the method and options",
-    "process": "the process",
     "model": "the model",
     "data": "the prompts",
+    "process": "the process",
     "reward": "the rewards and weights",
+    "method": "the method and options",
 }
-"""The entries of a fingerprint besides the settings, in words; what explains another difference comes before it."""
+"""The entries of a fingerprint besides the settings, in words."""
 
 
 def fingerprint(
@@ -63,13 +63,17 @@ def fingerprint(
 
 def refuse_another(folder: Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     """Raise `CheckpointError`, saying what differs, where a checkpoint's fingerprint is not the present run's."""
-    for entry, words in STARTED_WITH.items():
-        if _text(saved.get(entry)) != _text(present[entry]):
-            differences = dict.fromkeys(_differences(saved, present)) if entry == "process" else ()
-            details = f" ({'; '.join(differences)})" if differences else ""
-            raise CheckpointError(
-                f"The checkpoint '{folder}' is of another {entry}{details}; resume with {words} it was started with."
-            )
+    others = [entry for entry in STARTED_WITH if _text(saved.get(entry)) != _text(present[entry])]
+    if "method" in others and "process" not in others:
+        others.insert(0, "method")  # a critic makes it another model, too
+    if others:
+        entry = others[0]
+        differences = dict.fromkeys(_differences(saved, present)) if entry == "process" else ()
+        details = f" ({'; '.join(differences)})" if differences else ""
+        raise CheckpointError(
+            f"The checkpoint '{folder}' is of another {entry}{details}; resume with {STARTED_WITH[entry]} it was "
+            "started with."
+        )
     for name, value in saved["settings"].items():
         if present["settings"].get(name) != value:
             raise CheckpointError(
