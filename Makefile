@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow test-all bench lint docs clean
+.PHONY: demo demo-real test test-slow test-all bench lint docs clean
 
 demo: .venv/.run  ## compare three methods on a real task, with a report
 	$(BIN)/stepwell compare countdown --methods grpo,ppo,dpo --budget 60s --seeds 1 --out runs/demo
+
+demo-real: .venv/.test  ## teach SmolLM2-135M to answer with a number only; needs its weights (benchmarks/language/real.py)
+	$(BIN)/python benchmarks/language/real.py demo runs/demo-real
 
 test: .venv/.test  ## the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

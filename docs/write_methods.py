@@ -12,7 +12,8 @@ HEAD = """# The methods
 
 Written by `make docs` from the cards; `stepwell methods ID` prints the same, `stepwell methods --search WORDS` finds
 them. A method is run by `stepwell train --model DIR_OR_ID --data prompts.jsonl --reward my.py:reward --method ID`, with
-the arguments that its needs name. Case, hyphens and underscores of an ID do not matter.
+the arguments that its needs name, and without `--reward` where it says so. Case, hyphens and underscores of an ID do not
+matter. `stepwell check ID` computes the exact answers that stand behind *proved by*, and compares the method with them.
 """
 
 
@@ -36,6 +37,8 @@ def section(card: Card) -> Iterator[str]:
     if card.needs:
         needs = "; ".join(f"{need.words}{f' (`{need.arguments}`)' if need.arguments else ''}" for need in card.needs)
         yield f"Needs: {needs}."
+    if not card.recipe().rewarded:
+        yield "No reward is needed; one that is given is only logged."
     yield "Parts: " + "; ".join(f"`{part}`" for part in about["parts"]) + "."
     yield "Options: " + ", ".join(f"`{option}={default}`" for option, default in card.options.items()) + "."
     yield "Proved by: " + ", ".join(f"`{proof}`" for proof in card.proof) + "."

@@ -15,6 +15,7 @@ from stepwell.sampling.rollout import rollout
 
 Build = Callable[..., Language]
 PROMPTS = ["a b c d", "e", "f g h a b c d e f g"]
+OWN = ("max_turns", "stop", "role", "max_turn_tokens", "environment_errors", "environment_penalty")
 OFTEN = ["a", "b", "c", ".", "<unk>"]  # end tokens enough that a random model takes several turns
 
 
@@ -34,7 +35,7 @@ class Parrot:
 
 
 def talk(build: Build, architecture: str = "qwen2", chat: bool = False, **options: Any) -> Conversation:
-    own = {name: options.pop(name) for name in ("max_turns", "stop", "role") if name in options}
+    own = {name: options.pop(name) for name in OWN if name in options}
     make = options.pop("make", Parrot)
     options = {"max_new_tokens": 30, "eos": OFTEN} | options
     return conversation(build(architecture, chat, **options), make, **own)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib.util
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -89,3 +91,74 @@ def test_no_room_has_the_name_of_a_public_function():
 
     rooms = {path.stem for path in Path(stepwell.__file__).parent.iterdir()}
     assert not rooms & {name for name in stepwell.__all__ if not inspect.ismodule(getattr(stepwell, name))}
+
+
+def test_the_page_on_chats_runs_as_one_program_and_its_commands_run(tmp_path, monkeypatch):
+    from chatty import TEMPLATES, chatty
+
+    from stepwell.cli import main
+
+    described = TEMPLATES["chatml"].replace("t.function.name", "t.function | tojson")
+    monkeypatch.chdir(tmp_path)
+    chatty("chatml", template=described, positions=1024).save("path/to/a/model")
+    text = (ROOT / "docs" / "chats.md").read_text()
+    program = "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
+    (tmp_path / "my.py").write_text("\n".join(_definitions(program)))
+    exec(compile(program, "chats.md", "exec"), {"__name__": "chats"})
+    commands = re.findall(r"```bash\n(.*?)```", text, re.S)
+    assert len(commands) == 2
+    for command in commands:
+        assert main([*shlex.split(command)[1:], "--device", "cpu", "--no-progress"]) == 0
+
+
+def _definitions(program: str) -> list[str]:
+    """The functions, classes and constants of a program, which a user keeps in a file."""
+    nodes = ast.parse(program).body
+    kept = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    kept += [node for node in nodes if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper()]
+    return [ast.unparse(node) for node in kept]
+
+
+def test_the_page_on_models_runs_and_its_command_runs(tmp_path, monkeypatch):
+    from conftest import small_model, word_tokenizer
+
+    from stepwell.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    small_model("llama").save_pretrained("path/to/a/model")
+    word_tokenizer().save_pretrained("path/to/a/model")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a b"}\n')
+    (tmp_path / "rewards.py").write_text("def shortest(completions, **_):\n    return [-len(c) for c in completions]\n")
+    text = (ROOT / "docs" / "models.md").read_text()
+    exec(compile("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)), "models.md", "exec"), {})
+    assert (tmp_path / "merged" / "config.json").is_file()
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    (command,) = re.findall(r"```bash\n(.*?)```", text, re.S)
+    usual = "--device cpu --no-progress --max-new-tokens 4 --prompts-per-step 1 --group-size 2".split()
+    assert main([*shlex.split(command)[1:], *usual]) == 0
+
+
+def test_the_commands_of_the_page_on_runs_run_one_after_another(tmp_path, monkeypatch):
+    from conftest import small_model, word_tokenizer
+
+    from stepwell.cli import main
+    from stepwell.training.fingerprint import FREE
+    from stepwell.training.settings import Settings
+
+    monkeypatch.chdir(tmp_path)
+    small_model("llama").save_pretrained("path/to/a/model")
+    word_tokenizer().save_pretrained("path/to/a/model")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a b"}\n')
+    (tmp_path / "rewards.py").write_text("def shortest(completions, **_):\n    return [-len(c) for c in completions]\n")
+    text = (ROOT / "docs" / "runs.md").read_text()
+    commands = [shlex.split(command)[1:] for command in re.findall(r"```bash\n(.*?)```", text, re.S)]
+    assert [command[0] for command in commands] == ["train", "train", "export"]
+    usual = "--device cpu --no-progress --max-new-tokens 4 --prompts-per-step 1 --group-size 2".split()
+    for command in commands:
+        assert main([*command, *(usual if command[0] == "train" else [])]) == 0
+    assert (tmp_path / "taken" / "model.safetensors").read_bytes() == (
+        tmp_path / "runs" / "a" / "model.safetensors"
+    ).read_bytes()
+    tabled = set(re.findall(r"`(\w+)`", text.partition("| setting | because |")[2].partition("Other versions")[0]))
+    in_method = {"prompts_per_step", "group_size", "epochs", "minibatches"}
+    assert (tabled & {*Settings.__dataclass_fields__}) - {"schedule"} == FREE - in_method

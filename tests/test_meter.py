@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from stepwell.meter import Cost, Meter
+from stepwell.meter import Budget, Cost, Meter
 
 
 def test_costs_add_and_subtract_unit_by_unit():
@@ -58,3 +58,54 @@ def test_a_paused_meter_counts_neither_units_nor_time():
     after = meter.read()
     assert (after.forward, after.reward_calls) == (3, 0)
     assert after.wall_time - before.wall_time < 0.04
+
+
+MINUTE = Budget.parse("60s")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps", "over"),
+    [
+        (30.0, 10, False),
+        (57.0, 19, False),  # another step of 3 s ends on it
+        (59.9, 10, False),  # another step of 6 s ends at 65.9 s
+        (57.0, 6, True),  # another step of 9.5 s ends at 66.5 s
+        (40.0, 1, False),  # 80 s are as near as 40 s
+        (40.1, 1, True),
+        (60.0, 5, True),
+        (0.0, 0, False),
+    ],
+)
+def test_a_budget_in_seconds_ends_within_a_tenth_or_as_near_as_steps_allow(seconds, steps, over):
+    cost = Cost(wall_time=seconds)
+    assert (MINUTE.share(cost, steps) >= 1) == over
+    if not over:
+        assert MINUTE.share(cost, steps) == MINUTE.fraction(cost, steps)
+
+
+@pytest.mark.parametrize("length", [0.01, 0.7, 3.0, 5.9, 6.0])
+def test_steps_up_to_a_tenth_of_the_budget_end_within_a_tenth_of_it(length):
+    seconds, steps = 0.0, 0
+    while MINUTE.share(Cost(wall_time=seconds), steps) < 1:
+        seconds, steps = seconds + length, steps + 1
+    assert abs(seconds - 60.0) <= 6.0 + 1e-9
+    assert MINUTE.missed(Cost(wall_time=seconds), steps) == ""
+
+
+@pytest.mark.parametrize("length", [7.0, 25.0, 45.0, 100.0])
+def test_longer_steps_end_as_near_as_they_can_and_say_so(length):
+    seconds, steps = 0.0, 0
+    while MINUTE.share(Cost(wall_time=seconds), steps) < 1:
+        seconds, steps = seconds + length, steps + 1
+    ends = [length * (number + 1) for number in range(20)]
+    assert abs(seconds - 60) == min(abs(end - 60) for end in ends)
+    missed = MINUTE.missed(Cost(wall_time=seconds), steps)
+    assert (missed == "") == (abs(seconds - 60) <= 6)
+    if missed:
+        assert f"took {seconds:.3g} s for a budget of 60 s: a step, which is never cut, took {length:.3g} s" in missed
+
+
+def test_other_units_stop_when_they_are_spent():
+    tokens = Budget.parse("100-tokens")
+    assert tokens.share(Cost(forward=90), 1) == 0.9
+    assert tokens.missed(Cost(forward=190), 1) == ""

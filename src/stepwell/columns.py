@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterable, KeysView, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, KeysView, Mapping, Sequence, Sized
 from typing import Any, TypeVar, overload
 
 from stepwell.errors import InputError
@@ -28,7 +28,12 @@ class Columns:
     __slots__ = ("_entries", "_rows")
 
     def __init__(self, entries: Mapping[str, Any], rows: int | None = None):
+        if not isinstance(entries, Mapping):
+            raise InputError(f"Columns must be made of a dictionary of tensors, got {entries!r:.60}.")
         self._entries: dict[str, Any] = dict(entries)
+        for name, entry in self._entries.items():
+            if not isinstance(entry, Sized) or (isinstance(entry, Tensor) and entry.dim() == 0):
+                raise InputError(f"Columns['{name}'] must be a tensor with a row each, or a table, got {entry!r:.60}.")
         sizes = {name: len(entry) for name, entry in self._entries.items()}
         self._rows = next(iter(sizes.values()), 0) if rows is None else rows
         for name, size in sizes.items():

@@ -10,6 +10,10 @@ class StepwellError(Exception):
     """A mistake a user can mend; the command line prints it on one line and exits with code 2."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A person's second Ctrl-C during a run, which stops at once."""
+
+
 class InputError(StepwellError):
     """A file, a column, an option or a folder is not what it has to be."""
 
@@ -28,7 +32,7 @@ class UnknownName(InputError):
         also: Mapping[str, str] | None = None,
         hint: str | None = None,
     ):
-        known = sorted(known)
+        known, name = sorted(known), str(name)
         near = nearest(name, {**(also or {}), **{entry: entry for entry in known}})
         listed = ", ".join(known[:LISTED]) + (f" and {len(known) - LISTED} more" if len(known) > LISTED else "")
         otherwise = f"did you mean '{near}'?" if near else f"known: {listed or 'none'}."
@@ -56,7 +60,7 @@ def folded(name: str) -> str:
         >>> folded("Dr_GRPO") == folded("dr-grpo") == folded("drgrpo")
         True
     """
-    return name.casefold().translate({ord(letter): None for letter in "-_ "})
+    return str(name).casefold().translate({ord(letter): None for letter in "-_ "})
 
 
 def nearest(name: str, spellings: Mapping[str, str]) -> str | None:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from stepwell.errors import InputError
+from stepwell.ranges import Demand, Range
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ class Meter:
 
 
 UNITS = {"seconds": "wall_time", "tokens": "", "evaluations": "model_evaluations", "reward-calls": "reward_calls"}
+NEAR = 0.1
+"""The share of a budget in seconds that a run may end before or after it."""
+POSITIVE = Demand(range=Range("a finite number above 0", 0, above=True))
 _SCALES = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9}
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -90,12 +94,17 @@ class Budget:
     amount: float
     unit: str
 
+    def __post_init__(self) -> None:
+        POSITIVE.refuse("Budget.amount", self.amount)
+        Demand(choices=(*UNITS, "steps")).refuse("Budget.unit", self.unit)
+
     @classmethod
     def parse(cls, text: str) -> Budget:
         """`60s`, `5m`, `1h`, `200-steps`, `2M-tokens`, `10k-evaluations` or `50k-reward-calls`.
 
         Raises InputError for anything else.
         """
+        text = f"{text}"
         time = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
         if time and float(time[1]) > 0:
             return cls(float(time[1]) * _SECONDS[time[2]], "seconds")
@@ -115,6 +124,38 @@ class Budget:
     def fraction(self, cost: Cost, steps: int) -> float:
         """The share of the budget that is spent; 1 or more means stop."""
         return self.spent(cost, steps) / self.amount
+
+    def share(self, cost: Cost, steps: int) -> float:
+        """The share of a run that is over: its fraction, or 1 where it has to stop before the budget is spent.
+
+        Steps are not cut. Of a budget in seconds a further step, as long as the mean of those made, may end up to
+        `NEAR` beyond it; one that would end later is made only if the run then ends nearer to its budget than now.
+
+        Example:
+            >>> minute = Budget(60.0, "seconds")
+            >>> [minute.share(Cost(wall_time=seconds), steps) for seconds, steps in ((30, 10), (57, 19), (50, 1))]
+            [0.5, 0.95, 1.0]
+        """
+        fraction = self.fraction(cost, steps)
+        if self.unit != "seconds" or not steps or fraction >= 1:
+            return fraction
+        beyond = fraction + fraction / steps - 1
+        return 1.0 if beyond > max(NEAR, 1 - fraction) else fraction
+
+    def missed(self, cost: Cost, steps: int) -> str:
+        """One sentence for a run that ended further than `NEAR` from its budget in seconds; empty for others.
+
+        Example:
+            >>> Budget(60.0, "seconds").missed(Cost(wall_time=63.0), 21)
+            ''
+            >>> Budget(60.0, "seconds").missed(Cost(wall_time=80.0), 2)
+            'The run took 80 s for a budget of 60 s: a step, which is never cut, took 40 s on average.'
+        """
+        if self.unit != "seconds" or not steps or abs(self.fraction(cost, steps) - 1) <= NEAR:
+            return ""
+        mean = cost.wall_time / steps
+        took = f"The run took {cost.wall_time:.3g} s for a budget of {self.amount:.3g} s"
+        return f"{took}: a step, which is never cut, took {mean:.3g} s{'' if steps == 1 else ' on average'}."
 
     def __str__(self) -> str:
         amount = f"{self.amount:,.0f}" if self.amount == int(self.amount) else f"{self.amount:,g}"

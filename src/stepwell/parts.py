@@ -58,6 +58,11 @@ class Node(Checked):
         """True where a row is judged by others of the same prompt, so that a group of one teaches nothing."""
         return False
 
+    @property
+    def rewarded(self) -> bool:
+        """True where it reads the rows' rewards itself, so that a run without any would fail."""
+        return False
+
 
 class Part(Node, ABC):
     """A node that maps a batch to a tensor, (N,) or (N, T); `a + b`, `a - b` and `2 * a` are parts again."""
@@ -165,6 +170,11 @@ def parts_of(part: Any) -> Iterator[Any]:
         yield part
         for entry in dataclasses.fields(part):
             yield from parts_of(getattr(part, entry.name))
+
+
+def compares(part: Any) -> list[str]:
+    """The names of the nodes inside a part that compare the rows of a prompt with each other (`Node.compares`)."""
+    return [type(node).__name__ for node in parts_of(part) if isinstance(node, Node) and node.compares]
 
 
 def declared(part: Any, of: Callable[[Node], frozenset[T]]) -> frozenset[T]:

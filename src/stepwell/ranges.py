@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
+import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from stepwell.errors import InputError, UnknownChoice
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -158,3 +162,116 @@ class Checked:
     def first_number(self) -> float | None:
         """The number that this stands for at first, where it takes the place of a number; None where it does not."""
         return None
+
+
+_KINDS = {str: "a text", bool: "True or False", types.NoneType: "None", dict: "a dictionary", list: "a list"}
+_ABSTRACT = {Mapping: "a dictionary", Sequence: "a list", Callable: "a function"}
+"""Kinds of arguments besides numbers, in words."""
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Any of several kinds of values, for an argument whose annotation says no more: a text, a list, a number, ..."""
+
+    demand: Demand
+    classes: tuple[type, ...]
+    words: tuple[str, ...]
+
+    def holds(self, value: Any) -> bool:
+        """True for a value of one of the kinds. Texts are no lists, and True is no number."""
+        numbers = self.demand.range is not None and self.demand.range.holds(value)
+        chosen = bool(self.demand.choices) and self.demand.holds(value)
+        return numbers or chosen or any(_is_a(value, kind) for kind in self.classes)
+
+    def refuse(self, name: str, value: Any) -> None:
+        """Raise `InputError` for a value of another kind."""
+        if self.holds(value):
+            return
+        if isinstance(value, str) and self.demand.choices:
+            self.demand.refuse(name, value)
+        words = ([self.demand.words] if self.demand.words else []) + list(self.words)
+        raise InputError(f"{name} must be {', or '.join(words)}, got {value!r:.60}.")
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if kind is Sequence:
+        return (isinstance(value, Sequence) and not isinstance(value, str | bytes)) or hasattr(value, "tolist")
+    return callable(value) if kind is Callable else isinstance(value, kind)  # type: ignore[comparison-overlap]
+
+
+@functools.cache
+def kinds_of(function: Callable[..., Any]) -> dict[str, Kinds]:
+    """The kinds of a function's arguments, or of a class's fields, by name; none for those that may be anything."""
+    found: dict[str, Kinds] = {}
+    names = vars(sys.modules[function.__module__])
+    for name, annotation in function.__annotations__.items():
+        try:
+            hint = eval(annotation, dict(names)) if isinstance(annotation, str) else annotation
+        except (NameError, TypeError, AttributeError):  # names that only type checkers import
+            continue
+        kinds = _kinds(hint)
+        if kinds is not None and name != "return":
+            found[name] = kinds
+    return found
+
+
+def _kinds(hint: Any) -> Kinds | None:
+    """The kinds that an annotation allows; None where one of them cannot be told."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    choices: list[Any] = []
+    ranges: list[Range] = []
+    classes: list[Any] = []
+    for member in typing.get_args(hint) if union else (hint,):
+        origin = typing.get_origin(member)
+        noted = [note for note in getattr(member, "__metadata__", ()) if isinstance(note, Range)]
+        if noted or member in _NUMBERS:
+            ranges += noted or [_NUMBERS[member]]
+        elif origin is typing.Literal:
+            choices += typing.get_args(member)
+        elif member is not Any and isinstance(member, type) and not getattr(member, "_is_protocol", False):
+            classes.append(member)
+        elif isinstance(origin, type):
+            classes.append(origin)
+        else:
+            return None
+    words = [_KINDS.get(kind) or _ABSTRACT.get(kind) or _with_article(kind) for kind in classes]
+    return Kinds(Demand(tuple(choices), next(iter(ranges), None)), tuple(classes), tuple(dict.fromkeys(words)))
+
+
+def check_kinds(of: Callable[..., Any], values: Mapping[str, Any], owner: str = "") -> None:
+    """Raise `InputError` for a value that is none of the kinds its annotation names."""
+    for name, kinds in kinds_of(of).items():
+        if name in values:
+            kinds.refuse(f"{owner}{name}", values[name])
+
+
+def checked(*besides: str) -> Callable[[F], F]:
+    """Make a function refuse arguments of another kind than their annotations', before anything else.
+
+    `besides` are arguments that it checks itself. Numbers of numpy and torch arrive as Python's own.
+
+    Example:
+        >>> @checked()
+        ... def twice(number: float, times: int = 2) -> float:
+        ...     return number * times
+        >>> twice("3")
+        Traceback (most recent call last):
+        ...
+        stepwell.errors.InputError: number must be a finite number, got '3'.
+    """
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def checking(*positional: Any, **named: Any) -> Any:
+            given = signature.bind(*positional, **named)
+            check_kinds(function, {name: value for name, value in given.arguments.items() if name not in besides})
+            for name, value in given.arguments.items():
+                if isinstance(value, Real) and hasattr(value, "item"):
+                    given.arguments[name] = value.item()
+            return function(*given.args, **given.kwargs)
+
+        return typing.cast(F, checking)
+
+    return decorate

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from stepwell.errors import InputError, Unenumerable
+from stepwell.ranges import Demand, Range
 from stepwell.tensors import Tensor, functional, torch
 
 BLOCK = 256
@@ -31,6 +32,7 @@ class Rng:
     """
 
     def __init__(self, seed: int, device: str | torch.device = "cpu"):
+        Demand(range=Range("a whole number", whole=True)).refuse("Rng.seed", seed)
         self.seed = int(seed)
         self.device = torch.device(device)
         self._generator = torch.Generator(self.device).manual_seed(self.seed)

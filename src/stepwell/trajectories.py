@@ -30,6 +30,7 @@ class Trajectories:
     outcome (N,) bool        the row has an end that a reward may judge
     weight (N,)              log importance weight of the distribution asked for against that drawn from
     source, version (N,)     number of the behaviour that drew the row, and of updates its parameters had then
+    provenance (N,)          who drew the row: the place of its name in `PROVENANCES`, 0 for the policy itself
     condition                conditioning of each row, for scoring it (prompt tokens, classes, ...), left-padded
     segment (N, T)           token -> sentence, step, turn
     reward (N,), rewards (N, K), step_reward (N, T)
@@ -52,6 +53,7 @@ class Trajectories:
     weight: Tensor
     source: Tensor
     version: Tensor
+    provenance: Tensor
     condition: Columns | None = None
     segment: Tensor | None = None
     reward: Tensor | None = None
@@ -87,6 +89,10 @@ class Trajectories:
         return Trajectories(**{name: value.to(device) for name, value in self.present()})
 
 
+PROVENANCES = ("policy", "demonstrations", "hinted", "proposed", "replayed")
+"""The provenances of rows: the policy, asked the row's own prompt; a completion written elsewhere; the policy under
+another context; another distribution than the policy's; an earlier rollout, of which nothing was drawn anew."""
+
 FIELDS = tuple(Trajectories.__annotations__)
 STEP_FIELDS = (
     "action log_prob mask node segment step_reward observed old_log_prob reference_log_prob value entropy".split()
@@ -113,6 +119,7 @@ def make(action: Tensor, log_prob: Tensor, mask: Tensor, **fields: Any) -> Traje
         "weight": torch.zeros(count, dtype=log_prob.dtype, device=device),
         "source": zeros,
         "version": zeros,
+        "provenance": zeros,
     }
     return Trajectories(action=action, log_prob=log_prob, mask=happened, **{**defaults, **fields})
 

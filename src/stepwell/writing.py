@@ -10,9 +10,10 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from stepwell.errors import InputError
+from stepwell.paths import usable
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
@@ -21,13 +22,19 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     It survives a loss of power from the moment this returns. Raises `InputError`, naming the path and the mend,
     where the file cannot be written; what was there before is then untouched.
     """
+    with whole_file(path) as file:
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write piece by piece, which takes its place at one stroke at the end; see `write_whole`."""
     path = Path(path)
-    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     with writing(path):
         try:
             with open(temporary, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -35,12 +42,23 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        with contextlib.suppress(OSError):  # not every file system lets a folder be synchronised
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let the names of the files in a folder survive a loss of power, where its file system can do that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Let a file's content survive a loss of power; one that is not there is passed over."""
+    with writing(path), contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def append_line(path: str | Path, line: str) -> None:
@@ -67,7 +85,7 @@ def writable_folder(path: str | Path) -> Path:
 
     Raises `InputError`, naming the path and the mend, where that fails.
     """
-    path = Path(path).expanduser()
+    path = usable(path, "The folder")
     missing = path
     while not missing.exists() and missing.parent != missing:
         missing = missing.parent
@@ -82,6 +100,62 @@ def writable_folder(path: str | Path) -> Path:
             with contextlib.suppress(OSError):
                 probe.unlink(missing_ok=True)
     return path
+
+
+LOCK = ".lock"
+"""The file by which a process holds a folder; it is gone, or held by nobody, once the process has ended."""
+
+_HELD: set[str] = set()
+"""The folders that this process holds: its own locks do not stop it."""
+
+
+@contextlib.contextmanager
+def held(folder: str | Path) -> Iterator[None]:
+    """Hold a folder that is there, so that no other process writes into it until the end, however this one ends.
+
+    Raises `InputError` where another process holds it, or this one does already.
+    """
+    path = Path(folder).resolve() / LOCK
+    file = _locked(path)
+    _HELD.add(str(path))
+    try:
+        yield
+    finally:
+        _HELD.discard(str(path))
+        with contextlib.suppress(OSError):
+            path.unlink()
+        file.close()
+
+
+def _locked(path: Path) -> BinaryIO:
+    """The lock's file, with a lock that the system takes back when the process ends."""
+    if str(path) in _HELD:
+        raise InputError(f"'{path.parent}' is being written by this very process; choose another folder.")
+    try:
+        import fcntl
+    except ImportError:  # not a system that has them
+        return open(path, "ab", buffering=0)
+    while True:
+        with writing(path):
+            file = open(path, "a+b", buffering=0)  # noqa: SIM115
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read(20).decode(errors="replace")
+            file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+                return open(path, "ab", buffering=0)
+            raise InputError(
+                f"'{path.parent}' is being written by process {holder.strip() or 'another'}; wait for its end or "
+                "choose another folder."
+            ) from error
+        with contextlib.suppress(FileNotFoundError):  # its last holder has just removed it
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                file.truncate(0)
+                file.write(str(os.getpid()).encode())
+                return file
+        file.close()
 
 
 @contextlib.contextmanager

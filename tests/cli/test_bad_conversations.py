@@ -50,7 +50,7 @@ def test_several_rewards_with_what_the_environment_pays_among_them(talk):
         ("--environment desk.py:Deks", "no class or function of desk.py named 'Deks'; did you mean 'Desk'?"),
         ("--environment desk.py:GOOD", "'GOOD' in desk.py must be a class or function, got a value of type tuple."),
         ("--envronment desk.py:Desk", "There is no argument '--envronment'; did you mean '--environment'?"),
-        ("--max-turns 0", "max_turns must be a whole number of at least 1, got 0"),
+        ("--max-turns 0", "max_turns must be a whole number, at least 1, got 0"),
         ("--max-turns 2.5", "--max-turns must be a whole number, got '2.5'."),
         ("--turn-stop =", "stop must be a text, or texts, none of them empty, got ('',)"),
         ("--turn-role tool", "--turn-role must be left out: no prompt is a chat."),
@@ -158,8 +158,8 @@ BROKEN = {
         "returns from reset must be a text, or for a chat",
     ),
     "reset says too much": (
-        RESET.format("(self, prompt): return 'a ' * 40"),
-        "take 40 tokens, and the row has 30 in all",
+        RESET.format("(self, prompt): return 'a ' * 70"),
+        "take 70 tokens, and after the prompt the model has positions for 62; shorten them",
     ),
     "step is async": (
         "class Mine(Desk):\n    async def step(self, message): ...",
@@ -211,9 +211,14 @@ def test_an_environment_that_does_not_do_as_it_should(talk, kind):
 
 
 @pytest.mark.parametrize(
-    "message", ['{"role": "tool", "content": 3}', '{"role": None, "content": "d"}', '{"role": "d"}']
+    ("message", "said"),
+    [
+        ('{"role": "tool", "content": 3}', "a message whose 'content' is of type int."),
+        ('{"role": None, "content": "d"}', "a message without a 'role' that is a text."),
+        ('{"role": "d"}', "a value of type dict."),
+    ],
 )
-def test_a_message_that_a_chat_cannot_hold(talk, message):
+def test_a_message_that_a_chat_cannot_hold(talk, message, said):
     talk.write("desk.py", DESK, STEP.format(f"return {message}, 0.0, False, False, {{}}"))
     line = talk.refused(*talk.words("--environment desk.py:Mine --model chatty --data chat.jsonl"))
-    assert "must be a text, or for a chat messages with a 'role' and a 'content', got a value of type dict" in line
+    assert f"must be a text, or for a chat messages with a 'role' and a 'content', got {said}" in line

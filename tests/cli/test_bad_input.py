@@ -178,7 +178,7 @@ def test_one_sample_is_enough_for_methods_that_compare_none(bench):
 
 def test_a_model_that_is_not_there(bench):
     assert "is a file; name the folder" in bench.refused(*bench.words("--model", str(bench.model / "config.json")))
-    assert "The model has an empty name" in bench.refused(*bench.words("--model", ""))
+    assert "model must be a folder or a hub id, got an empty name" in bench.refused(*bench.words("--model", ""))
     assert "There is no model folder './modle'" in bench.refused(*bench.words("--model", "./modle"))
     (bench.folder / "empty").mkdir()
     assert "holds no config.json" in bench.refused(*bench.words("--model", "empty"))

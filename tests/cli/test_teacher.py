@@ -93,3 +93,28 @@ def test_a_comparison_has_no_teacher(refused, tmp_path, monkeypatch):
     line = refused("compare", "mixture", "--methods", "gkd", "--budget", "1-steps", "--out", "compared")
     assert "methods must learn from rewards alone, got 'gkd', which learns from a teacher" in line
     assert not (tmp_path / "compared").exists()
+
+
+@pytest.mark.parametrize("method", ["gkd", "on-policy-distillation"])
+def test_a_method_that_reads_no_reward_runs_without_one(words, models, tmp_path, capsys, method):
+    given = words("--teacher", str(models["teacher"]), method=method)
+    place = given.index("--reward")
+    assert main(given[:place] + given[place + 2 :]) == 0
+    printed = capsys.readouterr().out
+    assert f"2 steps of {method} without a reward." in printed
+    assert json.loads((tmp_path / "run/run.json").read_text())["reward"] == []
+    assert (tmp_path / "run/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("method", ["kdrl", "pre-dpo", "tgdpo"])
+def test_every_other_method_with_a_teacher_runs_from_the_shell(words, models, method):
+    assert main(words("--teacher", str(models["teacher"]), method=method)) == 0
+
+
+def test_an_evaluation_and_weights_need_a_reward(words, models, refused):
+    given = words("--teacher", str(models["teacher"]), method="gkd")
+    place = given.index("--reward")
+    bare = given[:place] + given[place + 2 :]
+    said = refused(*bare, "--evaluation", "data.jsonl", "--evaluate-every", "1")
+    assert "--reward must be given with --evaluation, which is the mean reward of its prompts." in said
+    assert "--reward-weights needs --reward." in refused(*bare, "--reward-weights", "1")

@@ -159,7 +159,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(words, start, tmp_path):
         time.sleep(0.05)
     os.kill(program.process.pid, signal.SIGINT)
     assert program.wait().returncode == 130
-    assert program.stderr == "stepwell: interrupted; the same command with --resume continues from there.\n"
+    said = "the same command with --resume continues from there, and `stepwell export` writes its model"
+    assert program.stderr == f"stepwell: interrupted; {said}.\n"
     assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) < 5
     assert start("stepwell", *words(*given, "--resume")).wait().returncode == 0
     assert start("stepwell", *words(*given, out="whole")).wait().returncode == 0

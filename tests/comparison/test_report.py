@@ -256,4 +256,110 @@ def test_methods_that_never_differed_are_said_to_be_alike():
     said = [sentence for sentence in find(comparison).sentences if "very same" in sentence]
     assert len(said) == 1
     assert said[0].startswith("grpo, gspo and cispo ended")
+    assert "cannot be told apart" in said[0]
+    assert not re.search("came into play|make no difference", " ".join(find(comparison).sentences))
     assert str(page(comparison)["sections"][1]["charts"][0]["svg"]).count(">=<") == 3
+
+
+def equal(comparison, *labels):
+    """The comparison with the first one's scores for all of these methods."""
+    first = next(entry for entry in comparison.entries if entry.label == labels[0])
+    entries = [
+        dataclasses.replace(entry, trials=first.trials) if entry.label in labels else entry
+        for entry in comparison.entries
+    ]
+    return dataclasses.replace(comparison, entries=entries)
+
+
+@pytest.mark.parametrize(
+    ("means", "same", "said", "unsaid"),
+    [
+        ({"grpo": 0.6, "rloo": 0.5}, ("grpo", "rloo"), "no method is shown to be better.*all reach 6", "grpo|rloo"),
+        ({"grpo": 0.6, "rloo": 0.6}, (), "no method is shown to be better.*their means are from", "grpo|rloo"),
+        (
+            {"grpo": 0.6, "rloo": 0.4, "dr-grpo": 0.3},
+            ("grpo", "rloo"),
+            "grpo and rloo are better than dr-grpo",
+            "highest",
+        ),
+    ],
+)
+def test_the_headline_names_no_winner_among_equals(means, same, said, unsaid):
+    comparison = made(means, spread=0.1)
+    headline = find(equal(comparison, *same) if same else comparison).sentences[0]
+    assert re.search(said, headline), headline
+    assert not re.search(unsaid, headline), headline
+
+
+def test_the_best_of_several_is_not_named_where_it_beats_none():
+    """The middle method beats the last; the first varies too much to beat any."""
+    comparison = made({"grpo": 0.62, "rloo": 0.6, "dr-grpo": 0.5}, spread=0.01)
+    trials = [
+        dataclasses.replace(trial, end=(np.array(trial.end) + shift).tolist())
+        for trial, shift in zip(comparison.entries[0].trials, (-0.6, 0.0, 0.6), strict=True)
+    ]
+    wild = dataclasses.replace(comparison.entries[0], trials=trials)
+    found = find(dataclasses.replace(comparison, entries=[wild, *comparison.entries[1:]]))
+    assert found.rows[0].label == "grpo"
+    assert "no method is shown to be better than all others; their means are from 51.4" in found.sentences[0]
+    assert "rloo is better than dr-grpo." in found.sentences
+
+
+def within(interval, low, high):
+    return low <= interval.low <= interval.value <= interval.high <= high
+
+
+def test_percentages_stay_within_0_and_100_and_rewards_above_0():
+    hard = {"grpo": 0.02, "rloo": 0.98}
+    for unit, most in (("solved", 1.0), ("reward", np.inf)):
+        comparison = made(hard, seeds=2, prompts=3, unit=unit, spread=0.0)
+        entries = []
+        for entry in comparison.entries:
+            trials = [
+                dataclasses.replace(trial, start=[0.0, 0.1, 0.0], end=np.clip(trial.end, 0, 1).tolist())
+                for trial in entry.trials
+            ]
+            trials[1] = dataclasses.replace(trials[1], end=[0.9, 0.0, 1.0])
+            entries.append(dataclasses.replace(entry, trials=trials))
+        findings = find(dataclasses.replace(comparison, entries=entries))
+        for row in findings.rows:
+            assert within(row.score, 0.0, most)
+            assert within(row.middle, 0.0, most)
+            assert within(row.gain, -most, most)
+        assert within(findings.start, 0.0, most)
+        assert all(within(pair.difference, -most, most) for pair in findings.pairs)
+
+
+def test_a_reward_that_is_negative_somewhere_has_no_bound():
+    comparison = made({"grpo": 0.1, "rloo": 0.5}, seeds=2, prompts=3, unit="reward")
+    assert min(min(trial.end) for trial in comparison.entries[0].trials) < 0
+    assert find(comparison).rows[-1].score.low < -0.1
+
+
+def test_a_line_of_one_point_is_a_dot():
+    from stepwell.figures.charts import Curve, curves, multiples
+
+    one, two = (Curve("a", 0, np.arange(float(n)), np.ones(n)) for n in (1, 2))
+    gap = Curve("a", 0, np.arange(3.0), np.array([1.0, np.nan, 2.0]))
+    still = Curve("a", 0, np.zeros(3), np.ones(3))
+    for draw in (curves, multiples):
+        dots = [len(re.findall(r"<use[^>]*--series-0", draw([line], "x", "title"))) for line in (two, one, gap, still)]
+        assert dots == [0, 1, 2, 3]
+
+
+def test_a_run_of_one_step_shows_its_metrics(tiny, tmp_path):
+    settings = Settings(steps=1, **tiny.settings)
+    train(tiny.process(), methods.get("rloo").recipe(), tiny.prompts, tiny.rewards, settings, out=tmp_path / "one")
+    text = report_runs([tmp_path / "one"], tmp_path / "report.html").read_text()
+    assert "<strong>reward</strong>" in text
+
+
+def test_a_run_without_a_reward_is_reported_without_one(tmp_path):
+    import stepwell as sw
+
+    student, teacher = (sw.exact.markov(symbols=3, length=3, prompts=4, seed=seed) for seed in (0, 1))
+    prompts = [{"prompt": number} for number in range(4)]
+    sw.train(student, prompts, None, "gkd", teacher=teacher, steps=2, prompts_per_step=2, out=tmp_path / "run")
+    text = report_runs([tmp_path / "run"], tmp_path / "report.html").read_text()
+    assert "run: 2 steps, without a reward of the policy&#39;s own samples." in text
+    assert "nan" not in re.sub("<style.*?</style>|<svg.*?</svg>", "", text, flags=re.DOTALL)

@@ -182,7 +182,7 @@ def test_a_users_task_is_found_by_name(tiny):
     @task("mine")
     def mine(size: int = 2) -> Task:
         """A task of my own."""
-        return dataclasses.replace(tiny, description=str(size))
+        return dataclasses.replace(tiny, name="mine", description=str(size))
 
     try:
         assert get_task("mine", size=5).description == "5"
@@ -200,7 +200,7 @@ def test_a_users_task_is_found_by_name(tiny):
 def test_the_command_that_is_reported_says_all_that_was_asked_for(tiny):
     @task("mine")
     def mine(size: int = 2) -> Task:
-        return dataclasses.replace(tiny, description=str(size))
+        return dataclasses.replace(tiny, name="mine", description=str(size))
 
     asked = {"options": {"size": 5}, "settings": {"learning_rate": 0.2}, "evaluation_samples": 3}
     try:

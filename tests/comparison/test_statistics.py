@@ -109,3 +109,27 @@ def test_scores_that_are_no_table_are_refused(scores):
 def test_unpaired_scores_are_refused():
     with pytest.raises(InputError, match="same seeds and prompts"):
         difference([[1.0, 2.0]], [[1.0]])
+
+
+def test_an_interval_stays_within_the_bounds_of_its_scores_and_keeps_the_other_end():
+    scores = [[0.0, 0.1], [0.0, 0.0], [0.9, 1.0]]
+    free, cut = interval(scores), interval(scores, bounds=(0.0, 1.0))
+    assert free.low < 0  # the widening of three seeds
+    assert free.high > 1
+    assert (cut.low, cut.value, cut.high) == (0.0, free.value, 1.0)
+    assert interval(scores, bounds=(0.0, math.inf)).high == free.high
+
+
+@pytest.mark.parametrize("prompts", [1, 5, 20])
+def test_scores_that_are_all_at_a_bound_have_the_interval_of_clopper_and_pearson(prompts):
+    none, every = np.zeros((2, prompts)), np.ones((2, prompts))
+    exact = stats.binomtest(0, prompts).proportion_ci(method="exact")
+    low, high = interval(none, bounds=(0.0, 1.0)), interval(every, bounds=(0.0, 1.0))
+    assert (low.low, low.high) == pytest.approx((exact.low, exact.high), abs=1e-12)
+    assert (high.low, high.high) == pytest.approx((1 - exact.high, 1.0), abs=1e-12)
+    assert interval(none, bounds=(0.0, math.inf)).high == 0.0  # nothing is known then
+
+
+def test_scores_beyond_their_bounds_are_refused():
+    with pytest.raises(InputError, match=r"scores must be from 0 to 1, got 0\.5 to 2"):
+        interval([[0.5, 2.0]], bounds=(0.0, 1.0))

@@ -74,17 +74,24 @@ def punished(length, maximum, buffer):
 
 
 @pytest.mark.parametrize(("maximum", "share"), [(10, 0.4), (10, 1.0), (20, 0.2), (20480, 0.2)])
-def test_the_overlong_penalty_is_equation_13_at_the_lengths_of_the_rows(maximum, share):
+def test_the_overlong_penalty_is_equation_13_at_the_steps_that_were_drawn(maximum, share):
     length = torch.tensor([1, maximum // 2, maximum - 2, maximum, maximum + 1])
     expected = [punished(int(n), maximum, share * maximum) for n in length]
-    assert Overlong(maximum, share)(drawn(length=length)).tolist() == pytest.approx(expected, abs=1e-12)
+    assert Overlong(maximum, share)(said(length)).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def said(length, horizon=20):
+    """Rows of `length` (N,) drawn steps between two steps each that an environment gave."""
+    steps = torch.arange(int(length.max()) + 4)
+    mask = (steps >= 2) & (steps < 2 + length[:, None])
+    rows = make(mask.long(), torch.zeros(mask.shape).double(), mask, length=length + 4)
+    return Batch(rows.replace(reward=torch.zeros(len(rows)).double()), count(rows, horizon))
 
 
 def test_the_maximum_defaults_to_the_horizon_of_the_run():
-    """Lengths count untrained steps too."""
-    batch = drawn(length=torch.tensor([12, 14, 16, 18, 20]), horizon=20)
+    """What an environment says does not count, as it does not for the horizon."""
+    batch = said(torch.tensor([12, 14, 16, 18, 20]))
     assert Overlong()(batch).tolist() == pytest.approx([0.0, 0.0, 0.0, -0.5, -1.0])
-    assert int(batch.mask.sum(1).max()) <= 4
 
 
 def test_a_buffer_that_does_not_fit_is_refused():
@@ -101,15 +108,16 @@ class Reward(DivergencePenalty):
 
 
 @dataclass(frozen=True)
-class TrainedLength(Overlong):
-    """The mistake of counting trained steps only: long tool outputs go unpunished."""
+class WholeLength(Overlong):
+    """The mistake of counting all steps: long tool outputs are punished."""
 
     def __call__(self, batch):
-        return super().__call__(Batch(batch.rows.replace(length=batch.rows.mask.sum(1)), batch.counts))
+        inside = torch.arange(batch.mask.shape[1]) < batch.rows.length[:, None]
+        return super().__call__(Batch(batch.rows.replace(mask=inside), batch.counts))
 
 
 def test_planted_penalties_are_caught():
     batch = drawn(length=torch.tensor([12, 14, 16, 18, 20]), horizon=20)
     assert not torch.allclose(Reward(0.3)(batch), DivergencePenalty(0.3)(batch))
-    assert not bool(TrainedLength()(batch).any())
-    assert bool(Overlong()(batch).any())
+    batch = said(torch.tensor([12, 14, 16, 18, 20]))
+    assert not torch.allclose(WholeLength()(batch), Overlong()(batch))

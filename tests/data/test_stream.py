@@ -98,9 +98,9 @@ def test_shuffled_takes_are_uniform_over_the_orders_without_repeats(takes):
 def test_planted_repeats_that_are_passed_over_have_another_distribution():
     class PassesOver(PromptStream):
         def _new_epoch(self, apart, first):
-            order = self._shuffled(range(len(self)))
+            order = self._shuffled(torch.arange(len(self))).tolist()
             head = [i for i in order if i not in apart][:first]
-            return head + [i for i in order if i not in head]
+            return torch.tensor(head + [i for i in order if i not in head])
 
     def program(rng):
         stream = PassesOver(prompts(3), rng)

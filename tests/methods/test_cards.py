@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from stepwell import methods
+from stepwell.check.methods import check_method
 from stepwell.check.oracles.registry import oracles
 from stepwell.cli import COMMANDS
 from stepwell.cli.arguments import parse
@@ -19,6 +20,7 @@ from stepwell.recipe.card import Card
 from stepwell.recipe.needs import needs_of
 from stepwell.recipe.recipe import Recipe
 from stepwell.recipe.registry import CARDS, method
+from stepwell.recipe.source import unread
 
 NEEDS = {
     "reinforce": [],
@@ -137,3 +139,23 @@ def test_a_number_of_a_recipe_out_of_its_range_is_refused():
             Recipe(Policy(), **{name: 1.5})
     with pytest.raises(UnknownName, match="There is no part 'epoch'; did you mean 'epochs'"):
         Recipe(Policy()).replace(epoch=2)
+
+
+def test_an_option_that_no_part_reads_is_refused_by_the_check():
+    def planted(clip: float = 0.2, idle: int = 3) -> Recipe:
+        return Recipe(clip * Policy())
+
+    with pytest.raises(InputError, match="Option 'idle' of method 'planted' must be used: its function never reads it"):
+        check_method(Card("planted", "Planted", planted))
+
+
+def test_an_option_that_an_inner_function_reads_is_used():
+    def planted(scale: float = 0.2, both: float = 1.0) -> Recipe:
+        return Recipe((lambda: scale * both * Policy())())
+
+    assert unread(planted) == []
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_no_method_has_an_option_that_it_never_reads(name):
+    assert unread(methods.get(name).build) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
 
@@ -11,6 +12,7 @@ from stepwell import methods
 from stepwell.api import settings_from
 from stepwell.comparison.specs import parse_specs
 from stepwell.errors import InputError, UnknownName, folded
+from stepwell.methods.catalogue import search
 from stepwell.objective.policy import Policy
 from stepwell.recipe import foreign_names
 from stepwell.recipe.recipe import Recipe
@@ -194,3 +196,66 @@ def test_an_option_of_another_library_points_to_ours(id, option, words):
     with pytest.raises(UnknownName) as error:
         methods.get(id).recipe(**{option: 0.1})
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("deepspeed", "There is no setting 'deepspeed'; several ranks are started by `accelerate launch"),
+        ("output_dir", "did you mean the argument 'out'?"),
+        ("trainer.default_local_dir", "did you mean the argument 'out'?"),
+        ("data.train_files", "did you mean the argument 'prompts'?"),
+        ("reward_weights", "did you mean Rewards(functions, weights)?"),
+        ("target_modules", "did you mean lora={'target_modules': ...} of the model?"),
+        ("max_tool_calling_iterations", "did you mean 'max_turns' of the conversation?"),
+        ("gpu_memory_utilization", "rollouts are drawn by the model itself"),
+        ("adam_beta1", "AdamW learns"),
+    ],
+)
+def test_a_name_that_belongs_elsewhere_or_nowhere_says_so(name, words):
+    with pytest.raises(UnknownName) as error:
+        settings_from(**{name: 1})
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "num_generations",
+            "There is no method 'num_generations'; did you mean the setting 'group_size'",
+        ),
+        ("cliprange", "did you mean the option 'clip' of a method?"),
+        ("fsdp", "a model is not split over them."),
+        ("gsop", "did you mean 'gspo'?"),
+    ],
+)
+def test_a_setting_where_a_method_belongs_is_told_apart(name, words):
+    with pytest.raises(UnknownName) as error:
+        methods.get(name)
+    assert words in str(error.value)
+
+
+def test_every_name_of_ours_in_the_tables_is_one_of_ours():
+    from stepwell.cli.arguments import argument_names
+    from stepwell.cli.train import Train
+    from stepwell.process.language.build import language
+
+    shell = set(argument_names(Train))
+    assert set(foreign_names.MODEL.values()) <= set(inspect.signature(language).parameters)
+    assert set(foreign_names.CONVERSATION.values()) <= shell
+    for _, flag in (*foreign_names.ADAPTER.values(), *foreign_names.CALLS.values()):
+        assert flag in shell | {""}
+
+
+def test_no_name_has_both_a_counterpart_and_a_reason_for_none():
+    mapped = {*foreign_names.SETTINGS, *foreign_names.MODEL, *foreign_names.OPTIONS, *foreign_names.CALLS}
+    mapped |= {*foreign_names.ADAPTER, *foreign_names.CONVERSATION}
+    assert not mapped & set(foreign_names.REASONS)
+
+
+@pytest.mark.parametrize(
+    ("typed", "id"), [("dr_grpo", "dr-grpo"), ("group-sequence", "gspo"), ("Entropy TOKENS", "high-entropy")]
+)
+def test_a_search_folds_case_hyphens_and_underscores(typed, id):
+    assert id in [card.id for card in search(typed)]

@@ -113,6 +113,13 @@ def test_a_decaying_hold_falls_linearly_to_a_quarter():
     assert positions(steps=6, width=4, schedule="decay", hold=1)[:4] == [0, 1, 2, 0], "a hold is one at least"
 
 
+def test_a_decaying_hold_ends_near_a_quarter_of_the_first():
+    """A hold of 40 at place 0 falls by 30 p / 10 to 13 at the last place; towards 1 it would be 5."""
+    found = positions(steps=10, width=1, schedule="decay", hold=40, rollouts=270)
+    assert [found[:265].count(place) for place in range(10)] == [40, 37, 34, 31, 28, 25, 22, 19, 16, 13]
+    assert found[265:] == [0] * 5
+
+
 def test_an_exponentially_decaying_hold_falls_after_the_free_places():
     """hold 10 up to place 1, then 10 exp(-0.5 (p - 1)), rounded up: 7, 4."""
     found = positions(

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+import stepwell as sw
 import stepwell.tasks
 from stepwell.errors import InputError
 from stepwell.process.exact.table import markov
 from stepwell.reward.mixing import Rewards
 from stepwell.reward.verifiers import exact_match
 from stepwell.sampling.request import Prompt
-from stepwell.tasks.registry import Task, forget_task, task, tasks
+from stepwell.tasks.registry import Task, forget_task, get_task, task, tasks
 
 
 def test_every_file_that_registers_a_task_is_found():
@@ -75,3 +76,61 @@ def test_a_name_is_taken_once():
 
     assert "mine" not in {entry.name for entry in tasks()}
     forget_task("mine")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("title", 3, "Task.title must be a text, got 3 (task 'mine')."),
+        (
+            "prompts",
+            [{"prompt": 0}],
+            "Task.prompts must be a list of prompts, such as load_prompts(file) gives, got [{",
+        ),
+        ("evaluation", "test.jsonl", "Task.evaluation must be a list of prompts, such as load_prompts(file) gives"),
+        ("process", markov(), "Task.process must be a function that returns a fresh process each time, got <"),
+        ("rewards", exact_match, "Task.rewards must be Rewards, as in Rewards(function), got ExactMatch("),
+        ("threads", 0, "Task.threads must be a whole number of at least 1, or None, got 0"),
+        ("measures", {"size": 3}, "Task.measures must be functions by name, got {'size': 3}"),
+        ("figure", "<svg>", "Task.figure must be a function, or None, got '<svg>'"),
+        ("same_prompts", "no", "Task.same_prompts must be True or False, got 'no'"),
+        ("settings", {"num_generations": 4}, "There is no setting 'num_generations'; did you mean 'group_size'?"),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_refused(field, value, said):
+    with pytest.raises(InputError) as error:
+        made(**{field: value})
+    assert said in str(error.value)
+
+
+@pytest.fixture
+def planted():
+    yield lambda build, name="mine": task(name)(build)
+    forget_task("mine")
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: made(name="other"), "Task.name must be 'mine', the name that the task is registered by, got 'other'."),
+        (lambda: None, "The task 'mine' must return a Task, got a value of type NoneType."),
+        (lambda: 1 / 0, "The task 'mine' cannot be built; its function failed at line"),
+        (lambda: made(title=3), "Task.title must be a text, got 3"),
+    ],
+)
+def test_a_function_that_builds_no_task_of_its_name_is_refused(planted, build, said):
+    planted(build)
+    with pytest.raises(InputError) as error:
+        get_task("mine")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["two words", "", 3])
+def test_the_name_of_a_task_has_no_spaces(planted, name):
+    with pytest.raises(InputError, match="The name of a task must be a text without spaces"):
+        planted(made, name)
+
+
+def test_a_task_is_written_with_public_names_alone():
+    assert sw.Task is Task
+    assert sw.task is task

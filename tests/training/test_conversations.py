@@ -18,8 +18,8 @@ import torch
 import stepwell as sw
 from stepwell.cli import main
 from stepwell.errors import CheckpointError
+from stepwell.origin import origin
 from stepwell.process.conversation.build import conversation
-from stepwell.process.conversation.environment import origin
 from stepwell.process.conversation.process import Conversation
 
 DESK = '''"""What the model talks to."""
@@ -84,7 +84,7 @@ def test_a_conversation_resumes_bit_for_bit_at_every_update(bench: Bench, method
     words = ("--method", method, "--epochs", "2", "--minibatches", "2", *TURNS)
     assert main(bench.words(*words)) == 0
     names = sorted(path.name for path in (bench.folder / "run" / "checkpoints").iterdir())
-    assert len(names) == 8
+    assert len(names) == 1 + 8, "the beginning, and every update"
     for name in ("update-00000003", "update-00000004", "update-00000007"):
         bench.cut_back(name, name)
         os.utime("desk.py")  # touched, and not changed
@@ -193,7 +193,7 @@ def test_a_factory_without_a_source_goes_by_its_name_alone() -> None:
 
 @pytest.mark.slow
 def test_of_a_program_only_the_environment_s_own_lines_count(tmp_path: Path) -> None:
-    lines = "from stepwell.process.conversation.environment import origin\n"
+    lines = "from stepwell.origin import origin\n"
     lines += "class Desk:\n    cost = {}\nprint(origin(Desk)[1])  # {}\n"
     said = []
     for cost, remark in ((1, "first"), (1, "resumed"), (2, "resumed")):

@@ -94,7 +94,7 @@ def test_another_process_of_ones_own_is_refused_by_name(other, said, tmp_path):
 
 def test_a_changed_file_is_another_process(tmp_path, monkeypatch):
     run(Walk(), tmp_path, 1)
-    monkeypatch.setattr("stepwell.process.base._digest", lambda kind: "edited")
+    monkeypatch.setattr("stepwell.process.base.origin", lambda kind: ("Walk", "edited"))
     with pytest.raises(CheckpointError, match=r"of another process \(its code has changed\)"):
         run(Walk(), tmp_path, 2, resume=True)
 

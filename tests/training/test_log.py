@@ -191,7 +191,7 @@ def test_nothing_is_kept_of_a_run_that_goes_on_from_its_start(tmp_path):
 
 def test_metrics_that_are_shorter_than_the_checkpoint_are_an_error(tmp_path):
     write_steps(RunLog(tmp_path), 1, 2)
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl' holds 2 steps where its checkpoint has 3"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl' holds 2 whole steps where the checkpoint has 3"):
         RunLog(tmp_path).keep_until(3)
 
 

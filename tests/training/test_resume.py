@@ -210,12 +210,12 @@ def test_a_failing_reward_stops_with_a_checkpoint_that_resumes_alike(tmp_path):
     with pytest.raises(RewardError, match=r"uneven.*the judge is out"):
         tabular("grpo", tmp_path / "out", reward=fails_once, checkpoint_every=0)
     assert checkpoint.newest(tmp_path / "out" / "checkpoints").name == "update-00000001"
-    again = tabular("grpo", tmp_path / "out", resume=True)
+    again = tabular("grpo", tmp_path / "out", reward=fails_once, resume=True)
     assert all(torch.equal(a, b) for a, b in zip(weights(run), weights(again), strict=True))
 
 
 def test_a_damaged_checkpoint_is_one_clear_sentence(tmp_path):
-    tabular("grpo", tmp_path / "run")
+    tabular("grpo", tmp_path / "run", keep=1)
     file = checkpoint.newest(tmp_path / "run" / "checkpoints") / "parameters.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(CheckpointError, match=r"parameters.safetensors' is damaged: \d+ bytes"):
@@ -255,7 +255,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     with pytest.raises(InputError, match="holds a run already; resume it"):
         tabular("grpo", tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    with pytest.raises(InputError, match="There is no checkpoint to resume"):
+    with pytest.raises(InputError, match="There is no run to resume"):
         tabular("grpo", tmp_path / "nothing", resume=True)
 
 
@@ -305,19 +305,22 @@ def test_metrics_hold_nothing_that_the_seed_does_not_decide(tmp_path):
 
 
 def test_a_failure_while_a_step_is_finished_resumes_alike(tmp_path):
-    def go(out, resume=False, fails=False, method="ppo"):
-        def judged(completions, **columns):
-            if fails and len(completions) == 2:  # the evaluation's rows
-                raise ValueError("the judge is out")
-            return uneven(completions)
+    fails = []
 
-        judged.__name__ = "uneven"
+    def judged(completions, **columns):
+        if fails and len(completions) == 2:  # the evaluation's rows
+            raise ValueError("the judge is out")
+        return uneven(completions)
+
+    def go(out, resume=False, method="ppo"):
         held_out = {"evaluation": [{"prompt": 0}], "evaluate_every": 2, "evaluation_samples": 2}
         return tabular(method, out, resume=resume, reward=judged, **held_out)
 
     run = go(tmp_path / "whole")
+    fails.append(True)
     with pytest.raises(RewardError, match="the judge is out"):
-        go(tmp_path / "cut", fails=True)
+        go(tmp_path / "cut")
+    fails.clear()
     again = go(tmp_path / "cut", resume=True)
     assert all(torch.equal(a, b) for a, b in zip(weights(run), weights(again), strict=True))
     assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
+import stepwell as sw
 from stepwell.batch import Batch, Read
 from stepwell.columns import Columns
 from stepwell.errors import InputError, MissingAbility
+from stepwell.objective.policy import Policy
+from stepwell.objective.surrogate import Score
+from stepwell.parts import Part
+from stepwell.planning.groups import Groups
 from stepwell.process.exact.table import markov
 from stepwell.process.models import Models
 from stepwell.rng import Rng
@@ -106,3 +113,32 @@ def test_scores_do_not_depend_on_how_they_are_cut(models, rows):
             assert torch.allclose(pieces[need], whole[need], rtol=0, atol=1e-14)
     everywhere = score_everywhere(models, rows, {"log_prob", *needs}, None, World())
     assert all(torch.equal(everywhere[need], whole[need]) for need in ("log_prob", *needs))
+
+
+def test_a_part_that_reads_a_note_without_declaring_it_is_told_so():
+    """In a run as in a check; a note that is declared is read."""
+
+    @dataclass
+    class Noting(Groups):
+        def note(self, so_far):
+            return {"standing": torch.ones(len(so_far), dtype=so_far.log_prob.dtype)}
+
+    @dataclass(frozen=True)
+    class Silent(Part):
+        def __call__(self, batch):
+            return batch.reward - batch.field("standing")
+
+    class Said(Silent):
+        reads = frozenset({Read("rows", "standing")})
+
+    def run(credit):
+        recipe = sw.Recipe(Policy(credit, surrogate=Score()), Noting(prompts=1, size=2))
+        return sw.train(sw.exact.markov(symbols=2, length=2), [{"prompt": 0}], len_of, recipe, steps=1)
+
+    assert run(Said()).steps == 1
+    with pytest.raises(InputError, match="A part reads 'standing' of the rows, which was not filled in; declare it"):
+        run(Silent())
+
+
+def len_of(completions):
+    return [float(len(text)) for text in completions]

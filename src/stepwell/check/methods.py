@@ -13,12 +13,14 @@ from stepwell.check.benches import FLOW_PROMPTS, FLOW_REWARDS, bench
 from stepwell.check.oracles.provable import Provable
 from stepwell.check.oracles.registry import oracle
 from stepwell.check.surrogates import slope_at_one, surrogate
-from stepwell.errors import LawBroken, StepwellError
+from stepwell.errors import InputError, LawBroken, StepwellError
 from stepwell.meter import Meter
 from stepwell.objective.surrogate import Surrogate
 from stepwell.parts import parts_of
 from stepwell.process.models import Models
+from stepwell.recipe.card import Card
 from stepwell.recipe.recipe import Recipe
+from stepwell.recipe.source import unread
 from stepwell.reward.differentiable import Judge
 from stepwell.rng import Rng
 from stepwell.training.scoring import score_in_pieces
@@ -63,9 +65,12 @@ def check_method(card: Provable, tolerance: float = TOLERANCE) -> MappingProxyTy
     the gradient as it is, on rows that the method's own planner asked for; the gradient is not zero; each surrogate
     has its slope at ratio 1 (`surrogate`); an option that the method does not have is refused (`unknown option`); and
     every oracle that the card names as its proof holds. Raises `LawBroken` for the first law that does not hold, and
-    `InputError` for a method that cannot be checked.
+    `InputError` for a method that cannot be checked, or that has an option which its function never reads.
     """
     recipe = card.recipe()
+    idle = unread(card.build) if isinstance(card, Card) else []
+    if idle:
+        raise InputError(f"Option '{idle[0]}' of method '{card.id}' must be used: its function never reads it.")
     models, rows = bench(recipe, card.processes[0])
     whole = gradient(models, recipe, rows)
     size = float(whole.norm())

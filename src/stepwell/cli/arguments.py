@@ -30,7 +30,8 @@ def parse(words: Sequence[str], commands: Mapping[str, type[C]], program: str, a
         settings: tuple[Any, ...] = (tyro.conf.FlagCreatePairsOff,)
         if not {"-h", "--help"} & set(rest):
             settings += (tyro.conf.HelptextFromCommentsOff,)  # reading the comments takes longer than anything else
-        with _one_sentence(f"{program} {first}", argument_names(commands[first])):
+        usual = [flag for flag in usual_arguments(commands[first]) if not any(word.startswith(flag) for word in rest)]
+        with _one_sentence(f"{program} {first}", flag_names(commands[first]), usual):
             return tyro.cli(commands[first], prog=f"{program} {first}", args=rest, config=settings)
     if first not in ("-h", "--help"):
         flag = first.startswith("-")
@@ -49,19 +50,36 @@ def argument_names(command: type) -> list[str]:
     return names
 
 
+def flag_names(command: type) -> list[str]:
+    """The arguments as they are typed: --no-name for a switch that is on by itself."""
+    flags: list[str] = []
+    for entry in fields(command):
+        group = entry.default_factory
+        if isinstance(group, type) and is_dataclass(group):
+            flags += flag_names(group)
+        else:
+            flags.append(f"--{'no-' * (entry.default is True)}{entry.name.replace('_', '-')}")
+    return flags
+
+
+def usual_arguments(command: type) -> Sequence[str]:
+    """Arguments that nearly every use of a command needs, such as --data; named where a required one is missing."""
+    return getattr(command, "usual", ())
+
+
 @contextmanager
-def _one_sentence(program: str, known: Sequence[str]) -> Iterator[None]:
+def _one_sentence(program: str, known: Sequence[str], usual: Sequence[str] = ()) -> Iterator[None]:
     """Have tyro raise an `InputError` of one sentence instead of drawing a box, in versions that offer a hook."""
     on_parse_error = getattr(getattr(tyro, "_errors", None), "on_parse_error", None)
 
     def refuse(event: Any) -> None:
-        raise _refusal(event, program, known)
+        raise _refusal(event, program, known, usual)
 
     with on_parse_error(refuse) if on_parse_error is not None else nullcontext():
         yield
 
 
-def _refusal(event: Any, program: str, known: Sequence[str]) -> InputError:
+def _refusal(event: Any, program: str, known: Sequence[str], usual: Sequence[str]) -> InputError:
     """One sentence for a mistake that tyro found; its later versions may have further kinds of events."""
     mend = f"see `{program} --help`."
     argument = getattr(event, "argument", None)
@@ -69,12 +87,11 @@ def _refusal(event: Any, program: str, known: Sequence[str]) -> InputError:
     unknown = list(getattr(event, "tokens", ()) or getattr(event, "unrecognized_tokens", ()))
     flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
     if flags:
-        arguments = [f"--{field.replace('_', '-')}" for field in known]
-        return UnknownName("argument", flags[0], arguments, hint=argument_hint(flags[0], arguments))
+        return UnknownName("argument", flags[0], known, hint=argument_hint(flags[0], known))
     missing = [entry.arg for entry in getattr(event, "missing_arguments", ())]
     if missing:
         needed = [each.lowered.metavar if each.is_positional() else each.lowered.name_or_flags[0] for each in missing]
-        return InputError(f"`{program}` needs {' and '.join(needed)}; {mend}")
+        return InputError(f"`{program}` needs {' and '.join([*needed, *usual])}; {mend}")
     if unknown:
         return InputError(f"`{program}` does not know what to do with '{unknown[0]}'; {mend}")
     if hasattr(event, "choices"):

@@ -7,18 +7,27 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
 from stepwell.errors import InputError, StepwellError
+from stepwell.guarded import reason_of
+from stepwell.paths import usable
+from stepwell.terminal import printable
 
 Appended = tyro.conf.UseAppendAction[tuple[str, ...]]
 """An argument that may be given several times."""
 Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 """An argument without a value."""
+
+
+PATHS = ("data", "evaluation", "out", "plugin", "lora", "weights", "runs", "save", "pipeline", "chat_template")
+"""Arguments that are paths."""
+ADDRESSES = ("model", "teacher", "reward", "environment", "tools")
+"""Arguments that are paths, or name something in a file behind a colon."""
 
 
 @dataclass(kw_only=True)
@@ -28,9 +37,37 @@ class Command:
     plugin: Appended = ()  # a Python file of your own that registers methods or tasks
     traceback: Flag = False  # show where in the code an error was raised, instead of one line
 
+    prints: ClassVar[bool] = True
+    """True where all that the command makes is printed, so that it fails where nothing can be."""
+
+    def __post_init__(self) -> None:
+        self.last_words: list[str] = []
+
+    def check_paths(self) -> None:
+        """Raise `InputError`, naming the argument, for a path that no file can have, a pipe or a device."""
+        for name, value in _arguments(self):
+            for word in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
+                if name in PATHS and isinstance(word, str) and word.strip():
+                    usable(word, f"--{name.replace('_', '-')}")
+                elif name in ADDRESSES and isinstance(word, str) and not word.startswith("regular_expression:"):
+                    usable(word.rpartition(":")[0] or word, f"--{name.replace('_', '-')}")
+
     def run(self) -> None:
         """Carry the command out; raises `StepwellError` for a mistake that the user can mend."""
         raise NotImplementedError
+
+    def say(self, text: str) -> None:
+        """Print a sentence on what was made, which is worth a place in the log where the terminal is gone."""
+        self.last_words.append(text)
+        print(printable(text))
+
+    def folder(self) -> Path | None:
+        """The folder that the command writes, as an absolute path, where there is one."""
+        return None
+
+    def interrupted(self) -> str:
+        """The words for Ctrl-C: what is kept, and the way to go on."""
+        return "interrupted"
 
     def load_plugins(self) -> None:
         """Run the user's files, after Stepwell's own methods are registered, so that a name taken twice is an error."""
@@ -40,6 +77,21 @@ class Command:
             methods.names()
             for path in self.plugin:
                 methods.load_plugin(os.path.abspath(path))  # its errors then know their line
+
+
+def _arguments(command: object) -> Iterator[tuple[str, object]]:
+    """The arguments of a command, and of the groups in it, by name."""
+    for entry in fields(command):  # type: ignore[arg-type]
+        value = getattr(command, entry.name)
+        if is_dataclass(value):
+            yield from _arguments(value)
+        else:
+            yield entry.name, value
+
+
+def absolute(out: str | None) -> Path | None:
+    """The place that a command writes to, wherever the working folder goes later; None where it names none."""
+    return None if out is None or not out.strip() else Path(os.path.abspath(os.path.expanduser(out)))
 
 
 def named(out: str) -> str:
@@ -84,5 +136,4 @@ def in_own_file(address: str | None) -> Iterator[None]:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
         if not place or not lines:
             raise
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise InputError(f"{place} failed at line {lines[-1]}: {type(error).__name__}: {reason}.") from error
+        raise InputError(f"{place} failed at line {lines[-1]}: {type(error).__name__}: {reason_of(error)}.") from error

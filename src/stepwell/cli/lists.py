@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from stepwell.cli.command import Command, named
+from stepwell.cli.processes.options import Texts
 from stepwell.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class Methods(Command):
 
     id: tyro.conf.Positional[str | None] = None  # the method whose card is printed
     json: bool = False  # print JSON: a list of cards, or the one card
-    search: str = ""  # list only methods whose id, title, paper or card holds all these words
+    search: Texts = ()  # list only methods whose id, title, paper or card holds all these words
 
     def run(self) -> None:
         self.load_plugins()
@@ -32,11 +33,11 @@ class Methods(Command):
             card = catalogue.get(self.id)
             print_json(card.as_dict()) if self.json else print_card(card)
             return
-        cards = catalogue.search(self.search)
+        cards = catalogue.search(" ".join(self.search))
         if self.json:
             print_json([card.as_dict() for card in cards])
         elif not cards:
-            raise InputError(f"No method's card holds '{self.search}'; `stepwell methods` lists them all.")
+            raise InputError(f"No method's card holds '{' '.join(self.search)}'; `stepwell methods` lists them all.")
         else:
             print_methods(cards)
 

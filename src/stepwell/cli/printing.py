@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import os
 import shutil
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from stepwell.terminal import one_line, printable
 from stepwell.writing import json_text
 
 if TYPE_CHECKING:
@@ -27,8 +29,14 @@ ADVICE = 36
 
 
 def print_json(value: Any) -> None:
-    """JSON on standard output."""
-    print(json_text(value, indent=2))
+    """JSON on standard output; characters that would steer a terminal are written as JSON's escapes."""
+    text = json_text(value, indent=2)
+    print("".join(letter if letter.isprintable() or letter == "\n" else _escaped(letter) for letter in text))
+
+
+def _escaped(letter: str) -> str:
+    """A character as JSON writes it in ASCII."""
+    return json.dumps(letter)[1:-1] if ord(letter) != 127 else "\\u007f"
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], wrap: bool = False) -> None:
@@ -71,8 +79,8 @@ def _method_widths(cards: Sequence[Card]) -> list[int]:
 def print_card(card: Card) -> None:
     """Everything there is to know of a method."""
     about = card.as_dict()
-    numbers = card.catalogue if isinstance(card.catalogue, tuple) else (card.catalogue,)
-    print(f"{_styled(card.id, '1')}  {card.title}{f' ({card.year})' if card.year else ''}")
+    proof = f"{', '.join(card.proof)}: exact answers, which `stepwell check {card.id}` computes and compares"
+    print(f"{_styled(card.id, '1')}  {one_line(card.title)}{f' ({card.year})' if card.year else ''}")
     _print_labelled(
         {
             "also": ", ".join(card.aliases),
@@ -85,8 +93,7 @@ def print_card(card: Card) -> None:
             "needs": "\n".join(about["needs"]),
             "options": "\n".join(f"{name} = {value!r}" for name, value in card.options.items()) or "none",
             "parts": "\n".join(about["parts"]),
-            "proof": ", ".join(card.proof) or "none yet",
-            "catalogue": ", ".join(str(number) for number in numbers if number is not None),
+            "proved by": proof if card.proof else "no exact answer yet",
             "from": card.source,
         }
     )
@@ -104,7 +111,7 @@ def _print_labelled(entries: dict[str, str]) -> None:
     for label, text in entries.items():
         pieces = [
             piece
-            for line in text.splitlines()
+            for line in printable(text).splitlines()
             for piece in textwrap.wrap(line, max(_width() - width, 20), break_on_hyphens=False)
         ]
         for place, piece in enumerate(pieces):
@@ -113,7 +120,9 @@ def _print_labelled(entries: dict[str, str]) -> None:
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     """Cells side by side; one that is wider than its column ends in an ellipsis."""
-    *first, last = (_cut(cell, width) for cell, width in zip(cells, widths, strict=True))
+    *first, last = (
+        _cut(one_line(cell) if cell.strip() else cell, width) for cell, width in zip(cells, widths, strict=True)
+    )
     return GAP.join([*(f"{cell:{width}}" for cell, width in zip(first, widths, strict=False)), last]).rstrip()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from stepwell.cli.command import Appended, Command, in_own_file, named, removed_if_empty, unused
+from stepwell.cli.command import Appended, Command, absolute, in_own_file, named, removed_if_empty, unused
 from stepwell.cli.processes.base import Kind, kind_called, kind_of, refuse_unused
 from stepwell.cli.processes.options import File, LoadingOptions, Text, WeightsOptions, Whole
 from stepwell.cli.processes.own import FunctionOptions
@@ -52,6 +52,11 @@ class Sample(Command):
     function: tyro.conf.OmitArgPrefixes[FunctionOptions] = field(default_factory=FunctionOptions)
     start: tyro.conf.OmitArgPrefixes[WeightsOptions] = field(default_factory=WeightsOptions)
 
+    prints = False
+
+    def folder(self) -> Path | None:
+        return absolute(self.out)
+
     def run(self) -> None:
         self.load_plugins()
         kind, model = self._named()  # refused before torch is loaded
@@ -82,7 +87,7 @@ class Sample(Command):
             about = {"model": model} | self._about(process)
             files = drawn.save(out, self.format, **about)
         self._print(drawn, about, seconds)
-        print(f"{self._written(files)} in {out}.")
+        self.say(f"{self._written(files)} in {out}.")
 
     def sampler_settings(self) -> dict[str, Any]:
         """The settings of the flow's sampler that were given."""

@@ -59,6 +59,8 @@ def find(comparison: Comparison, level: float = 0.95) -> Findings | None:
     starts = {entry.label: entry.scores("start", seeds) for entry in entries}
     ordered = sorted(entries, key=lambda entry: -float(scores[entry.label].mean()))
     every = [trial for entry in entries for trial in entry.trials if trial.seed in seeds]
+    low, high = bounds = _bounds(comparison, [*scores.values(), *starts.values()])
+    apart = (low - high, high - low)  # the bounds of a difference
     names = [name for name in every[0].measures if all(name in trial.measures for trial in every)]
     rows = []
     for entry in ordered:
@@ -67,9 +69,9 @@ def find(comparison: Comparison, level: float = 0.95) -> Findings | None:
             MethodRow(
                 label=entry.label,
                 title=str(entry.card.get("title", "")),
-                score=interval(scores[entry.label], level=level),
-                gain=difference(scores[entry.label], starts[entry.label], level=level),
-                middle=interval(scores[entry.label], interquartile_mean, level=level),
+                score=interval(scores[entry.label], level=level, bounds=bounds),
+                gain=difference(scores[entry.label], starts[entry.label], level=level, bounds=apart),
+                middle=interval(scores[entry.label], interquartile_mean, level=level, bounds=bounds),
                 cost={unit: float(np.mean([trial.cost[unit] for trial in trials])) for unit in trials[0].cost},
                 steps=float(np.mean([trial.steps for trial in trials])),
                 measures={name: over_seeds([t.measures[name][1] for t in trials], level) for name in names},
@@ -77,15 +79,16 @@ def find(comparison: Comparison, level: float = 0.95) -> Findings | None:
         )
     labels = [row.label for row in rows]
     pairs = [
-        Pair(first, second, difference(scores[first], scores[second], level=level))
+        Pair(first, second, difference(scores[first], scores[second], level=level, bounds=apart))
         for place, first in enumerate(labels)
         for second in labels[place + 1 :]
     ]
-    start = interval(starts[labels[0]], level=level)
+    start = interval(starts[labels[0]], level=level, bounds=bounds)
     begins = {trial.seed: trial.measures for trial in every}
     before = {name: over_seeds([begins[seed][name][0] for seed in seeds], level) for name in names}
-    sentences = _sentences(comparison, start, rows, pairs, len(seeds))
-    sentences += [_alike(group) for group in same_scores(scores)]
+    alike = same_scores(scores)
+    sentences = _sentences(comparison, start, rows, pairs, len(seeds), alike)
+    sentences += [_alike(group) for group in alike]
     return Findings(start, rows, pairs, sentences, before)
 
 
@@ -100,6 +103,20 @@ def same_scores(scores: Mapping[str, Values]) -> list[list[str]]:
     for label, table in scores.items():
         groups.setdefault(np.ascontiguousarray(table).tobytes(), []).append(label)
     return [labels for labels in groups.values() if len(labels) > 1]
+
+
+def score_bounds(comparison: Comparison) -> tuple[float, float]:
+    """The least and the greatest score that there can be, as far as it is known: infinite where it is not."""
+    seeds = comparison.shared_seeds
+    scores = [entry.scores(which, seeds) for entry in comparison.complete for which in ("start", "end")]
+    return _bounds(comparison, scores)
+
+
+def _bounds(comparison: Comparison, tables: Sequence[Values]) -> tuple[float, float]:
+    """0 where no score is negative, and 1 where they count something, of which there is at most all."""
+    least, most = min(float(table.min()) for table in tables), max(float(table.max()) for table in tables)
+    counted = comparison.task["unit"] != "reward"
+    return 0.0 if least >= 0 else -math.inf, 1.0 if counted and most <= 1 else math.inf
 
 
 def over_seeds(values: Sequence[float | None], level: float = 0.95) -> Interval:
@@ -132,32 +149,43 @@ def percent(comparison: Comparison) -> str:
 
 
 def _sentences(
-    comparison: Comparison, start: Interval, rows: Sequence[MethodRow], pairs: Sequence[Pair], seeds: int
+    comparison: Comparison,
+    start: Interval,
+    rows: Sequence[MethodRow],
+    pairs: Sequence[Pair],
+    seeds: int,
+    alike: Sequence[Sequence[str]],
 ) -> list[str]:
     unit, sign = comparison.task["unit"], percent(comparison)
-    best = rows[0]
-    scored = f"{number(best.score.value, comparison)}{sign}"
+    best, last = rows[0], rows[-1]
+    highest, lowest, origin = (f"{number(each.value, comparison)}{sign}" for each in (best.score, last.score, start))
     spent = f"After {comparison.budget} each"
+    against = [pair for pair in pairs if pair.first == best.label]
+    beaten = [pair.second for pair in against if pair.difference.above_zero]
+    level = [pair.second for pair in against if not pair.difference.above_zero]
+    equal = next((list(group) for group in alike if best.label in group), [])
+    said = [best.label]
+    means = f"all reach {highest}" if highest == lowest else f"their means are from {lowest} to {highest}"
     if len(rows) == 1:
-        head = f"{spent}, {best.label} reaches {scored} {unit}, from {number(start.value, comparison)}{sign}; "
+        head = f"{spent}, {best.label} reaches {highest} {unit}, from {origin}; "
         head += {True: "the gain is real", False: "the gain may be chance"}[best.gain.above_zero] + "."
+    elif not any(pair.difference.above_zero for pair in pairs):
+        head = f"{spent}, no method is shown to be better than another: every interval of a difference contains zero; "
+        head += f"{means} {unit}, from {origin}."
+    elif not beaten:
+        head = f"{spent}, no method is shown to be better than all others; {means} {unit}, from {origin}."
+    elif not level:
+        others = f"all {len(beaten)} others" if len(beaten) > 1 else beaten[0]
+        head = f"{spent}, {best.label} has the highest mean ({highest} {unit}, from {origin}) and is better than "
+        head += f"{others}."
+    elif set(level) <= set(equal):
+        said = equal
+        head = f"{spent}, {_listed(equal)} are better than {_listed(beaten)} ({highest} {unit} each, from {origin})."
     else:
-        against = [pair for pair in pairs if pair.first == best.label]
-        beaten = [pair.second for pair in against if pair.difference.above_zero]
-        level = [pair.second for pair in against if not pair.difference.above_zero]
-        origin = f"{number(start.value, comparison)}{sign}"
-        head = f"{spent}, {best.label} has the highest mean ({scored} {unit}, from {origin})"
-        if not level:
-            others = f"all {len(beaten)} others" if len(beaten) > 1 else beaten[0]
-            head += f" and is better than {others}."
-        elif beaten:
-            head += f" and is better than {_listed(beaten)}, but not shown to be better than {_listed(level)}."
-        elif any(pair.difference.above_zero for pair in pairs):
-            head += f", but is not shown to be better than {_listed(level)}."
-        else:
-            head += ", but no method is shown to be better than another: every interval of a difference contains zero."
+        head = f"{spent}, {best.label} ({highest} {unit}, from {origin}) is better than {_listed(beaten)}, but not "
+        head += f"shown to be better than {_listed(level)}."
     sentences = [head]
-    for row in rows[1:]:
+    for row in (row for row in rows if row.label not in said):
         beaten = [pair.second for pair in pairs if pair.first == row.label and pair.difference.above_zero]
         if beaten:
             sentences.append(f"{row.label} is better than {_listed(beaten)}.")
@@ -173,9 +201,8 @@ def _sentences(
 
 def _alike(labels: Sequence[str]) -> str:
     return (
-        f"{_listed(labels)} ended with the very same scores: nothing that was judged tells them apart. Ratios "
-        "and their clips make no difference where a rollout has one update; the settings minibatches and epochs give "
-        "it more."
+        f"{_listed(labels)} ended with the very same scores, and cannot be told apart by them; more steps, prompts or "
+        "samples may do so."
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepwell.errors import InputError
+from stepwell.guarded import reason_of
 from stepwell.writing import json_text, write_whole
 
 FILE = "comparison.json"
@@ -50,6 +51,10 @@ class Entry:
     trials: list[Trial] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
+
+    def has(self, seed: int) -> bool:
+        """True where the trial of a seed is done."""
+        return any(trial.seed == seed for trial in self.trials)
 
     def scores(self, which: str, seeds: list[int]) -> NDArray[np.float64]:
         """`start` or `end` scores of the given seeds, (S, P)."""
@@ -122,5 +127,5 @@ class Comparison:
             return cls(entries=entries, **content)
         except OSError as error:
             raise InputError(f"There is no comparison at '{path}': {error.strerror}.") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"'{path}' holds no comparison ({error}); run the comparison again.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"'{path}' holds no comparison ({reason_of(error)}); run the comparison again.") from error

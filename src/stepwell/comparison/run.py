@@ -17,13 +17,16 @@ from torch import Tensor
 
 from stepwell.comparison.progress import ComparisonProgress
 from stepwell.comparison.results import Comparison, Entry, Trial
+from stepwell.comparison.resuming import ENDS, begun_anew, data_of, gone_on_from, keep_ends, kept_ends
 from stepwell.comparison.samples import kept, measured
 from stepwell.comparison.specs import MethodSpec, parse_specs
 from stepwell.errors import InputError, UnknownName
 from stepwell.figures.charts import safe
+from stepwell.guarded import reason_of
 from stepwell.meter import Budget, Cost
 from stepwell.methods.catalogue import check_kind
 from stepwell.process.base import Process
+from stepwell.ranges import Demand, Range, checked
 from stepwell.recipe.foreign_names import setting_hint
 from stepwell.rng import Rng
 from stepwell.sampling.record import Drawn
@@ -34,10 +37,12 @@ from stepwell.training.loop import evaluate, train
 from stepwell.training.settings import Settings, with_settings
 from stepwell.writing import writable_folder
 
+SEED = Demand(range=Range("whole numbers", whole=True))
 POINTS = 10
 """Evaluations during a run, at equal shares of the budget."""
 
 
+@checked()
 def compare(
     task: Task | str,
     methods: str | Sequence[str],
@@ -50,6 +55,7 @@ def compare(
     evaluation_samples: int = 8,
     keep_runs: bool = False,
     progress: bool = True,
+    resume: bool = False,
 ) -> Comparison:
     """Train each method from the task's start with the same budget, and judge all on the same held-out prompts.
 
@@ -60,14 +66,18 @@ def compare(
     the first use of the process, for which one step is made beforehand.
 
     `options` are the task's, where it is given by name; `settings` take precedence over the task's own settings.
-    comparison.json is written to `out` after every run, and with `keep_runs` each run's log and model.
+    comparison.json is written to `out` after every run, and with `keep_runs` each run's log and model. With `resume`
+    the runs in its comparison.json are kept, and the others made; one that was interrupted begins anew, so that the
+    results are those of a comparison without an interruption.
 
     A method that fails loses its own results only; `Comparison.errors` says which and why. Raises `StepwellError` for a
-    mistake in the request, before anything is trained.
+    mistake in the request, before anything is trained, and for a folder that holds another comparison.
     """
     specs = parse_specs(methods)
     whole = Budget.parse(budget) if isinstance(budget, str) else budget
-    chosen = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    for seed in chosen:
+        SEED.refuse("seeds", seed)
     if not chosen or len(set(chosen)) < len(chosen):
         raise InputError(f"seeds must be at least one, each of them once, got {seeds}.")
     if evaluation_samples < 1:
@@ -87,12 +97,12 @@ def compare(
                 "`stepwell train --teacher`."
             )
         runs = None if folder is None else folder / "runs" / _file_name(spec.label)
-        if keep_runs and runs is not None and runs.exists():
+        if keep_runs and not resume and runs is not None and runs.exists():
             raise InputError(f"'{runs}' holds runs of an earlier comparison; remove it or choose another folder.")
     command = _command(task, options, settings, specs, whole, seeds, evaluation_samples)
     runner = _Runner(built, whole, common, evaluation_samples, folder if keep_runs else None)
-    result = Comparison(
-        task=_described(built) | {"options": dict(options or {})},
+    fresh = Comparison(
+        task=_described(built) | {"options": dict(options or {}), "data": data_of(built)},
         budget=str(whole),
         budget_unit=whole.unit,
         seeds=chosen,
@@ -101,6 +111,9 @@ def compare(
         evaluation={"prompts": len(built.evaluation), "samples": evaluation_samples},
         made=_made(built.threads) | {"command": command},
     )
+    result = gone_on_from(folder, fresh, resume)
+    labels = [entry.label for entry in result.entries]
+    runner.ends = kept_ends(folder, labels)
     total = len(specs) * len(chosen)
     with threads(built.threads), ComparisonProgress(progress, built.title, str(whole), total) as view:
         view.say("starting the process")
@@ -109,21 +122,31 @@ def compare(
             check_kind(spec.card, process.kind)
         if process.work != "tokens":
             result.task["work"] = process.work
-        runner.warm(specs[0], whole)
+        if folder is not None:
+            result.save(folder)  # from now on the folder says which comparison it is of
+        if any(not entry.has(seed) for entry in result.entries for seed in chosen):
+            runner.warm(specs[0], whole)
         for turn, seed in enumerate(chosen):
+            if all(entry.has(seed) for entry in result.entries):
+                view.next(len(specs))
+                continue
             view.say(f"seed {seed}: judging the start")
             before = runner.look(built.process(), seed, "start")
             for place in range(len(specs)):
                 number = (turn + place) % len(specs)
                 entry = result.entries[number]
-                if entry.error is None:
+                if entry.error is None and not entry.has(seed):
                     done = runner.run(entry, specs[number], seed, before, view)
                     result = replace(result, entries=[done if e is entry else e for e in result.entries])
                     if turn == 0 and done.error is None:
-                        result = replace(result, figure=runner.figure([e.label for e in result.entries], before))
+                        result = replace(result, figure=runner.figure(labels, before))
+                        if folder is not None and runner.ends:
+                            keep_ends(folder, runner.ends, labels)
                     if folder is not None:
                         result.save(folder)
                 view.next()
+    if folder is not None:
+        (folder / ENDS).unlink(missing_ok=True)
     return result
 
 
@@ -176,7 +199,7 @@ class _Runner:
         try:
             return self._run(entry, spec, seed, before, view)
         except Exception as error:
-            return replace(entry, error=f"seed {seed}: {type(error).__name__}: {' '.join(str(error).split())}")
+            return replace(entry, error=f"seed {seed}: {type(error).__name__}: {reason_of(error, 2000)}")
 
     def _run(self, entry: Entry, spec: MethodSpec, seed: int, before: _Look, view: ComparisonProgress) -> Entry:
         process = self.task.process()
@@ -194,7 +217,9 @@ class _Runner:
                 curve.append({"share": share, "step": metrics["step"]} | _score(each) | _costs(cost))
             view.share(share, f"{self.task.unit} {curve[-1]['score']:.3f}")
 
-        out = None if self.folder is None else self.folder / "runs" / _file_name(spec.label) / f"seed-{seed}"
+        out = None
+        if self.folder is not None:
+            out = begun_anew(self.folder / "runs" / _file_name(spec.label) / f"seed-{seed}")
         run = train(
             process,
             spec.recipe(),

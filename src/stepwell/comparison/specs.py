@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,17 +26,21 @@ class MethodSpec:
         return self.card.recipe(**self.options)
 
 
-def parse_specs(written: str | Sequence[str]) -> list[MethodSpec]:
+def parse_specs(written: str | Sequence[str], shared: Mapping[str, Any] | None = None) -> list[MethodSpec]:
     """Methods written as `name` or `name:option=value,option=value`, in one text with commas between, or in a list.
 
-    Options may also be separated by colons. A method may appear twice with different options. Raises `UnknownName` for
-    an unknown method or option, and `InputError` for any other mistake, in the order written.
+    Options may also be separated by colons; `shared` are further ones of every method. A method may appear twice with
+    different options. Raises `UnknownName` for an unknown method or option, and `InputError` for any other mistake, in
+    the order written.
 
     Example:
         >>> [spec.label for spec in parse_specs("grpo,gspo:low=1e-3,high=2e-3,grpo:clip=0.1")]
         ['grpo', 'gspo:low=0.001,high=0.002', 'grpo:clip=0.1']
     """
     texts = [written] if isinstance(written, str) else list(written)
+    for text in texts:
+        if not isinstance(text, str):
+            raise InputError(f"methods must be written as texts, such as 'grpo:clip=0.1', got {text!r:.60}.")
     pieces = [piece.strip() for text in texts for piece in text.split(",") if piece.strip()]
     whole: list[list[str]] = []
     for piece in pieces:
@@ -51,6 +55,10 @@ def parse_specs(written: str | Sequence[str]) -> list[MethodSpec]:
         if "=" in name:
             raise InputError(f"'{name}' is an option without a method; write it as method:{name}.")
         card, options = methods.get(name), options_from(words[1:])
+        for option in shared or {}:
+            if option in options:
+                raise InputError(f"The option '{option}' of {card.id} is set twice; set it once.")
+        options = {**options, **(shared or {})}
         label = card.id + ("" if not options else ":" + ",".join(f"{key}={value}" for key, value in options.items()))
         spec = MethodSpec(label, card, options)
         spec.recipe()

@@ -64,6 +64,7 @@ def interval(
     level: float = 0.95,
     resamples: int = 2000,
     widened: bool = True,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
     rng: Rng | None = None,
 ) -> Interval:
     """A bootstrap interval of a statistic of `scores` (S, P): one score for each of S seeds and P held-out prompts.
@@ -79,18 +80,28 @@ def interval(
     sqrt(n / (n - 1)) t / z, with t and z the quantiles of Student's distribution with n - 1 degrees and of the normal
     (Hesterberg 2015, the expanded percentile interval): by 2.7 for three seeds, by 1.01 for 160 prompts.
 
+    `bounds` are the least and the greatest score that there can be. A widened interval may reach beyond them, where no
+    mean can lie; it is cut there, and covers the truth as often as before. Where all scores are at one of two bounds,
+    resamples do not vary at all; the interval then ends where that many independent prompts would all be at the bound
+    with probability (1 - level) / 2, which for scores of 0 and 1 is the end of Clopper and Pearson (1934), and holds
+    for any scores between the bounds.
+
     Up to 10,000 different resamples are all used, without `rng`; of more, `resamples` are drawn. Raises `InputError`
-    for scores that are not a table of finite numbers and for a level outside (0, 1).
+    for scores that are not a table of finite numbers within the bounds and for a level outside (0, 1).
 
     Example:
         >>> interval([[0.0, 1.0], [0.0, 1.0]], widened=False)
         Interval(value=0.5, low=0.0, high=1.0, level=0.95)
+        >>> interval([[0.0, 0.0, 0.0, 1.0]], bounds=(0.0, 1.0)).low
+        0.0
     """
     table = np.asarray(scores, dtype=np.float64)
     if table.ndim != 2 or table.size == 0 or not np.isfinite(table).all():
         raise InputError(f"scores must be a table of finite numbers, seeds by prompts, got shape {table.shape}.")
     if not 0.0 < level < 1.0:
         raise InputError(f"level must be between 0 and 1, got {level}.")
+    if table.min() < bounds[0] or table.max() > bounds[1]:
+        raise InputError(f"scores must be from {bounds[0]:g} to {bounds[1]:g}, got {table.min():g} to {table.max():g}.")
     by_seed, by_prompt = (_widening(count, level) if widened else 1.0 for count in table.shape)
     value = float(statistic(table))
     found = []
@@ -100,7 +111,12 @@ def interval(
         of_both = statistic(np.take_along_axis(drawn, prompts[:, None, :], axis=-1))
         found.append(value + by_seed * (of_seeds - value) + by_prompt * (of_both - of_seeds))
     low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high), level)
+    low, high = max(float(low), bounds[0]), min(float(high), bounds[1])
+    if np.isfinite(bounds).all() and bounds[0] < bounds[1]:
+        reach = (bounds[1] - bounds[0]) * (1 - ((1 - level) / 2) ** (1 / table.shape[1]))
+        low = bounds[1] - reach if table.min() == bounds[1] else low
+        high = bounds[0] + reach if table.max() == bounds[0] else high
+    return Interval(value, low, high, level)
 
 
 def difference(better: ArrayLike, worse: ArrayLike, statistic: Statistic = mean_score, **options: object) -> Interval:

@@ -82,6 +82,7 @@ class GreedyBaseline(Part):
     """
 
     reward: Part = field(default_factory=Outcome)
+    reads = frozenset({Read("rows", "greedy")})
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.reward(batch) - batch.field("greedy").to(batch.mask.dtype)
@@ -96,6 +97,7 @@ class Informative(Part):
     """
 
     nonzero: bool = False
+    rewarded = True
 
     def __call__(self, batch: Batch) -> Tensor:
         reward = batch.reward

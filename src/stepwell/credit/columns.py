@@ -22,6 +22,7 @@ class RewardColumn(Part):
     """
 
     column: Count = 0
+    rewarded = True
 
     def __call__(self, batch: Batch) -> Tensor:
         rewards = batch.field("rewards")

@@ -58,6 +58,7 @@ class WinRate(Part):
     temperature: NotNegative = 0.0
     beats: Beats | None = None
     compares = True
+    rewarded = True
 
     def __call__(self, batch: Batch) -> Tensor:
         left, right = pairs_within(*group_index(batch.rows.prompt))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, assert_never
 
-from stepwell.batch import Batch
+from stepwell.batch import Batch, Read, notes
 from stepwell.credit.shaping import Outcome
 from stepwell.parts import Part
 from stepwell.ranges import Count, NotNegative
@@ -49,6 +49,10 @@ class GroupCredit(Part):
     ddof: Count = 1
     singleton: Literal["zero", "reward"] = "zero"
     reward: Part = field(default_factory=Outcome)
+
+    @property
+    def reads(self) -> frozenset[Read]:
+        return notes(self.keys)
 
     @property
     def compares(self) -> bool:

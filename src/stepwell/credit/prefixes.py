@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stepwell.batch import Batch
+from stepwell.batch import Batch, notes
 from stepwell.credit.group import group_index, group_sum
 from stepwell.credit.shaping import Outcome
 from stepwell.parts import Part
@@ -91,6 +91,7 @@ class StepValues(Part):
     """
 
     reward: Part = field(default_factory=Outcome)
+    reads = notes({"value_after", "ends"})
 
     def __call__(self, batch: Batch) -> Tensor:
         after, ends = batch.field("value_after").to(batch.mask.dtype), batch.field("ends") > 0
@@ -107,6 +108,7 @@ class PrefixValues(Part):
     """
 
     reward: Part = field(default_factory=Outcome)
+    reads = notes({"value_before", "value_after", "ends"})
 
     def __call__(self, batch: Batch) -> Tensor:
         before = batch.field("value_before").to(batch.mask.dtype)

@@ -15,6 +15,8 @@ from stepwell.tensors import Tensor
 class Outcome(Part):
     """R (N,), the reward as it was given."""
 
+    rewarded = True
+
     def __call__(self, batch: Batch) -> Tensor:
         return batch.reward
 
@@ -44,7 +46,8 @@ class Overlong(Part):
     """DAPO's soft overlong punishment (N,): 0 up to `maximum - buffer` steps, then linearly down to -1.
 
     `maximum` defaults to the run's horizon, and the buffer is a share of it: the paper's 4096 of 20480 is 0.2.
-    Source: DAPO, arXiv 2503.14476, equation 13. Lengths are those of the rows, trained steps or not.
+    Source: DAPO, arXiv 2503.14476, equation 13. A length is the number of steps that the policy drew, as the horizon
+    is: what an environment says in a conversation is not the policy's to shorten.
     """
 
     maximum: Size | None = None
@@ -52,7 +55,7 @@ class Overlong(Part):
 
     def __call__(self, batch: Batch) -> Tensor:
         maximum = self.maximum or batch.counts.length
-        return overlong_penalty(batch.rows.length, maximum, self.buffer * maximum).to(batch.rows.log_prob.dtype)
+        return overlong_penalty(batch.rows.mask.sum(1), maximum, self.buffer * maximum).to(batch.rows.log_prob.dtype)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from stepwell.data.rows import PackedPrompts, by_number
 from stepwell.errors import CheckpointError, InputError
 from stepwell.rng import Rng
 from stepwell.sampling.request import Prompt
@@ -26,11 +27,11 @@ class PromptStream:
     def __init__(self, prompts: Sequence[Prompt], rng: Rng, shuffle: bool = True):
         if not prompts:
             raise InputError("A stream of prompts needs at least one prompt, got none.")
-        self.prompts = list(prompts)
-        self.by_id = {prompt.id: prompt for prompt in self.prompts}
+        self.prompts = prompts if isinstance(prompts, PackedPrompts) else list(prompts)
+        self.by_id = by_number(self.prompts)
         self.rng = rng
         self.shuffle = shuffle
-        self._order: list[int] = []  # the present epoch
+        self._order = torch.zeros(0, dtype=torch.long)  # the present epoch
         self._position = 0  # of the next prompt in it
 
     def __len__(self) -> int:
@@ -58,27 +59,28 @@ class PromptStream:
                 repeats = count > len(self)
                 self._order = self._new_epoch([] if repeats else chosen, 0 if repeats else count - len(chosen))
                 self._position = 0
-            part = self._order[self._position : self._position + count - len(chosen)]
+            part = self._order[self._position : self._position + count - len(chosen)].tolist()
             self._position += len(part)
             chosen += part
         return chosen
 
-    def _new_epoch(self, apart: Sequence[int], first: int) -> list[int]:
+    def _new_epoch(self, apart: Sequence[int], first: int) -> Tensor:
         """A uniformly random order among those whose `first` entries are none of `apart`.
 
         Drawing an order and passing over the entries of `apart` would leave these at the head of the rest, which is not
         uniform.
         """
-        everything = list(range(len(self)))
+        everything = torch.arange(len(self))
         if not self.shuffle:
             return everything  # in a fixed order, count <= n neighbours always differ
         if not apart:
             return self._shuffled(everything)
-        allowed = self._shuffled(sorted(set(everything) - set(apart)))
-        return allowed[:first] + self._shuffled(allowed[first:] + list(apart))
+        taken = torch.tensor(apart)
+        allowed = self._shuffled(everything[~torch.isin(everything, taken)])
+        return torch.cat([allowed[:first], self._shuffled(torch.cat([allowed[first:], taken]))])
 
-    def _shuffled(self, indices: Sequence[int]) -> list[int]:
-        return [indices[place] for place in self.rng.permutation(len(indices)).tolist()]
+    def _shuffled(self, indices: Tensor) -> Tensor:
+        return indices[self.rng.permutation(len(indices)).to(indices.device)]
 
     def _weighted(self, count: int, weights: Tensor) -> list[int]:
         weights = torch.as_tensor(weights, dtype=torch.float64, device=self.rng.device).detach()
@@ -99,7 +101,7 @@ class PromptStream:
     def state_dict(self) -> dict[str, Any]:
         """The place that the stream has reached; after `load_state_dict` the takes go on bit for bit."""
         return {
-            "order": torch.tensor(self._order, dtype=torch.long),
+            "order": self._order,
             "position": self._position,
             "prompts": len(self),
             "shuffle": self.shuffle,
@@ -113,5 +115,5 @@ class PromptStream:
                 f"The saved stream has {state['prompts']} prompts with shuffle={state['shuffle']}, this one has "
                 f"{len(self)} with shuffle={self.shuffle}; resume with the data and options of the first run."
             )
-        self._order, self._position = state["order"].tolist(), int(state["position"])
+        self._order, self._position = state["order"].long(), int(state["position"])
         self.rng.load_state_dict(state["rng"])

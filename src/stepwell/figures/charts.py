@@ -76,6 +76,7 @@ def curves(
             axes.fill_between(line.x, low, high, color=tint, alpha=0.16, linewidth=0)
         width, alpha = (0.7, 0.35) if line.faint else (1.8, 1.0)
         axes.plot(line.x, scale * line.y, color=tint, linestyle=dashes, linewidth=width, alpha=alpha)
+        _mark_alone(axes, line, scale, tint)
     axes.set_xlabel(x_label)
     axes.margins(x=0.02)
     _short_numbers(axes, lines)
@@ -108,6 +109,7 @@ def multiples(
                 own.x, scale * own.low, scale * own.high, color=colour(own.series), alpha=0.2, linewidth=0
             )
         axes.plot(own.x, scale * own.y, color=colour(own.series), linewidth=1.9)
+        _mark_alone(axes, own, scale, colour(own.series))
         axes.set_title(own.label, loc="left", color=INK, fontsize=9)
         axes.margins(x=0.02)
         _short_numbers(axes, lines)
@@ -181,6 +183,20 @@ def bars(names: Sequence[str], series: Sequence[int], values: Sequence[float], t
     for side in axes.spines.values():
         side.set_visible(False)
     return svg(figure, title)
+
+
+def _mark_alone(axes: Axes, line: Curve, scale: float, tint: str) -> None:
+    """A dot, with its band as a bar, for each point of a line that no stroke reaches: a stroke needs two neighbours."""
+    finite = np.isfinite(line.y)
+    moved = np.diff(line.x) != 0
+    joined = finite[1:] & finite[:-1] & moved
+    alone = finite & ~np.append(joined, False) & ~np.append(False, joined)
+    if not alone.any():
+        return
+    x, y = line.x[alone], scale * line.y[alone]
+    axes.plot(x, y, "o", color=tint, markersize=4.5)
+    if line.low is not None and line.high is not None:
+        axes.vlines(x, scale * line.low[alone], scale * line.high[alone], color=tint, alpha=0.4, linewidth=1.4)
 
 
 def _short_numbers(axes: Axes, lines: Sequence[Curve]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from stepwell.errors import InputError, UnknownName, folded
 from stepwell.process.kinds import kinds
 from stepwell.recipe.card import Card
+from stepwell.recipe.foreign_names import method_hint
 from stepwell.recipe.plugins import load_installed
 from stepwell.recipe.registry import CARDS, find
 
@@ -46,14 +47,26 @@ def get(name: str) -> Card:
     card = find(name)
     if card is None:
         spellings = {alias: card.id for card in CARDS.values() for alias in (card.title, *card.aliases)}
-        raise UnknownName("method", name, CARDS, {**spellings, **_mentioned(name)})
+        raise UnknownName("method", name, CARDS, {**spellings, **_mentioned(name)}, hint=method_hint(name))
     return card
 
 
 def search(words: str) -> list[Card]:
-    """The cards that hold all these words: in ids, aliases, titles, papers, and in what they say."""
-    wanted = words.casefold().split()
-    return [card for card in map(get, names()) if all(word in card.text.casefold() for word in wanted)]
+    """The cards that hold all these words: in ids, aliases, titles, papers, and in what they say.
+
+    Case does not matter, and hyphens and underscores are spaces.
+
+    Example:
+        >>> [card.id for card in search("Group_Sequence policy-optimization")]
+        ['gspo']
+    """
+    wanted = _spaced(words).split()
+    return [card for card in map(get, names()) if all(word in _spaced(card.text) for word in wanted)]
+
+
+def _spaced(text: str) -> str:
+    """The text in lower case, with spaces for hyphens and underscores."""
+    return text.casefold().replace("-", " ").replace("_", " ")
 
 
 def check_kind(card: Card, kind: str | None) -> None:

@@ -127,7 +127,9 @@ def generalised_divergence(student: Tensor, teacher: Tensor, beta: float, scaled
         return _divergence(teacher, student)
     if beta == 1:
         return _divergence(student, teacher)
-    mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
+    never = (student == -torch.inf) & (teacher == -torch.inf)  # where the mixture's slope would be no number
+    parts = student.masked_fill(never, 0.0) + math.log1p(-beta), teacher.masked_fill(never, 0.0) + math.log(beta)
+    mixture = torch.logaddexp(*parts)
     value = beta * _divergence(teacher, mixture) + (1 - beta) * _divergence(student, mixture)
     return value / (beta * (1 - beta)) if scaled else value
 
@@ -144,6 +146,7 @@ class Failing(Gate):
     """1 for rows with a reward of at most `threshold`, 0 for the others: a teacher only where the student fails."""
 
     threshold: float = 0.0
+    rewarded = True
 
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         return (batch.reward <= self.threshold).to(batch.mask.dtype)[:, None]

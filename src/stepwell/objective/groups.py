@@ -140,7 +140,7 @@ class TrustRegion(Term):
     def plan(self, batch: Batch, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         divergence = ((batch.old - batch.log_prob) * batch.mask).sum() / batch.counts.steps
         gap = (divergence - self.limit).clamp(min=0)
-        share = torch.ones_like(batch.reward) / batch.counts.rows
+        share = torch.ones_like(batch.rows.log_prob[:, 0]) / batch.counts.rows
         return {"gap": gap.expand(len(batch)).clone(), "offset": (0.5 * gap**2 - gap * divergence) * share}
 
     def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:
@@ -161,6 +161,7 @@ class GroupLoss(Term):
     score: Part = field(default_factory=SequenceScore)
     coefficient: float | Coefficient = 1.0
     coupling: Coupling = "groups"
+    rewarded = True
 
     def loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Loss:
         score, reward, prompt = self.score(batch), batch.reward, batch.rows.prompt

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stepwell.batch import Batch, Read
+from stepwell.batch import Batch, Read, notes
 from stepwell.errors import InputError
 from stepwell.parts import Node, Part
 from stepwell.ranges import Width
@@ -33,6 +33,10 @@ class MixtureDenominator(Part):
             raise InputError(
                 f"MixtureDenominator.components must have weights of 0 or more that sum to 1, got {weights}."
             )
+
+    @property
+    def reads(self) -> frozenset[Read]:
+        return notes(name for name, _ in self.components)
 
     def __call__(self, batch: Batch) -> Tensor:
         terms = [batch.under(name) + math.log(weight) for name, weight in self.components]

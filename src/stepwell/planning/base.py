@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from stepwell.data.stream import PromptStream
 from stepwell.errors import InputError
@@ -24,10 +24,15 @@ class Planner(ABC):
     A planner may remember things between steps; what it remembers goes into checkpoints by `state_dict` and
     `load_state_dict`. `prompts` and `size` are the prompts of a step and the samples of each, where a planner has such
     numbers, and None where it has not; the settings `prompts_per_step` and `group_size` take their place (`resized`).
+
+    `rewarded`: it plans, keeps, notes or learns by the rows' rewards. `judged`: all its requests bring their rewards
+    (`Request.reward`), so that a run needs no reward function.
     """
 
     prompts: int | None = None
     size: int | None = None
+    rewarded: ClassVar[bool] = False
+    judged: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:

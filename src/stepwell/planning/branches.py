@@ -138,6 +138,8 @@ class Candidates(Groups):
     Source: SPO, arXiv 2406.04314.
     """
 
+    rewarded = True
+
     size: Size = 4
     steps: Size = 10
     begin: int = 0

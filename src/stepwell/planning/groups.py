@@ -42,6 +42,8 @@ class DynamicSampling(Groups):
     its group is kept. Source: DAPO, arXiv 2503.14476, section 3.2.
     """
 
+    rewarded = True
+
     limit: Annotated[float, Range("a number from 1 on", 1)] = 4.0
 
     def plan(self, step: int, so_far: Trajectories | None, prompts: PromptStream) -> list[Request]:
@@ -76,6 +78,8 @@ class WeightedPrompts(Groups):
     purpose: the objective is reweighted.
     """
 
+    rewarded = True
+
     floor: NotNegative = 0.1
     decay: Share = 0.5
     low: float = 0.0
@@ -90,8 +94,10 @@ class WeightedPrompts(Groups):
 
     def learn(self, trajectories: Trajectories, signals: Mapping[str, float]) -> None:
         assert trajectories.reward is not None
-        for prompt in trajectories.prompt.unique().tolist():
-            mean = float(trajectories.reward[trajectories.prompt == prompt].double().mean())
+        prompts, size = trajectories.prompt.unique(return_counts=True)
+        groups = trajectories.reward[trajectories.prompt.argsort(stable=True)].double().split(size.tolist())
+        for prompt, rewards in zip(prompts.tolist(), groups, strict=True):
+            mean = float(rewards.mean())
             rate = min(max((mean - self.low) / (self.high - self.low), 0.0), 1.0)
             earlier = self.rates.get(prompt)
             self.rates[prompt] = rate if earlier is None else self.decay * earlier + (1 - self.decay) * rate

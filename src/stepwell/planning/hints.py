@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from stepwell.data.stream import PromptStream
 from stepwell.planning.groups import Groups
+from stepwell.process.language.chat import like
 from stepwell.ranges import Count
 from stepwell.sampling.request import Request
 from stepwell.tensors import torch
@@ -27,6 +28,8 @@ class Hinted(Groups):
     Source: Guide (Nath et al. 2025, arXiv 2506.13923).
     """
 
+    rewarded = True
+
     hints: Count = 0
     failure: float = 0.0
     column: str = "hinted"
@@ -41,4 +44,5 @@ class Hinted(Groups):
         failed = [prompts.by_id[i] for i in so_far.prompt[~torch.isin(so_far.prompt, solved)].unique().tolist()]
         hints = [(prompt, prompt.columns.get(self.column)) for prompt in failed]
         count = self.hints or self.size
-        return [Request(prompt, count, context=hint, source=HINTED) for prompt, hint in hints if hint is not None]
+        told = [(prompt, like(prompt.value, hint)) for prompt, hint in hints if hint is not None]
+        return [Request(prompt, count, context=hint, source=HINTED) for prompt, hint in told]

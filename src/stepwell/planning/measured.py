@@ -23,6 +23,8 @@ class WithGreedy(Groups):
     `deterministic` (`abilities.Likeliest`). Source: ReMax, arXiv 2310.10505.
     """
 
+    rewarded = True
+
     size: Size = 1
     prompts: Size = 64
 
@@ -35,9 +37,10 @@ class WithGreedy(Groups):
 
     def note(self, so_far: Trajectories) -> dict[str, Tensor]:
         assert so_far.reward is not None
-        greedy = so_far.source == MEASURE
-        same = so_far.prompt[:, None] == so_far.prompt[greedy]
-        return {"greedy": so_far.reward[greedy][same.int().argmax(1)]}
+        greedy = (so_far.source == MEASURE).nonzero()[:, 0]
+        asked, order = so_far.prompt[greedy].sort(stable=True)
+        first = torch.searchsorted(asked, so_far.prompt)
+        return {"greedy": so_far.reward[greedy[order]][first.clamp(max=len(asked) - 1)]}
 
 
 @dataclass
@@ -48,6 +51,8 @@ class Vines(Groups):
     Noted on the samples (N, T): `value_before` and `value_after`, the mean rewards of the vines before and after the
     segment that a step belongs to, and `ends`, 1 where the row ends with it. Source: VinePPO, arXiv 2410.01679.
     """
+
+    rewarded = True
 
     prompts: Size = 4
     size: Size = 4

@@ -9,7 +9,7 @@ from stepwell.data.stream import PromptStream
 from stepwell.planning.groups import Groups
 from stepwell.ranges import Count, Size
 from stepwell.sampling.request import Request
-from stepwell.tensors import Tensor, torch
+from stepwell.tensors import Tensor
 from stepwell.trajectories import Trajectories, from_tensors, to_tensors
 
 
@@ -52,19 +52,10 @@ class Queue(Groups):
         return so_far.outcome.nonzero()[:, 0]
 
     def state_dict(self) -> dict[str, Any]:
-        if self.waiting is None:
-            return {}
-        tensors = to_tensors(self.waiting)
-        return {name: {"values": value.tolist(), "kind": str(value.dtype)} for name, value in tensors.items()}
+        return {} if self.waiting is None else to_tensors(self.waiting)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if not state:
-            self.waiting = None
-            return
-        formats = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
-        kinds = {str(kind): kind for kind in formats}
-        tensors = {name: torch.tensor(entry["values"], dtype=kinds[entry["kind"]]) for name, entry in state.items()}
-        self.waiting = from_tensors(tensors)
+        self.waiting = from_tensors(state) if state else None
 
 
 def _bare(rows: Trajectories) -> Trajectories:

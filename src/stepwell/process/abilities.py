@@ -64,8 +64,11 @@ class Valued(Protocol):
 class Tokenised(Protocol):
     """Reads samples that were written elsewhere: demonstrations, stored answers."""
 
-    def encode_completion(self, completion: Any) -> Tensor:
-        """(T, ...) the actions whose sample is `completion`; raises `InputError` for one that cannot be drawn."""
+    def encode_completion(self, completion: Any, prompt: Any = None) -> Tensor:
+        """(T, ...) the actions whose sample is `completion`, written for `prompt` where they depend on it.
+
+        Raises `InputError` for one that cannot be drawn.
+        """
         ...
 
 

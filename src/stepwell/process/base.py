@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-import functools
-import hashlib
-import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 from stepwell.columns import Columns
 from stepwell.distributions import Distribution
 from stepwell.errors import InputError, MissingAbility
 from stepwell.meter import Meter
+from stepwell.origin import origin
 from stepwell.process import kinds
 from stepwell.rng import Rng
 from stepwell.tensors import Tensor, torch
@@ -154,9 +151,9 @@ class Process(ABC):
     counts every evaluation. States that a process is given are its own: they may be of any type that it likes.
 
     kind: whose methods train it (`language`, `flow`, or one of your own), None for any. offers: the scores besides
-    `log_prob` that `score` computes, out of `NEEDS`. horizon: the largest number of steps of a row, None where there
-    is none. free_steps: the number of steps at a row's beginning that ask no model. any_prompt: prompts may be any
-    values (class numbers, None), and not only texts or chats. work: the units that the meter's `forward` and
+    `log_prob` that `score` computes, out of `NEEDS`. horizon: the largest number of steps that are drawn in a row, None
+    where there is none. free_steps: the number of steps at a row's beginning that ask no model. any_prompt: prompts may
+    be any values (class numbers, None), and not only texts or chats. work: the units that the meter's `forward` and
     `backward` count, as reports name them.
     """
 
@@ -250,10 +247,11 @@ class Process(ABC):
         """The settings that the process draws with, besides its parameters, as values for JSON: they are written to
         run.json and must be the same for a run to resume.
 
-        By default the class, a digest of the file it is written in, and the attributes that are plain values.
+        By default the class, a digest of the file it is written in (`stepwell.origin`), and the attributes that are
+        plain values.
         """
         plain = {name: value for name, value in sorted(vars(self).items()) if _is_plain(value)}
-        return {"class": type(self).__qualname__, "source": _digest(type(self)), **plain}
+        return {"class": type(self).__qualname__, "source": origin(type(self))[1], **plain}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the trained parameters into a folder, as safetensors."""
@@ -272,15 +270,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(isinstance(name, str) and _is_plain(entry) for name, entry in value.items())
     return value is None or isinstance(value, bool | int | float | str)
-
-
-@functools.cache
-def _digest(kind: type) -> str:
-    """A digest of the file that a class is written in; empty where there is no file, as in an interactive session."""
-    try:
-        return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
-    except (OSError, TypeError):
-        return ""
 
 
 def check_process(process: object, asked_by: str) -> Process:

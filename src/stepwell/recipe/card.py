@@ -16,7 +16,7 @@ from stepwell.recipe.needs import Need, needs_of
 from stepwell.recipe.recipe import Recipe
 from stepwell.recipe.source import code_of, line_in
 
-COMMAND = "stepwell train --model DIR_OR_ID --data prompts.jsonl --reward my.py:reward {more}--method {id} --out runs/a"
+COMMAND = "stepwell train --model DIR_OR_ID --data prompts.jsonl {reward}{more}--method {id} --out runs/a"
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,14 @@ class Card:
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        """Needs of the default recipe beside a model, prompts and one reward."""
+        """Needs of the default recipe beside a model, prompts and the first reward."""
         return tuple(needs_of(self.recipe()))
 
     @property
     def command(self) -> str:
         """The command that runs the method with its default options."""
-        return COMMAND.format(id=self.id, more="".join(f"{need.arguments} " for need in self.needs if need.arguments))
+        more = "".join(f"{need.arguments} " for need in self.needs if need.arguments)
+        return COMMAND.format(id=self.id, reward="--reward my.py:reward " if self.recipe().rewarded else "", more=more)
 
     @property
     def text(self) -> str:
@@ -108,7 +109,7 @@ def check_options(owner: str, options: Mapping[str, Any], build: Callable[..., A
     """Raise for an option that `build` does not have, or that is not what its default and its type say."""
     known = {name: parameter.default for name, parameter in inspect.signature(build).parameters.items()}
     for name, value in options.items():
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise UnknownName(f"option of {owner}", name, known, hint=foreign_names.option_hint(name, known))
         default, demand = known[name], demands(build).get(name, Demand())
         number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)

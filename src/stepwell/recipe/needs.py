@@ -1,4 +1,4 @@
-"""Needs of a recipe beside a model, prompts and one reward, read off its parts: no card lists them by hand."""
+"""Needs of a recipe beside a model and prompts, read off its parts: no card lists them by hand."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from dataclasses import dataclass
 
 from stepwell.batch import Read
 from stepwell.credit.columns import RewardColumn
-from stepwell.parts import Node, parts_of
+from stepwell.parts import Node, compares, parts_of
 from stepwell.planning.demonstrations import Demonstrated
 from stepwell.planning.hints import Hinted
 from stepwell.planning.measured import WithGreedy
-from stepwell.recipe.recipe import Recipe
-
-DIFFERENTIATED = {"sample", "denoised", "pinned"}
-"""Scores through which the gradient of a reward reaches the parameters (`objective.flow.forward.DirectReward`)."""
+from stepwell.recipe.recipe import DIFFERENTIATED, Recipe
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ def needs_of(recipe: Recipe) -> Iterator[Need]:
         yield Need(f"{rewards} reward functions", " ".join(f"--reward my.py:reward_{n}" for n in range(2, rewards + 1)))
     if objective.needs & DIFFERENTIATED or recipe.guide is not None:
         yield Need("a reward that is differentiable in the sample")
-    if any(node.compares for node in nodes):
+    if compares(objective.terms):
         yield Need("at least 2 samples a prompt")
     if isinstance(planner, WithGreedy):
         yield Need("a process that can take its likeliest step")

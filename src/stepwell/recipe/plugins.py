@@ -10,10 +10,14 @@ from pathlib import Path
 from stepwell.errors import InputError
 from stepwell.recipe.registry import registering
 from stepwell.recipe.source import line_in
+from stepwell.reward.loading import importable_from
 
 
 def load_plugin(path: str | Path) -> None:
-    """Run a user's file, whose decorators register methods and tasks."""
+    """Run a user's file, whose decorators register methods and tasks.
+
+    It may import its neighbours: its folder is added at the end of `sys.path`.
+    """
     path = Path(path).absolute()  # as tracebacks name it
     if not path.is_file():
         raise InputError(f"There is no plugin file '{path}'; give the path of a Python file that registers methods.")
@@ -23,6 +27,7 @@ def load_plugin(path: str | Path) -> None:
         raise InputError(f"The plugin '{path}' is no Python file; its name has to end in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    importable_from(path.parent)
     try:
         with registering(str(path)):
             spec.loader.exec_module(module)

@@ -10,12 +10,16 @@ from typing import Any, Literal
 from stepwell.errors import InputError, UnknownName
 from stepwell.objective.gradient import GradientTransform
 from stepwell.objective.term import Objective, Term
+from stepwell.parts import Node, parts_of
 from stepwell.planning.base import Planner
 from stepwell.planning.groups import Groups
 from stepwell.ranges import Checked, Size
 from stepwell.sampling.request import SamplerChanges
 from stepwell.steering.guide import RewardGuide
 from stepwell.writing import describe
+
+DIFFERENTIATED = {"sample", "denoised", "pinned"}
+"""Scores through which the gradient of a reward reaches the parameters (`objective.flow.forward.DirectReward`)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,13 @@ class Recipe(Checked):
     def whole(self) -> Objective:
         """The objective as a sum, which may have one term."""
         return self.objective if isinstance(self.objective, Objective) else Objective((self.objective,))
+
+    @property
+    def rewarded(self) -> bool:
+        """True where a run needs a reward: a part, the planner or the guide reads one, and no request brings it."""
+        nodes = (part for part in parts_of(self.whole.terms) if isinstance(part, Node))
+        read = any(node.rewarded for node in nodes) or self.planner.rewarded or bool(self.whole.needs & DIFFERENTIATED)
+        return self.guide is not None or (read and not self.planner.judged)
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with other parts: fields of the recipe, or of its (first) term, by name.

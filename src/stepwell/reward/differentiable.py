@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from stepwell.data.columns import Given
-from stepwell.errors import RewardError, StepwellError
+from stepwell.data.rows import by_number
+from stepwell.errors import RewardError
+from stepwell.guarded import Guarded, OutOfTime, said_of
 from stepwell.meter import Meter
 from stepwell.reward.mixing import Rewards
 from stepwell.sampling.request import Prompt
@@ -24,7 +27,12 @@ class Judge:
 
     def __init__(self, rewards: Rewards, prompts: Sequence[Prompt], meter: Meter):
         self.rewards, self.meter = rewards, meter
-        self.prompts = {prompt.id: prompt for prompt in prompts}
+        self.prompts = prompts
+
+    @functools.cached_property
+    def by_id(self) -> Any:
+        """The prompts by their numbers."""
+        return by_number(self.prompts)
 
     def __call__(self, samples: Tensor, prompts: Tensor) -> Tensor:
         """(N,) the weighted sum of the rewards of samples (N, ...) for the prompts with these ids (N,).
@@ -36,7 +44,7 @@ class Judge:
                 "The samples carry no gradient, which this method needs: the network or the flow's `decode` runs under "
                 "torch.no_grad, or detaches or rounds its result."
             )
-        rows = [self.prompts[number] for number in prompts.tolist()]
+        rows = [self.by_id[number] for number in prompts.tolist()]
         total = samples.new_zeros(len(samples))
         given = Given([prompt.value for prompt in rows], list(samples.unbind(0)), [False] * len(samples))
         keywords = self.rewards.keywords(given.with_data(rows))
@@ -60,15 +68,14 @@ class Judge:
         return total
 
     def _returned(self, name: str, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        try:
-            with warnings.catch_warnings():  # taking numbers out of a tensor raises an error of its own later
-                warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True")
-                return function(**arguments)
-        except StepwellError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise RewardError(
-                f"Reward '{name}' raised {type(error).__name__} ({reason}) on samples that carry a gradient, which "
-                "this method needs."
-            ) from error
+        def refusal(error: BaseException) -> RewardError:
+            if isinstance(error, OutOfTime):
+                return RewardError(f"Reward '{name}' took longer than {self.rewards.timeout:g} seconds, its timeout.")
+            return RewardError(
+                f"Reward '{name}' raised {said_of(error)} on samples that carry a gradient, which this method needs."
+            )
+
+        with Guarded(refusal, self.rewards.timeout), warnings.catch_warnings():
+            # taking numbers out of a tensor raises an error of its own later
+            warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True")
+            return function(**arguments)

@@ -16,6 +16,9 @@ from types import ModuleType
 from typing import Any
 
 from stepwell.errors import InputError, UnknownName
+from stepwell.guarded import reason_of
+from stepwell.paths import usable
+from stepwell.terminal import one_line
 
 
 def load_reward(address: str) -> Callable[..., Any]:
@@ -45,10 +48,7 @@ def load_function(address: str, kind: str = "reward", classes: bool = False) -> 
     if not colon or not place or not name:
         example = f"my.py:{kind.capitalize() if classes else kind}"
         raise InputError(f"The {kind} must name a file and a {sought} in it, such as '{example}', got '{address}'.")
-    if place.endswith(".py") or "/" in place or os.sep in place or Path(place).is_file():
-        module = _module_from_file(place, kind)
-    else:
-        module = _module_by_name(place, kind)
+    module = _module(place, kind)
     if not hasattr(module, name):
         own = [
             key
@@ -66,8 +66,33 @@ def load_function(address: str, kind: str = "reward", classes: bool = False) -> 
     return function
 
 
+def load_list(address: str, kind: str) -> list[Any]:
+    """The list at `path/to/file.py:name` or `package.module:name`; messages call it the `kind`.
+
+    Raises `InputError` as `load_function` does, and for a value that is no list.
+    """
+    place, colon, name = address.rpartition(":")
+    if not colon or not place or not name:
+        raise InputError(f"The {kind} must name a file and a list in it, such as 'my.py:{kind}', got '{address}'.")
+    module = _module(place, kind)
+    if not hasattr(module, name):
+        own = [key for key, value in vars(module).items() if isinstance(value, list | tuple) and key[0] != "_"]
+        raise UnknownName(f"list of {place} named", name, own)
+    value = getattr(module, name)
+    if not isinstance(value, list | tuple):
+        raise InputError(f"'{name}' in {place} must be a list, got a value of type {type(value).__name__}.")
+    return list(value)
+
+
+def _module(place: str, kind: str) -> ModuleType:
+    """The module of a file, or of a name."""
+    if place.endswith(".py") or "/" in place or os.sep in place or Path(place).is_file():
+        return _module_from_file(place, kind)
+    return _module_by_name(place, kind)
+
+
 def _module_from_file(place: str, kind: str) -> ModuleType:
-    path = Path(place).expanduser()
+    path = usable(place, f"The {kind}'s file")
     if not path.is_file():
         siblings = [entry.name for entry in path.parent.glob("*.py")] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
@@ -85,18 +110,20 @@ def _module_from_file(place: str, kind: str) -> ModuleType:
     assert specification is not None  # true of every .py file
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
-    _importable_from(path.parent)
+    importable_from(path.parent)
     sys.modules[name] = module  # dataclasses and pickle look their module up there
     try:
         specification.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise _import_failure(place, str(path), error, kind) from error
     return module
 
 
 def _module_by_name(name: str, kind: str) -> ModuleType:
-    _importable_from(Path.cwd())
+    importable_from(Path.cwd())
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -109,7 +136,8 @@ def _module_by_name(name: str, kind: str) -> ModuleType:
         raise _import_failure(name, None, error, kind) from error
 
 
-def _importable_from(folder: Path) -> None:
+def importable_from(folder: Path) -> None:
+    """Have files of this folder found by `import`, after everything that is installed."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # at the end: a user's random.py must not hide the standard library's
 
@@ -124,7 +152,7 @@ def _import_failure(place: str, path: str | None, error: BaseException, kind: st
             ((frame.filename, frame.lineno) for frame in reversed(frames) if frame.filename == path),
             (frames[-1].filename, frames[-1].lineno),
         )
-    reason = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split()).rstrip(".")
+    reason = one_line(error.msg).rstrip(".") if isinstance(error, SyntaxError) else reason_of(error)
     file = place if failed == path else failed
     return InputError(
         f"The {kind}'s file {file} failed at line {line} while it was imported: {type(error).__name__}: {reason}."

@@ -11,19 +11,25 @@ import threading
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stepwell.data.columns import Given
 from stepwell.errors import InputError, RewardError, StepwellError
+from stepwell.guarded import Guarded, OutOfTime, said_of
 from stepwell.meter import Meter
+from stepwell.ranges import Demand, Range
 from stepwell.reward.verifiers import text_of
 from stepwell.sampling.record import Drawn
+from stepwell.terminal import one_line
 
 RewardFunction = Callable[..., Any]
+FINITE = Range("a finite number")
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,13 @@ class Rewards:
     keywords it names. Coroutine functions run side by side, on an event loop of Stepwell's own that lives as long as
     the interpreter, so clients they hold open stay usable, and a notebook's running loop is no hindrance.
 
+    A function's arguments are its own: it may change them. What it changes of torch and the interpreter is put back
+    (`guarded.Guarded`). `timeout` is the most seconds that one call of a function may take, or the coroutines together;
+    it reaches code that runs in Python, sleeps, waits or matches, not a library's own computation.
+
     Raises `InputError` for functions and weights that do not match, for columns whose name is taken, and for a
     function that asks for a column there is not; `RewardError` for a function that fails or returns anything but
-    one finite number or None a row, and for a row to which no function applies.
+    one finite number or None a row, or takes longer than `timeout`, and for a row to which no function applies.
 
     Example:
         >>> from stepwell.meter import Meter
@@ -72,7 +82,12 @@ class Rewards:
         ([0.9, -0.2], ('right', 'brief'))
     """
 
-    def __init__(self, functions: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None = None):
+    def __init__(
+        self,
+        functions: RewardFunction | Sequence[RewardFunction],
+        weights: Sequence[float] | None = None,
+        timeout: float | None = None,
+    ):
         if isinstance(functions, str) or not (callable(functions) or isinstance(functions, Iterable)):
             raise InputError(f"A reward must be a function, or several in a list, got {functions!r:.60}.")
         self.functions = (functions,) if callable(functions) else tuple(functions)
@@ -82,14 +97,16 @@ class Rewards:
             if not callable(function) or inspect.isclass(function):
                 raise InputError(f"A reward must be a function or a callable object, got {function!r:.60}.")
         self.names = _names(self.functions)
-        self.weights = (1.0,) * len(self.functions) if weights is None else tuple(float(weight) for weight in weights)
+        self.weights = (1.0,) * len(self.functions) if weights is None else _weights(weights)
         if len(self.weights) != len(self.functions):
             raise InputError(
                 f"Reward weights must be as many as the functions ({', '.join(self.names)}), got {len(self.weights)} "
                 f"for {len(self.functions)}."
             )
-        if not all(math.isfinite(weight) for weight in self.weights):
-            raise InputError(f"Reward weights must be finite numbers, got {list(self.weights)}.")
+        Demand(range=Range("a finite number of seconds above 0", 0, above=True), kinds=(type(None),)).refuse(
+            "Rewards.timeout", timeout
+        )
+        self.timeout = timeout
 
     def __call__(self, drawn: Drawn, meter: Meter) -> Scored:
         """The rewards of all rows by all functions; the meter counts rows times functions as reward calls."""
@@ -109,6 +126,12 @@ class Rewards:
                 f"at least one of {', '.join(self.names)} has to return a number there."
             )
         total = (each.nan_to_num(nan=0.0) * torch.tensor(self.weights, dtype=torch.float64)).sum(1)
+        large = (total.abs() > LARGEST).nonzero()[:, 0].tolist()
+        if large:
+            raise RewardError(
+                f"The weighted sum of rewards must be at most {LARGEST:.0e}, so that sums over rows are finite, got "
+                f"{total[large[0]]:.3g} for row {large[0]}, {_prompt(drawn, large[0])}."
+            )
         return Scored(total, each, self.names)
 
     def keywords(self, columns: dict[str, list[Any]]) -> list[dict[str, list[Any]]]:
@@ -121,12 +144,9 @@ class Rewards:
         try:
             for function, name, arguments in zip(self.functions, self.names, keywords, strict=True):
                 meter.add(reward_calls=len(drawn))
-                try:
+                refusal = functools.partial(self._failure, function, name, drawn)
+                with Guarded(refusal, self.timeout):
                     returned.append(function(**arguments))
-                except StepwellError:
-                    raise  # its message already says how to mend it, such as a column that a verifier misses
-                except (Exception, SystemExit) as error:  # a reward may not end the run without a word
-                    raise _failure(function, name, error, drawn) from error
         except BaseException:
             for value in returned:
                 if inspect.iscoroutine(value):
@@ -134,14 +154,45 @@ class Rewards:
             raise
         waiting = [place for place, value in enumerate(returned) if inspect.isawaitable(value)]
         if waiting:
-            results = _await_together([returned[place] for place in waiting])
+            try:
+                with Guarded():
+                    results = _await_together([returned[place] for place in waiting], self.timeout)
+            except TimeoutError as error:
+                names = "' and '".join(self.names[place] for place in waiting)
+                raise self._too_long(names, "", drawn) from error
             for place, result in zip(waiting, results, strict=True):
                 if isinstance(result, StepwellError):
                     raise result
                 if isinstance(result, BaseException):
-                    raise _failure(self.functions[place], self.names[place], result, drawn) from result
+                    raise self._failure(self.functions[place], self.names[place], drawn, result) from result
                 returned[place] = result
         return returned
+
+    def _failure(self, function: RewardFunction, name: str, drawn: Drawn, error: BaseException) -> RewardError:
+        """The error that takes the place of a reward function's own exception."""
+        where = _line_in(function, error)
+        if isinstance(error, OutOfTime):
+            return self._too_long(name, where, drawn)
+        return RewardError(f"Reward '{name}' raised {said_of(error)}{where} {_batch(drawn)}.")
+
+    def _too_long(self, name: str, where: str, drawn: Drawn) -> RewardError:
+        return RewardError(
+            f"Reward '{name}' took longer than {self.timeout:g} seconds, its timeout,{where} {_batch(drawn)}."
+        )
+
+
+LARGEST = 1e15
+"""The largest reward: the squares of many still add up to a number of single precision."""
+
+
+def _weights(weights: Any) -> tuple[float, ...]:
+    """The weights as numbers."""
+    if isinstance(weights, str) or not isinstance(weights, Iterable):
+        raise InputError(f"Reward weights must be a list of finite numbers, got {weights!r:.60}.")
+    values = list(weights.tolist() if hasattr(weights, "tolist") else weights)
+    if not all(FINITE.holds(weight) for weight in values):
+        raise InputError(f"Reward weights must be finite numbers, got {values!r:.60}.")
+    return tuple(float(weight) for weight in values)
 
 
 def _names(functions: Iterable[RewardFunction]) -> tuple[str, ...]:
@@ -170,11 +221,11 @@ def _columns(drawn: Drawn) -> dict[str, list[Any]]:
 
 
 def _keywords(function: RewardFunction, name: str, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """The columns that the function accepts, in lists of its own: it may change them without harm to the next."""
+    """The columns that the function accepts, as copies: it may change them without harm to the next, or to the data."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some functions written in C have no signature
-        return {column: list(values) for column, values in columns.items()}
+        return {column: _copied(values) for column, values in columns.items()}
     for parameter in parameters:
         required = parameter.default is parameter.empty and parameter.kind not in (
             parameter.VAR_POSITIONAL,
@@ -191,7 +242,18 @@ def _keywords(function: RewardFunction, name: str, columns: dict[str, list[Any]]
             )
     everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     accepted = {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
-    return {column: list(values) for column, values in columns.items() if everything or column in accepted}
+    return {column: _copied(values) for column, values in columns.items() if everything or column in accepted}
+
+
+def _copied(value: Any) -> Any:
+    """The value with lists, dictionaries, tensors and arrays of its own; samples that carry a gradient keep it."""
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(_copied(entry) for entry in value)
+    if type(value) is dict:
+        return {key: _copied(entry) for key, entry in value.items()}
+    if isinstance(value, Tensor):
+        return value.clone()
+    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def _numbers(name: str, returned: Any, drawn: Drawn) -> list[float]:
@@ -212,7 +274,7 @@ def _numbers(name: str, returned: Any, drawn: Drawn) -> list[float]:
             continue
         if getattr(value, "ndim", None) == 0:
             value = value.item()
-        if not isinstance(value, Real):
+        if not isinstance(value, Real | Decimal):
             raise RewardError(
                 f"Reward '{name}' must return a number, or None where it does not apply, got a value of type "
                 f"{type(value).__name__} for row {row}, {_prompt(drawn, row)}."
@@ -221,28 +283,28 @@ def _numbers(name: str, returned: Any, drawn: Drawn) -> list[float]:
             number = float(value)
         except OverflowError:
             number = math.inf
-        if not math.isfinite(number):
+        if not abs(number) <= LARGEST:
+            right = "finite number" if not math.isfinite(number) else f"number of at most {LARGEST:.0e}"
             raise RewardError(
-                f"Reward '{name}' must return a finite number, or None where it does not apply, got {number} for row "
+                f"Reward '{name}' must return a {right}, or None where it does not apply, got {number} for row "
                 f"{row}, {_prompt(drawn, row)}."
             )
         numbers.append(number)
     return numbers
 
 
-def _failure(function: RewardFunction, name: str, error: BaseException, drawn: Drawn) -> RewardError:
-    """The error that takes the place of a reward function's own exception."""
+def _line_in(function: RewardFunction, error: BaseException) -> str:
+    """The line of the function's own file that an exception came from, as a message says it."""
     inner = function.func if isinstance(function, functools.partial) else function
     code = getattr(inspect.unwrap(inner), "__code__", None) or getattr(type(inner).__call__, "__code__", None)
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if code and frame.filename == code.co_filename
     ]
-    where = f" at {os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}," if frames else ""
-    reason = _shortened(str(error), 200).rstrip(".")
-    return RewardError(
-        f"Reward '{name}' raised {type(error).__name__}{f' ({reason})' if reason else ''}{where} "
-        f"in the batch of {len(drawn)} rows that begins with {_prompt(drawn, 0)}."
-    )
+    return f" at {os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}," if frames else ""
+
+
+def _batch(drawn: Drawn) -> str:
+    return f"in the batch of {len(drawn)} rows that begins with {_prompt(drawn, 0)}"
 
 
 def _prompt(drawn: Drawn, row: int) -> str:
@@ -252,30 +314,26 @@ def _prompt(drawn: Drawn, row: int) -> str:
         text = text_of(value)
     except InputError:
         text = repr(value)
-    return f"prompt {drawn.prompts[row].id} ('{_shortened(text, 60)}')"
+    return f"prompt {drawn.prompts[row].id} ('{one_line(text, 60)}')"
 
 
-def _shortened(text: str, width: int) -> str:
-    """The text on one line, cut to the width."""
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 3] + "..."
-
-
-def _await_together(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
-    """The result or the exception of each awaitable, in order, run concurrently."""
+def _await_together(awaitables: Sequence[Awaitable[Any]], seconds: float | None = None) -> list[Any]:
+    """The result or the exception of each awaitable, in order, run concurrently; `TimeoutError` after the seconds."""
 
     async def gather() -> list[Any]:
         return await asyncio.gather(*awaitables, return_exceptions=True)
 
-    return _run(gather())
+    return _run(gather(), seconds)
 
 
-def _run(coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+def _run(coroutine: Coroutine[Any, Any, list[Any]], seconds: float | None) -> list[Any]:
     future = asyncio.run_coroutine_threadsafe(coroutine, _event_loop(os.getpid()))
     try:
-        return future.result()
-    except BaseException:  # Ctrl-C in this thread must also end the coroutines in the other
+        return future.result(seconds)
+    except BaseException as error:  # Ctrl-C in this thread must also end the coroutines in the other
         future.cancel()
+        if isinstance(error, TimeoutError):
+            _event_loop.cache_clear()  # a coroutine that never gives way keeps its loop
         raise
 
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from stepwell.errors import InputError
+from stepwell.errors import InputError, RewardError
+from stepwell.guarded import Guarded, OutOfTime, said_of
+from stepwell.terminal import one_line
 
 
 def text_of(completion: Any) -> str:
@@ -67,13 +69,18 @@ class ExactMatch:
         return text.strip().casefold() if self.ignore_case else text.strip()
 
 
+MATCHING = 10.0
+"""The most seconds that a regular expression may take for the texts of a batch."""
+
+
 @dataclass(frozen=True)
 class RegularExpression:
     """1.0 where the pattern's last match in the text is the answer; with `column=None`, where there is any match.
 
     The pattern's first group is compared, or the whole match where it has none, apart from white space at both ends.
     With `whole`, the pattern has to match the whole text. Flags go into the pattern: `(?s)` lets `.` match new lines,
-    `(?i)` ignores case. Raises `InputError` for a pattern that is no regular expression.
+    `(?i)` ignores case. Raises `InputError` for a pattern that is no regular expression, `RewardError` for one that
+    tries more ways through a text than `MATCHING` seconds allow, as `(a+)+$` does.
 
     Example:
         >>> boxed = regular_expression(r"<answer>(.*?)</answer>")
@@ -91,16 +98,23 @@ class RegularExpression:
     def __post_init__(self) -> None:
         try:
             re.compile(self.pattern)
-        except re.error as error:
+        except (re.error, TypeError, RecursionError, OverflowError) as error:
             raise InputError(
-                f"RegularExpression.pattern must be a regular expression, got '{self.pattern}': {error}."
+                f"RegularExpression.pattern must be a regular expression, got {_quoted(self.pattern)}: {error}."
             ) from error
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        if self.column is None:
-            return [float(self._found(text_of(completion)) is not None) for completion in completions]
-        answers = _answers(self.__name__, self.column, columns, "; with column=None no answer is read")
-        return _judge(completions, answers, lambda text, answer: self._found(text) == str(answer).strip())
+        read = [""]
+
+        def found(text: str) -> str | None:
+            read[0] = text
+            return self._found(text)
+
+        with Guarded(lambda error: self._refusal(read[0], error), MATCHING):
+            if self.column is None:
+                return [float(found(text_of(completion)) is not None) for completion in completions]
+            answers = _answers(self.__name__, self.column, columns, "; with column=None no answer is read")
+            return _judge(completions, answers, lambda text, answer: found(text) == str(answer).strip())
 
     def _found(self, text: str) -> str | None:
         if self.whole:
@@ -112,6 +126,19 @@ class RegularExpression:
         if match is None:
             return None
         return (match[1] if match.re.groups and match[1] is not None else match[0]).strip()
+
+    def _refusal(self, text: str, error: BaseException) -> RewardError:
+        reason = (
+            f"took longer than {MATCHING:g} seconds" if isinstance(error, OutOfTime) else f"raised {said_of(error)}"
+        )
+        return RewardError(
+            f"Reward '{self.__name__}' {reason} on '{one_line(text, 60)}'; write its pattern, "
+            f"{_quoted(self.pattern)}, without repetitions inside of repetitions."
+        )
+
+
+def _quoted(pattern: Any) -> str:
+    return f"'{one_line(str(pattern), 60)}'"
 
 
 # A sign counts only where it cannot be a minus between two terms; 1,234.5 and 3/4 are one number each.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stepwell.errors import InputError, UnknownName
 from stepwell.figures import pictures
+from stepwell.paths import usable
 from stepwell.writing import json_text, writable_folder, writing
 
 FORMATS = ("png", "npy", "safetensors", "json")
@@ -85,7 +86,7 @@ def write_samples(
 
 def check_place(folder: str | os.PathLike[str]) -> Path:
     """The folder, if samples can be written there: it is new or empty, and proven writable."""
-    target = Path(folder).expanduser()
+    target = usable(folder, "The folder of the samples")
     if target.is_dir() and any(target.iterdir()):
         raise InputError(f"'{target}' holds files already, which are not overwritten; choose a new or an empty folder.")
     return writable_folder(target)

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from stepwell.errors import InputError
 from stepwell.process.base import Process, Samples, Steps
 from stepwell.sampling.request import Begun, Prompt, Request
-from stepwell.trajectories import Trajectories, concatenate, make
+from stepwell.trajectories import PROVENANCES, Trajectories, concatenate, make
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,7 @@ class Record:
             weight=self._log_weight.to(log_prob.dtype),
             source=torch.tensor([requests[i].source for i in owner.tolist()]),
             version=torch.full((total,), version),
+            provenance=self._provenance(length),
             condition=None if condition is None else condition[owner],
             **self._by_step(ended, samples.steps, length, log_prob),
         )
@@ -146,6 +147,23 @@ class Record:
         values = _spread(samples.values, ended, total)
         columns = {name: _spread(column, ended, total) for name, column in samples.columns.items()}
         return Drawn(trajectories, Samples(values, columns), [requests[i].prompt for i in owner.tolist()])
+
+    def _provenance(self, length: Tensor) -> Tensor:
+        """(N,) places in `PROVENANCES`; rows that go on from others have that of those."""
+        asked = [0] * len(self.requests)
+        for place, request in enumerate(self.requests):
+            if request.proposal is not None:
+                asked[place] = PROVENANCES.index("proposed")
+            elif request.context is not None:
+                asked[place] = PROVENANCES.index("hinted")
+        own = torch.tensor(asked)[self.owner]
+        if self._begun is None or self._begun.prefix is None:
+            return own
+        before = self._begun.prefix.provenance.cpu()
+        if not self._begun.windowed:  # rows of an earlier rollout, which was over for those that had an outcome
+            again = self._begun.prefix.outcome.cpu() & (length == self._begun.steps)
+            before = before.masked_fill(again & (before == 0), PROVENANCES.index("replayed"))
+        return torch.where(before > 0, before, own)
 
     def _table(self, rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """action (N, T, ...), log_prob (N, T), mask (N, T)."""

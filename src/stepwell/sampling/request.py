@@ -11,9 +11,10 @@ from stepwell.distributions import Distribution
 from stepwell.errors import InputError
 from stepwell.process.abilities import ReadsColumns, Tokenised, ability
 from stepwell.process.base import Process, State
+from stepwell.ranges import Range, check_kinds
 from stepwell.rng import Rng
 from stepwell.tensors import Tensor, torch
-from stepwell.trajectories import Trajectories, concatenate, make
+from stepwell.trajectories import PROVENANCES, Trajectories, concatenate, make
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,9 @@ class Completion(Start):
 
     def prepared(self, process: Process, request: Request) -> Request:
         """The request with a `Continuation` of all the completion's steps."""
-        action = ability(process, Tokenised, "A completion that is given").encode_completion(self.value)[None]
+        tokenised = ability(process, Tokenised, "A completion that is given")
+        asked = request.prompt.value if request.context is None else request.context
+        action = tokenised.encode_completion(self.value, asked)[None]
         steps = action.shape[1]
         for name, entries in (("mask", self.mask), ("segments", self.segments)):
             if entries is not None and len(entries) != steps:
@@ -200,6 +203,7 @@ class Completion(Start):
                 )
         mask = torch.ones(1, steps, dtype=torch.bool) if self.mask is None else torch.tensor([list(self.mask)]).bool()
         row = make(action, torch.zeros(1, steps, device=action.device), mask, length=torch.tensor([steps]))
+        row = row.replace(provenance=torch.full((1,), PROVENANCES.index("demonstrations"), device=action.device))
         if self.segments is not None:
             row = row.replace(segment=torch.tensor([list(self.segments)]))
         return replace(request, start=Continuation(row), horizon=steps)
@@ -240,6 +244,9 @@ def _starts(requests: Sequence[Request], kind: type[S]) -> list[S]:
     return [request.start for request in requests if isinstance(request.start, kind)]
 
 
+WHOLE = Range("a whole number", whole=True)
+
+
 @dataclass(frozen=True)
 class Request:
     """`count` samples for one prompt.
@@ -271,6 +278,8 @@ class Request:
     reward: float | None = None
 
     def __post_init__(self) -> None:
+        named = ("prompt", "count", "horizon", "source", "sampler", "judged", "reward")
+        check_kinds(type(self), {name: getattr(self, name) for name in named}, "Request.")
         object.__setattr__(self, "start", _start(self.start, self.prompt.id))
         if self.sampler is not None:
             object.__setattr__(self, "sampler", SamplerChanges(self.sampler))
@@ -278,7 +287,9 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"Request.{name} must be at least 1, got {value} (prompt {self.prompt.id}).")
-        if self.window is not None and not 0 <= self.window[0] <= self.window[1]:
+        pair = self.window if isinstance(self.window, tuple) and len(self.window) == 2 else ("", "")
+        whole = all(WHOLE.holds(place) for place in pair)
+        if self.window is not None and not (whole and 0 <= self.window[0] <= self.window[1]):
             raise InputError(
                 f"Request.window must be (begin, end) with 0 <= begin <= end, got {self.window} (prompt "
                 f"{self.prompt.id})."

@@ -10,12 +10,14 @@ import torch
 from stepwell.errors import InputError
 from stepwell.process.abilities import Bulk, Likeliest, Redrawn, Segmented, ability
 from stepwell.process.base import Process, Samples
+from stepwell.ranges import checked
 from stepwell.rng import Rng
 from stepwell.sampling.record import Drawn, Record
 from stepwell.sampling.request import Request, Root, Snapshot
 from stepwell.trajectories import Trajectories
 
 
+@checked("process", "rng")
 @torch.no_grad()
 def rollout(
     process: Process,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from stepwell.errors import InputError, UnknownName
+from stepwell.errors import InputError, StepwellError, UnknownName
 
 if TYPE_CHECKING:  # tasks are listed without torch: what builds them is imported when one is built
     from stepwell.process.base import Process
@@ -80,6 +80,8 @@ class Task:
     same_prompts: bool = False
 
     def __post_init__(self) -> None:
+        """Raise `InputError` for a field that is not what its type says, and for prompts that stand on both sides."""
+        self._check_fields()
         for kind, prompts in (("prompts", self.prompts), ("evaluation", self.evaluation)):
             if not prompts:
                 raise InputError(f"Task.{kind} must hold at least one prompt, got none (task '{self.name}').")
@@ -92,6 +94,38 @@ class Task:
                     f"Task.evaluation must hold no prompt that is trained on, got {prompt.value!r} in both (task "
                     f"'{self.name}'); keep them apart, or set same_prompts."
                 )
+
+    def _check_fields(self) -> None:
+        from stepwell.recipe.foreign_names import setting_hint
+        from stepwell.reward.mixing import Rewards
+        from stepwell.sampling.request import Prompt
+        from stepwell.training.settings import Settings
+
+        for name in ("name", "title", "description", "unit", "caption"):
+            self._refuse(name, "a text", isinstance(getattr(self, name), str))
+        for name in ("prompts", "evaluation"):
+            found = getattr(self, name)
+            right = isinstance(found, list | tuple) and all(isinstance(prompt, Prompt) for prompt in found)
+            self._refuse(name, "a list of prompts, such as load_prompts(file) gives", right)
+        self._refuse("process", "a function that returns a fresh process each time", callable(self.process))
+        self._refuse("rewards", "Rewards, as in Rewards(function)", isinstance(self.rewards, Rewards))
+        self._refuse("show", "a function of a prompt and a completion", callable(self.show))
+        self._refuse("figure", "a function, or None", self.figure is None or callable(self.figure))
+        counted = isinstance(self.threads, int) and not isinstance(self.threads, bool) and self.threads > 0
+        self._refuse("threads", "a whole number of at least 1, or None", self.threads is None or counted)
+        self._refuse("same_prompts", "True or False", isinstance(self.same_prompts, bool))
+        right = isinstance(self.measures, Mapping) and all(map(callable, self.measures.values()))
+        self._refuse("measures", "functions by name", right)
+        self._refuse("settings", "settings of training by name", isinstance(self.settings, Mapping))
+        for name in self.settings:
+            if name not in Settings.__dataclass_fields__:
+                raise UnknownName("setting", str(name), Settings.__dataclass_fields__, hint=setting_hint(str(name)))
+
+    def _refuse(self, name: str, words: str, right: bool) -> None:
+        """Raise `InputError` for a field that is not right."""
+        if not right:
+            found = getattr(self, name)
+            raise InputError(f"Task.{name} must be {words}, got {found!r:.60} (task {self.name!r:.40}).")
 
 
 @dataclass(frozen=True)
@@ -115,8 +149,11 @@ def task(name: str) -> Callable[[Callable[..., Task]], Callable[..., Task]]:
     """Register a function that builds a `Task`; its parameters are the task's options and all have defaults.
 
     A user's own task registers in the user's own file in the same way. `stepwell tasks` shows the first line of the
-    docstring. Raises `InputError` for a name that another file has taken.
+    docstring. Raises `InputError` for a name that another file has taken, and where the name and the one in the `Task`
+    that is built later are not the same.
     """
+    if not isinstance(name, str) or not name or any(letter.isspace() for letter in name):
+        raise InputError(f"The name of a task must be a text without spaces, as in @task('sums'), got {name!r:.60}.")
 
     def register(build: Callable[..., Task]) -> Callable[..., Task]:
         taken = _TASKS.get(name)
@@ -167,11 +204,27 @@ def source_of(name: str) -> str:
 
 
 def get_task(name: str, **options: Any) -> Task:
-    """Build a task by name. Raises `UnknownName`, with the nearest one, for an unknown task or option, and
-    `InputError` for an option of another kind than its default.
+    """Build a task by name.
+
+    Raises `UnknownName`, with the nearest one, for an unknown task or option, and `InputError` for an option of another
+    kind than its default, and for a function that fails (naming its line) or builds no task of this name.
     """
     from stepwell.recipe.card import check_options
+    from stepwell.recipe.source import code_of, line_in
 
     build = entry_of(name).build
     check_options(f"task {name}", options, build)
-    return build(**options)
+    try:
+        built: Any = build(**options)
+    except StepwellError:
+        raise
+    except Exception as error:
+        line, reason = line_in(error, Path(code_of(build).co_filename)), " ".join(str(error).split())
+        raise InputError(
+            f"The task '{name}' cannot be built; its function failed{line}: {type(error).__name__}: {reason}"
+        ) from error
+    if not isinstance(built, Task):
+        raise InputError(f"The task '{name}' must return a Task, got a value of type {type(built).__name__}.")
+    if built.name != name:
+        raise InputError(f"Task.name must be '{name}', the name that the task is registered by, got '{built.name}'.")
+    return built

@@ -7,9 +7,28 @@ from collections.abc import Sequence
 import torch
 
 from stepwell.data.columns import check_columns
+from stepwell.data.rows import names_of_columns
 from stepwell.errors import InputError
+from stepwell.parts import Node, parts_of
 from stepwell.process.base import Process, check_process
+from stepwell.recipe.recipe import Recipe
+from stepwell.reward.mixing import Rewards
 from stepwell.sampling.request import Prompt
+
+
+def admit_rewards(recipe: Recipe, rewards: Rewards, evaluated: bool) -> None:
+    """Raise `InputError` for a method that learns from rewards, and for an evaluation, without any reward."""
+    if rewards.functions:
+        return
+    if recipe.rewarded:
+        nodes = (part for part in parts_of(recipe.whole.terms) if isinstance(part, Node) and part.rewarded)
+        reader = next(nodes, recipe.guide or recipe.planner)
+        raise InputError(
+            "A reward must be a function, or several in a list, got none; the method learns from rewards, which its "
+            f"{type(reader).__name__} reads."
+        )
+    if evaluated:
+        raise InputError("reward must be given where there is an evaluation, which is the mean reward of its prompts.")
 
 
 def admit(process: Process, prompts: Sequence[Prompt]) -> None:
@@ -28,4 +47,4 @@ def admit(process: Process, prompts: Sequence[Prompt]) -> None:
             f"Parameters that learn must not be float16, which is too coarse for their updates, got '{half[0]}'; load "
             "the model as float32, or train a LoRA adapter."
         )
-    check_columns(sorted({name for prompt in prompts for name in prompt.columns}), "A prompt")
+    check_columns(names_of_columns(prompts), "A prompt")

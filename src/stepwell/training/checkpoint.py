@@ -1,7 +1,8 @@
 """Checkpoints: everything that the next step depends on, in a folder that is there whole or not at all.
 
 A checkpoint is written beside its place and renamed into it. Tensors are safetensors, the rest is JSON, and a manifest
-with the hash of every file comes last, so that a damaged checkpoint is recognised before anything is loaded.
+with the hash of every file comes last, so that a damaged checkpoint is recognised before anything is loaded. Tensors
+are written, hashed and read one at a time, so that saving and resuming take hardly more memory than the run itself.
 """
 
 from __future__ import annotations
@@ -10,19 +11,36 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from stepwell.errors import CheckpointError, InputError
-from stepwell.writing import write_whole
+from stepwell.errors import CheckpointError, InputError, StepwellError
+from stepwell.training.optimiser import MASTER
+from stepwell.training.tensor_files import TensorFile, write_tensors
+from stepwell.writing import sync_folder, whole_file, write_whole
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
+EARLIER = "remove its folder to resume from an earlier checkpoint"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _Hashing:
+    """A file that is hashed while it is written."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.hash, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        self.bytes += len(data)
+        return self.file.write(data)
 
 
 def write(folder: Path, state: Any, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -30,22 +48,26 @@ def write(folder: Path, state: Any, tensors: Mapping[str, Mapping[str, Tensor]])
     plain, inside = _split(state)
     temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
+    manifest = {}
+
+    def put(name: str, fill: Callable[..., object], content: Any) -> None:
+        with whole_file(temporary / name) as file:
+            hashing = _Hashing(file)
+            fill(hashing, content)
+        manifest[name] = {"bytes": hashing.bytes, "sha256": hashing.hash.hexdigest()}
+
     try:
         temporary.mkdir(parents=True)
-        files: dict[str, bytes] = {"state.json": json.dumps(plain).encode()}
-        for name, group in {"state": inside, **tensors}.items():
-            if group:
-                files[f"{name}.safetensors"] = save({key: value.detach().contiguous() for key, value in group.items()})
-        manifest = {}
-        for name, content in files.items():
-            write_whole(temporary / name, content)
-            manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        put(STATE, _Hashing.write, json.dumps(plain).encode())
+        for name, group in {**({"state": inside} if inside else {}), **tensors}.items():
+            put(f"{name}.safetensors", write_tensors, group)
         write_whole(temporary / MANIFEST, json.dumps(manifest))
         before = _replaced(folder)
         shutil.rmtree(before, ignore_errors=True)
         if folder.exists():  # a folder cannot be replaced at one stroke; `newest` puts it back after a kill in between
             os.replace(folder, before)
         os.replace(temporary, folder)
+        sync_folder(folder.parent)
         shutil.rmtree(before, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -55,37 +77,102 @@ def write(folder: Path, state: Any, tensors: Mapping[str, Mapping[str, Tensor]])
         raise
 
 
-def read(folder: Path) -> tuple[Any, dict[str, dict[str, Tensor]]]:
-    """The state and the groups of tensors of a checkpoint; raises `CheckpointError` where it is damaged."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"The checkpoint '{folder}' has no readable {MANIFEST}; remove the folder to resume from an earlier one."
-        ) from error
-    for name, expected in manifest.items():
-        path = folder / name
-        data = path.read_bytes() if path.is_file() else b""
-        if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
+def read(folder: Path) -> tuple[Any, dict[str, TensorFile]]:
+    """The state and the groups of tensors of a checkpoint; raises `CheckpointError` where it is damaged.
+
+    A tensor of a group is read from its file whenever it is asked for.
+    """
+    manifest = _json(folder / MANIFEST, f"The checkpoint '{folder}' has no readable {MANIFEST}")
+    files = manifest if isinstance(manifest, dict) else {}
+    if STATE not in files or not all(_is_entry(name, entry) for name, entry in files.items()):
+        raise CheckpointError(f"'{folder / MANIFEST}' is not the list of a checkpoint's files; {EARLIER}.")
+    for name, expected in files.items():
+        size, digest = _digest(folder / name)
+        if (size, digest) != (expected["bytes"], expected["sha256"]):
             raise CheckpointError(
-                f"'{path}' is damaged: {len(data)} bytes that do not match the manifest's {expected['bytes']}; "
-                "remove its folder to resume from an earlier checkpoint."
+                f"'{folder / name}' is damaged: {size} bytes that do not match the manifest's "
+                f"{expected['bytes']!s:.20}; "
+                f"{EARLIER}."
             )
-    groups = {Path(name).stem: load_file(folder / name) for name in manifest if name.endswith(".safetensors")}
-    inside = groups.pop("state", {})
-    return _join(json.loads((folder / "state.json").read_text()), inside), groups
+    plain = _json(folder / STATE, f"'{folder / STATE}' is no JSON that can be read")
+    groups = {Path(name).stem: TensorFile(folder / name) for name in files if name.endswith(".safetensors")}
+    with whole(folder):
+        return _join(plain, groups.pop("state", {})), groups
 
 
-def newest(parent: Path) -> Path | None:
-    """The newest complete checkpoint in a folder of them.
+@contextlib.contextmanager
+def whole(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong inside where a checkpoint's content is not what a run writes into a `CheckpointError`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (StepwellError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        raise CheckpointError(
+            f"The checkpoint '{folder}' does not hold what a run writes ({type(error).__name__}: {reason:.120}); "
+            f"{EARLIER}."
+        ) from error
+
+
+def check_keys(path: object, stored: Any, keys: Iterable[str]) -> None:
+    """Raise `CheckpointError` where what is stored in a place is no table with these keys."""
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"The checkpoint '{path}' holds {stored!r:.40} where a table is needed; {EARLIER}.")
+    for key in keys:
+        if key not in stored:
+            raise CheckpointError(f"The checkpoint '{path}' holds no '{key}'; {EARLIER}.")
+
+
+def check_form(path: object, stored: Any, present: Any) -> None:
+    """Raise `CheckpointError` where what is stored is not of the kind of the present value: a table with its keys, a
+    list, a tensor of its number format, a text, a number. None stands for any kind."""
+    if isinstance(present, Mapping):
+        check_keys(path, stored, map(str, present))
+        for key, value in present.items():
+            check_form(f"{path}/{key}", stored[str(key)], value)
+        return
+    if isinstance(present, Tensor):
+        right = isinstance(stored, Tensor) and (stored.dtype, stored.dim()) == (present.dtype, present.dim())
+    elif isinstance(present, list | tuple):
+        right = isinstance(stored, list)
+    elif isinstance(present, float):
+        right = type(stored) in (int, float)
+    else:
+        right = present is None or type(stored) is type(present)
+    if not right:
+        kind = type(present).__name__
+        raise CheckpointError(f"The checkpoint '{path}' holds {stored!r:.40} where a {kind} is needed; {EARLIER}.")
+
+
+def complete(parent: Path) -> list[Path]:
+    """The complete checkpoints in a folder of them, newest first.
 
     Where a run was killed while it replaced a checkpoint, the old one is put back.
     """
     for before in parent.glob(".update-*.replaced"):
         with contextlib.suppress(OSError):  # the new one is there, or another rank was faster
             os.rename(before, parent / before.name.removeprefix(".").removesuffix(".replaced"))
-    complete = sorted(path for path in parent.glob("update-*") if path.is_dir())
-    return complete[-1] if complete else None
+    found = [path for path in parent.glob("update-*") if path.is_dir() and NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("update-")), reverse=True)
+
+
+NAME = re.compile(r"update-[0-9]{1,18}")
+"""The name of a checkpoint's folder: the updates that were made before it."""
+
+
+def named(update: int) -> str:
+    """The name of the checkpoint after so many updates."""
+    return f"update-{update:08d}"
+
+
+FIRST = named(0)
+"""The name of the checkpoint of a run's beginning."""
+
+
+def newest(parent: Path) -> Path | None:
+    """The newest complete checkpoint in a folder of them."""
+    return next(iter(complete(parent)), None)
 
 
 def _replaced(folder: Path) -> Path:
@@ -95,7 +182,7 @@ def _replaced(folder: Path) -> Path:
 
 def prune(parent: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and those that killed runs left half-written."""
-    for path in sorted(parent.glob("update-*"))[:-keep]:
+    for path in complete(parent)[keep:]:
         shutil.rmtree(path)
     for pattern in (".update-*.tmp*", ".update-*.replaced"):
         for path in parent.glob(pattern):
@@ -111,12 +198,45 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put the optimiser's memory back."""
+    """Put the optimiser's memory back; raises `ValueError` for one that does not fit its parameters."""
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
+        known = name in ("step", MASTER, *MOMENTS) and index.isdecimal() and int(index) < len(parameters)
+        if not known or value.shape != (() if name == "step" else parameters[int(index)].shape):
+            raise ValueError(f"no parameter has a '{key:.40}' of shape {tuple(value.shape)!s:.40}")
         entries.setdefault(int(index), {})[name] = value
+    for place, entry in entries.items():
+        if len(entry.keys() & {"step", *MOMENTS}) not in (0, 3):
+            raise ValueError(f"the moments of parameter {place} are not whole")
     optimiser.load_state_dict({"state": entries, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    """True for a line of a manifest: the name of a file in the checkpoint's own folder, its size and its hash."""
+    plain = Path(name).name == name and name.endswith((".json", ".safetensors"))
+    return (
+        plain and isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+    )
+
+
+def _digest(path: Path) -> tuple[int, str]:
+    """The size of a file in bytes and its hash; a file that cannot be read is empty."""
+    digest, size = hashlib.sha256(), 0
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()
+
+
+def _json(path: Path, fault: str) -> Any:
+    """The content of a JSON file; raises `CheckpointError` with the `fault` for one that cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{fault}; {EARLIER}.") from error
 
 
 def _split(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
@@ -136,7 +256,7 @@ def _split(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
 def _join(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The nested state that `_split` took apart."""
     if isinstance(plain, dict):
-        if set(plain) == {"tensor"} and plain["tensor"] in tensors:
+        if set(plain) == {"tensor"} and isinstance(plain["tensor"], str) and plain["tensor"] in tensors:
             return tensors[plain["tensor"]]
         return {key: _join(value, tensors) for key, value in plain.items()}
     if isinstance(plain, list):

@@ -24,7 +24,7 @@ from stepwell.sampling.request import Request
 from stepwell.sampling.rollout import rollout
 from stepwell.steering.guide import RewardGuide
 from stepwell.training.distribute import World
-from stepwell.trajectories import Trajectories
+from stepwell.trajectories import PROVENANCES, Trajectories
 
 PARTS = 1000
 """The most parts that a planner may ask for in one step: one that never returns [] would go on for ever."""
@@ -45,12 +45,15 @@ def with_rewards(
     """The rows that were drawn for the requests with `reward` (N,) and `rewards` (N, K), and the K functions' names.
 
     Rows without an outcome get 0. A row whose request carries its reward is not handed to the reward functions: that
-    number is its `reward`, and stands in all K columns of `rewards`.
+    number is its `reward`, and stands in all K columns of `rewards`. Where there are no functions and no row brings its
+    reward, both fields stay empty.
     """
     rows = drawn.trajectories
     numbers = [request.reward for request in requests for _ in range(request.count)]
     given = torch.tensor([number is not None for number in numbers], dtype=torch.bool, device=rows.outcome.device)
     stored, asked = given & rows.outcome, rows.outcome & ~given
+    if not rewards.functions and not bool(stored.any()):
+        return drawn, ()
     scored = rewards(drawn[asked], meter)
     total = torch.zeros(len(drawn), dtype=rows.log_prob.dtype, device=given.device)
     each = torch.zeros(len(drawn), len(scored.names), dtype=total.dtype, device=given.device)
@@ -99,6 +102,7 @@ def collect(
             if mine:
                 place = {"version": version, "first_node": first_node}
                 drawn = rollout(process, mine, own, so_far=so_far, rows_at_once=rows_at_once, **place)
+                drawn = drawn if guide is None else _as_own(drawn)
                 judging = time.monotonic()
                 drawn, functions = with_rewards(drawn, mine, rewards, process.meter)
                 phases = {"rollout": judging - begin, "reward": time.monotonic() - judging}
@@ -115,6 +119,13 @@ def collect(
     assert total is not None
     kept = _noted(planner, total)[planner.keep(total.trajectories)]
     return Rewarded(kept, names, seconds)
+
+
+def _as_own(drawn: Drawn) -> Drawn:
+    """Rows of a guided rollout as the policy's own: the guide is the method's way to draw from it while it trains."""
+    rows = drawn.trajectories
+    guided = rows.provenance == PROVENANCES.index("proposed")
+    return Drawn(rows.replace(provenance=rows.provenance.masked_fill(guided, 0)), drawn.samples, drawn.prompts)
 
 
 def _planned(

@@ -7,15 +7,17 @@ everywhere, and runs the network only on its own rows. Losses are divided by glo
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from stepwell.errors import InputError
+from stepwell.errors import InputError, StepwellError
+from stepwell.guarded import reason_of
 
 T = TypeVar("T")
 
@@ -24,6 +26,18 @@ def _leave() -> None:
     """Close the connections in order; left open until the interpreter ends, their threads may crash the rank."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Name the reason where ranks cannot exchange: one of them has ended, which closes its connections at once."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise StepwellError(
+            "Another rank of this run has ended, so that this one cannot go on; its own output says why "
+            f"({reason_of(error, 120)})."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -56,7 +70,8 @@ class World:
             return [value]
         from accelerate.utils import gather_object
 
-        return gather_object([value])
+        with _together():
+            return gather_object([value])
 
     def same(self, value: T) -> T:
         """The main rank's value, on all ranks."""
@@ -92,7 +107,8 @@ class World:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])  # all of them have one now
-        flat = reduce(flat, reduction="sum")
+        with _together():
+            flat = reduce(flat, reduction="sum")
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.reshape(parameter.shape)
 

@@ -2,84 +2,190 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import types
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from stepwell.errors import CheckpointError
+from stepwell.origin import is_own, origin
+from stepwell.parts import parts_of
 from stepwell.process.base import Process
+from stepwell.process.models import Models
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.mixing import Rewards
 from stepwell.sampling.request import Prompt
+from stepwell.training.log import versions
 from stepwell.training.settings import Settings
 
-SETTINGS = (
-    "seed",
-    "learning_rate",
-    "schedule",
-    "warmup",
-    "weight_decay",
-    "max_gradient_norm",
-    "precision",
-    "shuffle",
+FREE = frozenset(
+    {
+        *("steps", "budget"),  # a longer run is the same one
+        *("prompts_per_step", "group_size", "epochs", "minibatches"),  # they are in the method's parts
+        *("tokens_per_microbatch", "checkpoint_every", "checkpoint_seconds", "keep"),
+        *("evaluate_every", "evaluation_samples", "completions_logged", "trackers", "progress"),
+    }
 )
-"""The settings that decide the numbers of a run; a longer or more often saved run is the same one."""
+"""The settings that may change when a run is resumed; every other one decides its numbers."""
 
 STARTED_WITH = {
     "model": "the model",
-    "data": "the prompts",
+    "base": "the weights that do not learn",
+    "data": "the prompts and their columns",
+    "evaluation": "the prompts to evaluate on",
     "process": "the process",
+    "teacher": "the teacher",
     "reward": "the rewards and weights",
     "method": "the method and options",
+    "code": "the code",
 }
 """The entries of a fingerprint besides the settings, in words."""
 
 
+class AnotherRun(CheckpointError):
+    """A checkpoint is whole, and of a run that was made of other things."""
+
+
 def fingerprint(
-    trained: Process,
     evaluated: Process,
+    models: Models,
     recipe: Recipe,
     prompts: Sequence[Prompt],
     rewards: Rewards,
     settings: Settings,
+    evaluation: Sequence[Prompt] | None = None,
 ) -> dict[str, Any]:
     """The identity of a run as values for JSON.
 
     It is taken before anything is drawn: a process may count its own steps in an attribute that `describe` gives.
     """
+    trained, teacher = models.policy, models.teacher
     learning = {name: p for name, p in trained.module.named_parameters() if p.requires_grad}
     shapes = [f"{name}:{tuple(p.shape)}:{p.dtype}" for name, p in learning.items()]
+    fixed = {name: value for name, value in _stored(trained.module).items() if name not in learning}
     return {
         "model": hashlib.sha256("\n".join(shapes).encode()).hexdigest(),
-        "data": hashlib.sha256(repr([(prompt.id, prompt.value) for prompt in prompts]).encode()).hexdigest(),
+        "base": weights_digest(fixed),
+        "data": _rows_digest(prompts),
+        "evaluation": None if evaluation is None else _rows_digest(evaluation),
         "process": {"trained": trained.describe(), "evaluated": evaluated.describe()},
+        "teacher": None if teacher is None else [teacher.describe(), weights_digest(_stored(teacher.module))],
         "method": "\n".join(recipe.parts()),
-        "reward": repr((rewards.names, rewards.weights)),
-        "settings": {name: getattr(settings, name) for name in SETTINGS},
+        "reward": [
+            {"name": name, "weight": weight, "source": "".join(origin(function))}
+            for name, weight, function in zip(rewards.names, rewards.weights, rewards.functions, strict=True)
+        ],
+        "code": dict(sorted(_own_code(recipe, trained.module))),
+        "settings": {
+            entry.name: getattr(settings, entry.name)
+            for entry in dataclasses.fields(settings)
+            if entry.name not in FREE
+        },
+        "made with": {**versions(), "device": _device(trained.module)},
     }
 
 
 def refuse_another(folder: Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError`, saying what differs, where a checkpoint's fingerprint is not the present run's."""
+    """Raise `AnotherRun`, saying what differs, where a checkpoint's fingerprint is not the present run's.
+
+    Other versions of libraries and another device are warned of: they change numbers in the last places.
+    """
     others = [entry for entry in STARTED_WITH if _text(saved.get(entry)) != _text(present[entry])]
+    if "evaluation" in others and None in (saved.get("evaluation"), present["evaluation"]):
+        others.remove("evaluation")  # evaluating or not changes nothing else
     if "method" in others and "process" not in others:
         others.insert(0, "method")  # a critic makes it another model, too
     if others:
         entry = others[0]
-        differences = dict.fromkeys(_differences(saved, present)) if entry == "process" else ()
+        differences = dict.fromkeys(_differences(entry, saved.get(entry), present[entry]))
         details = f" ({'; '.join(differences)})" if differences else ""
-        raise CheckpointError(
+        raise AnotherRun(
             f"The checkpoint '{folder}' is of another {entry}{details}; resume with {STARTED_WITH[entry]} it was "
             "started with."
         )
-    for name, value in saved["settings"].items():
-        if present["settings"].get(name) != value:
-            raise CheckpointError(
-                f"The checkpoint '{folder}' is of a run with {name}={value}, not {present['settings'].get(name)}; "
+    for name, value in present["settings"].items():
+        before = saved["settings"].get(name)
+        if _text(before) != _text(value):
+            raise AnotherRun(
+                f"The checkpoint '{folder}' is of a run with {name}={before}, not {value}; "
                 "resume with the settings it was started with."
             )
+    made = saved.get("made with") or {}
+    changed = [f"{name} was {made[name]}, now {now}" for name, now in present["made with"].items() if name in made]
+    changed = [words for words in changed if len({*words.partition(" was ")[2].split(", now ")}) > 1]
+    if changed:
+        warnings.warn(
+            f"The run goes on in another way than it began ({'; '.join(changed)}), so that its numbers may differ in "
+            "the last places from those of a run without a stop.",
+            stacklevel=2,
+        )
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of every bit of some tensors, by two sums a tensor: of its words, and of them times their places.
+
+    Both wrap around at 64 bits, so that they do not depend on the order of summation, nor on the device.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:{_sums(tensor)}".encode())
+    return digest.hexdigest()
+
+
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The whole number of each size in bytes."""
+BLOCK = 2**20
+"""The words that are summed at once."""
+
+
+@torch.no_grad()
+def _sums(tensor: Tensor) -> tuple[int, int]:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.numel() == 0 or tensor.is_meta:
+        return 0, 0
+    words = tensor.detach().contiguous().view(WORDS[tensor.element_size()]).flatten()
+    places = torch.arange(1, min(BLOCK, len(words)) + 1, device=words.device)
+    plain = placed = torch.zeros((), dtype=torch.int64, device=words.device)
+    for number, block in enumerate(words.split(BLOCK), 1):
+        block = block.long()
+        own = block.sum()
+        plain, placed = plain + own, placed + (block * places[: len(block)]).sum() + number * BLOCK * own
+    return int(plain), int(placed)
+
+
+def _stored(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module that its folder holds: parameters, and buffers that are no scratch space."""
+    return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _rows_digest(prompts: Iterable[Prompt]) -> str:
+    """A digest of prompts with their columns, which are never all in memory."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(f"{prompt.id!r} {prompt.value!r} {prompt.columns!r}\n".encode(errors="backslashreplace"))
+    return digest.hexdigest()
+
+
+def _own_code(recipe: Recipe, module: nn.Module) -> Iterator[tuple[str, str]]:
+    """The digests of a user's own classes and functions among a method's parts and a model's modules."""
+    parts = [*parts_of(recipe.whole.terms), *parts_of(recipe.planner), *parts_of(recipe.transforms)]
+    settings = [value for part in parts for value in vars(part).values() if isinstance(value, types.FunctionType)]
+    kinds = {type(thing) for thing in (*parts, *module.modules())}
+    for thing in (*kinds, *settings):
+        if is_own(thing):
+            yield origin(thing)
+
+
+def _device(module: nn.Module) -> str:
+    return next((parameter.device.type for parameter in module.parameters()), "cpu")
 
 
 def _text(value: Any) -> str:
@@ -87,14 +193,38 @@ def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
-    """The entries of `Process.describe` that differ, in words, for the process as trained and as evaluated."""
-    for role, entries in present["process"].items():
-        earlier = saved.get("process", {}).get(role, {})
-        for name in sorted(earlier.keys() | entries.keys()):
-            before, after = _text(earlier.get(name)), _text(entries.get(name))
-            if before != after and name == "source":  # a digest, which says nothing to a reader
-                yield "its code has changed"
-            elif before != after:
-                words = name.replace("_", " ")
-                yield f"{words} was {before}, now {after}" if len(before + after) < 80 else f"{words} was another"
+def _differences(entry: str, saved: Any, present: Any) -> Iterator[str]:
+    """The parts of an entry that differ, in words."""
+    if entry == "process":
+        for role, entries in present.items():
+            yield from _between((saved or {}).get(role, {}), entries)
+    elif entry == "code":
+        names = sorted({*(saved or {}), *present})
+        yield from (f"that of {name} has changed" for name in names if (saved or {}).get(name) != present.get(name))
+    elif entry == "reward" and isinstance(saved, list):
+        before = {reward["name"]: reward for reward in saved}
+        for reward in present:
+            earlier = before.get(reward["name"])
+            if earlier is None:
+                yield f"{reward['name']} was not among them"
+            elif earlier["weight"] != reward["weight"]:
+                yield f"the weight of {reward['name']} was {earlier['weight']}, now {reward['weight']}"
+            elif earlier != reward:
+                yield f"the code of {reward['name']} or what it was made with has changed"
+    elif entry == "teacher" and isinstance(saved, list) and isinstance(present, list):
+        yield from _between(saved[0], present[0])
+
+
+def _between(saved: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
+    """The entries of two descriptions of a process (`Process.describe`) that differ; those of tables, one by one."""
+    for name in sorted(saved.keys() | present.keys()):
+        before, after = saved.get(name), present.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from (f"{name}'s {words}" for words in _between(before, after))
+        elif _text(before) == _text(after):
+            continue
+        elif name == "source":  # a digest, which says nothing to a reader
+            yield "its code has changed"
+        else:
+            words, both = name.replace("_", " "), f"{_text(before)}, now {_text(after)}"
+            yield f"{words} was {both}" if len(both) < 90 else f"{words} was another"

@@ -11,7 +11,7 @@ import contextlib
 import importlib.metadata
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from stepwell.errors import CheckpointError, InputError
 from stepwell.figures import pictures
 from stepwell.training.trackers import open_tracker
-from stepwell.writing import append_lines, json_text, writable_folder, write_whole
+from stepwell.writing import append_lines, json_text, sync_file, sync_folder, writable_folder, write_whole
 
 METRICS, CLOCK, COMPLETIONS, RUN = "metrics.jsonl", "clock.jsonl", "completions.jsonl", "run.json"
 SAMPLES = "samples"
@@ -90,21 +90,22 @@ class RunLog:
         self._earlier = False
         if self.folder is None:
             return
-        metrics = read_lines(self.folder / METRICS)
-        if len(metrics) < lines:
-            raise CheckpointError(
-                f"'{self.folder / METRICS}' holds {len(metrics)} steps where its checkpoint has {lines}; "
-                "put the file back, or start again in another folder."
-            )
-        steps = {entry.get("step") for entry in metrics[:lines]}
+        steps = {entry.get("step") for entry in check_logged(self.folder, lines)[:lines]}
         named = {entry.get("picture") for entry in read_lines(self.folder / COMPLETIONS) if entry.get("step") in steps}
         _keep(self.folder / METRICS, lambda place, entry: place < lines)
-        _keep(self.folder / CLOCK, lambda place, entry: place < lines)
+        _keep(self.folder / CLOCK, lambda place, entry: place < lines and entry.get("step") in steps)
         _keep(self.folder / COMPLETIONS, lambda place, entry: entry.get("step") in steps)
         for file in self.folder.glob(f"{SAMPLES}/step-*.png"):
             if f"{SAMPLES}/{file.name}" not in named:
                 file.unlink(missing_ok=True)
         self._write_run()
+
+    def sync(self) -> None:
+        """Let what was logged survive a loss of power: called before a checkpoint that counts on it."""
+        if self.folder is not None:
+            for name in (COMPLETIONS, CLOCK, METRICS):
+                sync_file(self.folder / name)
+            sync_folder(self.folder)
 
     def _draw(
         self, metrics: Mapping[str, Any], completions: Sequence[Mapping[str, Any]]
@@ -161,7 +162,7 @@ def versions() -> dict[str, str]:
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The entries of a log's file in order, without a last line that was torn; none where the file is missing."""
+    """The entries of a log's file in order, without lines that are broken; none where the file is missing."""
     return [entry for _, entry in _lines(Path(path))]
 
 
@@ -182,20 +183,33 @@ def numeric(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Whole lines with their entries, up to the first that is broken."""
+    """The whole lines of a file with their entries; broken ones, which a loss of power may leave anywhere, are left
+    out."""
     whole: list[tuple[bytes, dict[str, Any]]] = []
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
         try:
             entry = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n") or not isinstance(entry, dict):
-            break
-        whole.append((line, entry))
+        except (ValueError, RecursionError):
+            continue
+        if line.endswith(b"\n") and isinstance(entry, dict):
+            whole.append((line, entry))
     return whole
 
 
-def _keep(path: Path, wanted: Any) -> None:
+def check_logged(folder: Path, steps: int) -> list[dict[str, Any]]:
+    """The metrics of a run's first steps, one after another, up to the first that is missing; raises `CheckpointError`
+    where they are fewer than `steps`."""
+    entries = read_lines(folder / METRICS)
+    whole = [entry for number, entry in enumerate(entries, 1) if entry.get("step", number) == number]
+    if len(whole) < steps:
+        raise CheckpointError(
+            f"'{folder / METRICS}' holds {len(whole)} whole steps where the checkpoint has {steps}; "
+            "put the file back, or start again in another folder."
+        )
+    return whole
+
+
+def _keep(path: Path, wanted: Callable[[int, Mapping[str, Any]], bool]) -> None:
     """Keep the lines for which `wanted(place, entry)`; the file is replaced at one stroke, or made."""
     kept = b"".join(line for place, (line, entry) in enumerate(_lines(path)) if wanted(place, entry))
     if not path.is_file() or kept != path.read_bytes():

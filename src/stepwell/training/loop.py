@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from stepwell.batch import Batch
 from stepwell.errors import RewardError, StepwellError
+from stepwell.guarded import Guarded
 from stepwell.meter import Cost
 from stepwell.objective.gradient import ClipByNorm, global_norm
 from stepwell.process.base import AT_POINTS, Process
@@ -24,19 +26,20 @@ from stepwell.reward.mixing import Rewards
 from stepwell.rng import Rng
 from stepwell.sampling.record import Drawn
 from stepwell.sampling.request import Prompt
-from stepwell.training.admission import admit
+from stepwell.training.admission import admit, admit_rewards
 from stepwell.training.collect import collect
 from stepwell.training.evaluation import evaluate
 from stepwell.training.log import RunLog
 from stepwell.training.progress import View, make_progress
-from stepwell.training.resume import description, export, prepare, restore, save
-from stepwell.training.scoring import fill, score_everywhere
+from stepwell.training.resume import description, export, forget, prepare, restore, save
+from stepwell.training.scoring import fill, score_everywhere, with_declared_notes
 from stepwell.training.settings import Settings
 from stepwell.training.state import Run, RunState, begin, reads_of
 from stepwell.training.stopping import StopRequested
-from stepwell.training.summary import completions, row_metrics
+from stepwell.training.summary import completions, row_metrics, warn_of_ties
 from stepwell.training.update import accumulate
 from stepwell.trajectories import Counts, Trajectories, count
+from stepwell.writing import held
 
 __all__ = ["Run", "evaluate", "train"]
 
@@ -55,8 +58,11 @@ class Trainer:
         self.evaluation, self.on_step = list(evaluation or []), on_step
         self.rng = Rng(self.settings.seed)
         self.judge = Judge(state.rewards, state.stream.prompts, state.given.meter)
-        self.parameters = list(state.learning.values())
+        self.parameters = state.optimiser.masters
         self.clock = {"begin": time.monotonic()}
+        self.whole = True  # the state is that between two updates, of which a checkpoint may be made
+        self.saved: tuple[int, ...] = ()  # the place of the newest checkpoint
+        self.saved_at = time.monotonic()
 
     def run(self, log: RunLog, title: str = "training") -> None:
         """Make steps until the settings say stop; a checkpoint between any two updates is enough to go on from."""
@@ -68,6 +74,8 @@ class Trainer:
         try:
             with StopRequested() as stop:
                 stopped = False
+                if at.update == 0 and at.drawn is None:
+                    self.save(log)  # a run that is killed before the next one has something to go on from
                 while at.done < 1.0 and not stopped:
                     if at.drawn is None:
                         self.collect()
@@ -76,18 +84,28 @@ class Trainer:
                             self.update()
                         if at.part == updates:
                             self.finish_step(log, progress)
-                        if self.settings.checkpoint_every and at.update % self.settings.checkpoint_every == 0:
-                            self.save()
-                        stopped = any(self.world.gather(bool(stop)))  # together, or the others would wait for ever
-        except Exception as error:
-            if at.update or not isinstance(error, StepwellError):  # before any update there is nothing to keep
-                self.save(together=False)
+                        # together, or some ranks would wait for others for ever
+                        signals = self.world.gather((bool(stop), self.checkpoint_is_due()))
+                        stopped = any(asked for asked, _ in signals)
+                        if any(due for _, due in signals):
+                            self.save(log)
+        except BaseException as error:
+            if self.whole and (at.update or not isinstance(error, StepwellError)):  # else there is nothing to keep
+                self.save(log, together=False)
+            elif at.update == 0 and self.state.out is not None and self.world.is_main:
+                forget(self.state.out, log)
             raise
         finally:
             progress.close()
-        self.save()
+        cost = self.state.given.meter.read()
+        with self.state.given.meter.paused():  # the budget is for training
+            self.save(log)
         if stopped:
             raise KeyboardInterrupt
+        if self.settings.budget is not None and at.step != self.settings.steps:
+            missed = self.settings.budget.missed(cost, at.step)
+            if missed:
+                warnings.warn(missed, stacklevel=2)
 
     def collect(self) -> None:
         """Plan, roll out, reward, and give credit: the whole batch, no gradient."""
@@ -107,8 +125,10 @@ class Trainer:
                 guide=self.recipe.guide,
             )
             scoring, drawn = time.monotonic(), rewarded.drawn
-            rows = self.objective.draw(drawn.trajectories, state.models, self.rng.split("points", at.step))
-            reads, tokens = reads_of(self.recipe, settings), settings.tokens_per_microbatch
+            rows = with_declared_notes(drawn.trajectories, self.objective.reads)
+            rows = self.objective.draw(rows, state.models, self.rng.split("points", at.step))
+            reads = reads_of(self.recipe, settings, state.models.policy)
+            tokens = settings.tokens_per_microbatch
             rows = fill(state.models, rows, reads, tokens=tokens, world=self.world)
         at.drawn, at.names = Drawn(rows, drawn.samples, drawn.prompts), rewarded.names
         at.targets = self.objective.credit(Batch(rows, self.counts(rows), None, at.states))
@@ -136,16 +156,18 @@ class Trainer:
             metrics: dict[str, float] = {}
             if len(mine):
                 part = Batch(rows[mine], counts, None, at.states, self.judge)
-                metrics = accumulate(state.models, self.objective, part, targets[mine], tokens)
+                metrics = accumulate(state.models, self.objective, part, targets[mine], tokens, state.optimiser.gather)
         self.world.sum_gradients(self.parameters)
         if self.objective.needs & AT_POINTS and all(parameter.grad is None for parameter in self.parameters):
             raise RewardError("No parameter has a part in the rewards' gradient; they do not depend on the samples.")
         metrics = self.world.sum_metrics(metrics)
+        self.whole = False
         metrics["gradient_norm"] = self.step_optimiser()
         at.metrics = {name: at.metrics.get(name, 0.0) + value for name, value in metrics.items()}
         at.update, at.part, at.made = at.update + 1, at.part + 1, at.made + 1
         signals = {**row_metrics(at.drawn.trajectories, at.names), **metrics}
         at.states = {name: state.update(at.states[name], signals) for name, state in self.objective.states.items()}
+        self.whole = True
 
     def step_optimiser(self) -> float:
         """Transform the gradients and move; the norm before the transforms."""
@@ -184,22 +206,36 @@ class Trainer:
         shown = completions(at.drawn, at.names, at.step + 1, settings.completions_logged)
         if self.world.is_main:
             log.step(metrics, {"step": metrics["step"], "seconds": clock}, shown)
+        self.whole = False
         state.planner.learn(at.drawn.trajectories, metrics)
         if self.recipe.reference == "synced" and (at.step + 1) % self.recipe.sync_every == 0:
             state.models = replace(state.models, reference=state.models.policy.frozen())
         at.history.append(metrics)
+        warn_of_ties(self.objective, at.history)
         at.step, at.done, at.drawn, at.targets, at.part = at.step + 1, done, None, None, 0
+        self.whole = True
         if self.world.is_main:
             progress.step(metrics, clock, shown, at.done)
         if self.on_step is not None:
-            self.on_step(metrics | {"wall_time": wall})
+            with Guarded():  # it may not change how torch computes
+                self.on_step(metrics | {"wall_time": wall})
 
-    def save(self, together: bool = True) -> None:
+    def checkpoint_is_due(self) -> bool:
+        """True after as many updates, or as many seconds, as the settings have between checkpoints."""
+        settings = self.settings
+        every = bool(settings.checkpoint_every) and self.at.update % settings.checkpoint_every == 0
+        late = settings.checkpoint_seconds and time.monotonic() - self.saved_at >= settings.checkpoint_seconds
+        return every or bool(late)
+
+    def save(self, log: RunLog, together: bool = True) -> None:
         """A checkpoint of this moment, where there is a folder for it; `together` with the other ranks."""
+        place = (self.at.step, self.at.update, self.at.part)
         own = asdict(self.state.given.meter.read())
         meters = self.world.gather(own) if together else [own]
-        if self.state.out is not None and self.world.is_main:
+        if self.state.out is not None and self.world.is_main and place != self.saved:
+            log.sync()
             save(self.state, meters)
+        self.saved, self.saved_at = place, time.monotonic()
 
     # what the steps above are made of
 
@@ -252,18 +288,25 @@ def train(
     and the meter of `process` changes.
     """
     admit(process, prompts)
+    admit_rewards(recipe, rewards, evaluation is not None)
     folder = prepare(out, resume)
     process.meter.load_state_dict(asdict(Cost()))  # what was spent before is not this run's
-    state = begin(process, recipe, prompts, rewards, settings, folder, teacher)
-    log = RunLog(folder if state.world.is_main else None, settings.trackers, config=description(state, config))
-    if resume:
-        restore(state, log)
-    try:
-        Trainer(state, evaluation, on_step).run(log, str((config or {}).get("method", "training")))
-    finally:
-        log.close()
-    if folder is not None and state.world.is_main:
-        export(state)
-    state.world.gather(None)  # no rank leaves while another still writes
+    with contextlib.ExitStack() as held_folder:
+        state = begin(process, recipe, prompts, rewards, settings, folder, teacher, evaluation)
+        if folder is not None and state.world.is_main:
+            held_folder.enter_context(held(folder))
+        log = RunLog(folder if state.world.is_main else None, settings.trackers, config=description(state, config))
+        if resume:
+            restore(state, log)
+        elif folder is not None and state.world.is_main:
+            forget(folder, log)
+        try:
+            Trainer(state, evaluation, on_step).run(log, str((config or {}).get("method", "training")))
+        finally:
+            log.close()
+        if folder is not None and state.world.is_main:
+            with process.meter.paused():
+                export(state)
+        state.world.gather(None)  # no rank leaves while another still writes
     at = state.at
     return Run(state.trained, state.recipe, settings, at.history, process.meter.read(), at.step, folder)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
@@ -13,6 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from stepwell.guarded import said_of
+from stepwell.terminal import one_line, screen
 from stepwell.training.settings import Settings
 
 # The metrics that have a place of their own in the view, by their labels there.
@@ -53,7 +58,8 @@ def make_progress(enabled: bool, console: Console | None = None) -> View:
     if not enabled:
         return Silent()
     # Standard output, since standard error is for failures, and may be all that a script looks at.
-    return Progress(console or Console())
+    screened: Any = screen(sys.stdout)
+    return Dispensable(Progress(console or Console(file=screened)))
 
 
 class Silent:
@@ -75,6 +81,40 @@ class Silent:
         return None
 
 
+class Dispensable:
+    """A view that is given up at its first failure: the run is not about it."""
+
+    def __init__(self, view: View):
+        self._view: View | None = view
+
+    def start(self, settings: Settings, recipe_name: str) -> None:
+        self._try(lambda view: view.start(settings, recipe_name))
+
+    def step(
+        self,
+        metrics: Mapping[str, Any],
+        clock: Mapping[str, Any],
+        completions: Sequence[Mapping[str, Any]],
+        share_done: float,
+    ) -> None:
+        self._try(lambda view: view.step(metrics, clock, completions, share_done))
+
+    def close(self) -> None:
+        self._try(lambda view: view.close())
+
+    def _try(self, act: Callable[[View], None]) -> None:
+        if self._view is None:
+            return
+        view = self._view
+        try:
+            act(view)
+        except Exception as error:
+            self._view = None
+            with contextlib.suppress(Exception):  # a warning is one where warnings are errors
+                view.close()
+                warnings.warn(f"The view of the run is left out from now on: {said_of(error)}.", stacklevel=2)
+
+
 class Progress:
     """The live view where `console` is a terminal, else one line a step."""
 
@@ -88,7 +128,7 @@ class Progress:
         self._pace = Pace(time.monotonic())
 
     def start(self, settings: Settings, recipe_name: str) -> None:
-        self._title = recipe_name
+        self._title = one_line(recipe_name)
         steps = None if settings.steps is None else f"{settings.steps} steps"
         budget = None if settings.budget is None else str(settings.budget)
         self._limit = " or ".join(limit for limit in (steps, budget) if limit)
@@ -276,8 +316,7 @@ def said(value: Any) -> str:
     """A prompt or completion on one line, without characters that would move a terminal's cursor."""
     if isinstance(value, list | tuple) and value and isinstance(value[-1], Mapping):
         value = value[-1].get("content")
-    text = value if isinstance(value, str) else "" if value is None else str(value)
-    return "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
+    return one_line(value if isinstance(value, str) else "" if value is None else str(value))
 
 
 def tail(text: str, width: int) -> str:

@@ -19,6 +19,8 @@ from stepwell.trajectories import FIELDS, Trajectories
 ROLES: tuple[Role, ...] = ("policy", "reference", "teacher")
 FINAL_VALUE = Read("policy", "final_value")
 VALUE = Read("policy", "value")
+OPTIONAL = {"turn"}
+"""Notes that a part uses where they are there, and does not need: `objective.ratio.Ratio` at the level of turns."""
 
 
 @torch.no_grad()
@@ -47,6 +49,13 @@ def score_everywhere(
     return Scores(numbers.pop("log_prob"), numbers)
 
 
+def with_declared_notes(rows: Trajectories, reads: Collection[Read]) -> Trajectories:
+    """The rows without the notes that no part has declared, so that a part which reads one of them is told so."""
+    names = {read.name for read in reads if read.of == "rows"} | OPTIONAL
+    entries = {} if rows.info is None else {name: note for name, note in rows.info.items() if name in names}
+    return rows.replace(info=Columns(entries, len(rows)) if entries else None)
+
+
 def fill(
     models: Models, rows: Trajectories, reads: Collection[Read], *, tokens: int | None, world: World | None = None
 ) -> Trajectories:
@@ -54,7 +63,7 @@ def fill(
 
     Each model scores the rows once for all that is read of it. Fields of the rows are filled; other scores go into
     `rows.info`, or into `rows.points` where they belong to points that a term drew. A read of the rows is left alone:
-    columns of the data and notes of planners are there already, and `segment` is asked of the process if it is not.
+    notes of planners are there already, and `segment` is asked of the process if it is not.
 
     Where the policy's `value` is read, rows were truncated, and the policy offers it, `final_value` is filled too: the
     value of the last state of truncated rows, 0 for the others.

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from stepwell.errors import InputError
 from stepwell.meter import Budget
-from stepwell.parts import Node, parts_of
-from stepwell.ranges import Checked, Count, NotNegative, Positive, Range, Size
+from stepwell.parts import compares
+from stepwell.ranges import Checked, Count, NotNegative, Positive, Range, Size, check_kinds
 from stepwell.recipe.recipe import Recipe
 
 Seed = Annotated[int, Range("a whole number of 64 bits", -(2**63), 2**64 - 1, whole=True)]
@@ -24,7 +24,8 @@ class Settings(Checked):
     take the place of the method's own where given. schedule: the learning rate after `warmup` updates, over the
     whole run. tokens_per_microbatch: cuts every minibatch to fit memory, and changes nothing else. rows_at_once:
     cuts rollouts, which changes the random numbers that a row gets, but not its distribution. checkpoint_every:
-    updates between checkpoints, 0 for none but the last; the newest `keep` of them stay. evaluate_every: steps between
+    updates between checkpoints, checkpoint_seconds: seconds between them, 0 for none but the first and the last; the
+    newest `keep` of them stay. evaluate_every: steps between
     evaluations, 0 for none.
 
     Raises `InputError` for a number out of its range and for a run that would never stop.
@@ -49,6 +50,7 @@ class Settings(Checked):
     evaluate_every: Count = 0
     evaluation_samples: Size = 1
     checkpoint_every: Count = 0
+    checkpoint_seconds: NotNegative = 300.0
     keep: Size = 2
     completions_logged: Count = 4
     trackers: tuple[str, ...] = ()
@@ -56,6 +58,7 @@ class Settings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_kinds(type(self), {name: getattr(self, name) for name in ("shuffle", "progress")}, "Settings.")
         if not isinstance(self.budget, Budget | None):
             raise InputError(f"Settings.budget must be text such as 60s, or a Budget, got {self.budget!r:.60}.")
         if not isinstance(self.trackers, list | tuple):
@@ -90,8 +93,7 @@ def with_settings(recipe: Recipe, settings: Settings) -> Recipe:
         raise InputError(
             f"Settings.minibatches must be at most the {planner.prompts} prompts of a step, got {minibatches}."
         )
-    nodes = (part for part in parts_of(recipe.whole.terms) if isinstance(part, Node))
-    comparing = [type(node).__name__ for node in nodes if node.compares]
+    comparing = compares(recipe.whole.terms)
     if planner.size == 1 and comparing:
         raise InputError(
             f"Settings.group_size must be at least 2 for {comparing[0]}, which compares the samples of a prompt, got 1."

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from stepwell.batch import Read
@@ -29,6 +28,7 @@ from stepwell.sampling.record import Drawn
 from stepwell.sampling.request import Prompt
 from stepwell.training.distribute import World
 from stepwell.training.fingerprint import fingerprint
+from stepwell.training.optimiser import MasterAdamW, is_half, make_optimiser
 from stepwell.training.scoring import VALUE
 from stepwell.training.settings import Settings, with_settings
 
@@ -88,7 +88,7 @@ class RunState:
     rewards: Rewards
     stream: PromptStream
     planner: Planner
-    optimiser: torch.optim.Optimizer
+    optimiser: MasterAdamW
     world: World
     fingerprint: dict[str, Any]
     out: Path | None = None
@@ -114,7 +114,7 @@ class RunState:
             if self.world.size > 1:
                 total = sum(self.world.gather(meter.spent), start=Cost())
                 cost = replace(total, wall_time=self.world.same(cost.wall_time))
-            shares.append(settings.budget.fraction(cost, steps))
+            shares.append(settings.budget.share(cost, steps))
         return max(shares)
 
     @contextlib.contextmanager
@@ -137,6 +137,7 @@ def begin(
     settings: Settings,
     out: Path | None = None,
     teacher: Process | None = None,
+    evaluation: Sequence[Prompt] | None = None,
 ) -> RunState:
     """A run before its first step. Nothing is written on `process` or `teacher`; the run makes the twins it needs.
 
@@ -145,7 +146,7 @@ def begin(
     """
     recipe, world = with_settings(recipe, settings), World.join()
     world.refuse_coupled(recipe.whole.coupling)
-    trained, models = _models(process, recipe, reads_of(recipe, settings), teacher)
+    trained, models = _models(process, recipe, reads_of(recipe, settings, process), teacher)
     learning = [p for p in trained.module.parameters() if p.requires_grad]
     return RunState(
         given=process,
@@ -156,17 +157,22 @@ def begin(
         rewards=rewards,
         stream=PromptStream(prompts, Rng(settings.seed).split("prompts"), settings.shuffle),
         planner=copy.deepcopy(recipe.planner),
-        optimiser=torch.optim.AdamW(learning, lr=settings.learning_rate, weight_decay=settings.weight_decay),
+        optimiser=make_optimiser(learning, settings),
         world=world,
-        fingerprint=fingerprint(models.policy, process, recipe, prompts, rewards, settings),
+        fingerprint={} if out is None else fingerprint(process, models, recipe, prompts, rewards, settings, evaluation),
         out=out,
         at=Position(states={name: state.initial for name, state in recipe.whole.states.items()}),
     )
 
 
-def reads_of(recipe: Recipe, settings: Settings) -> frozenset[Read]:
-    """The scores of a rollout that are filled in before its updates."""
-    anew = recipe.old == "recomputed" or settings.precision == "bf16"
+def reads_of(recipe: Recipe, settings: Settings, process: Process) -> frozenset[Read]:
+    """The scores of a rollout that are filled in before its updates.
+
+    In half precision the log-probabilities of the policy are among them: a rollout, which reads token by token, rounds
+    otherwise than a score of the whole, and the first ratio would not be one.
+    """
+    coarse = settings.precision == "bf16" or is_half(process.module.parameters())
+    anew = recipe.old == "recomputed" or coarse
     return recipe.whole.reads | ({Read("policy", "log_prob")} if anew else frozenset())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -25,7 +26,8 @@ def cut(process: Process, rows: Trajectories, coupling: Coupling, tokens: int | 
     sizes = process.row_sizes(rows)
     if coupling == "rows":
         return token_batches(sizes, tokens)
-    units = [everything] if coupling == "batch" else [(rows.prompt == p).nonzero()[:, 0] for p in rows.prompt.unique()]
+    group_sizes = rows.prompt.unique(return_counts=True)[1].tolist()
+    units = [everything] if coupling == "batch" else rows.prompt.argsort(stable=True).split(group_sizes)
     pieces: list[Tensor] = []
     for unit in units:
         if len(unit) * int(sizes[unit].max()) > tokens:
@@ -39,31 +41,43 @@ def cut(process: Process, rows: Trajectories, coupling: Coupling, tokens: int | 
 
 
 def accumulate(
-    models: Models, objective: Objective, batch: Batch, targets: Columns, tokens: int | None = None
+    models: Models,
+    objective: Objective,
+    batch: Batch,
+    targets: Columns,
+    tokens: int | None = None,
+    gather: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Add the gradient of the objective on a batch to that of the parameters, and return the metrics.
 
     The batch, which needs no scores, may be any part of the minibatch that `targets` and its counts come from. Its rows
     are cut so that no forward holds more than `tokens`; neither the loss nor the gradient depends on the cut. Where
     coupled rows do not fit, the loss's gradient in the scores is taken on all rows first, and sent back piece by piece:
-    one more forward, exact.
+    one more forward, exact. `gather` is called after each backward pass, so that an optimiser can add the gradients of
+    parameters in half precision up in a finer format.
     """
     pieces = cut(models.policy, batch.rows, objective.coupling, tokens)
     if pieces is None:
-        return _through_scores(models, objective, batch, targets, tokens)
+        return _through_scores(models, objective, batch, targets, tokens, gather)
     metrics: dict[str, float] = {}
     for piece in pieces:
         rows = batch.rows[piece]
         loss = objective.loss(replace(batch, rows=rows, scores=models.score(rows, objective.needs)), targets[piece])
         if loss.value.requires_grad:  # it does not where no step of these rows is trained: a window that is empty
             loss.value.backward()
+            gather()
         for name, value in loss.metrics.items():
             metrics[name] = metrics.get(name, 0.0) + float(value)
     return metrics
 
 
 def _through_scores(
-    models: Models, objective: Objective, batch: Batch, targets: Columns, tokens: int | None
+    models: Models,
+    objective: Objective,
+    batch: Batch,
+    targets: Columns,
+    tokens: int | None,
+    gather: Callable[[], None],
 ) -> dict[str, float]:
     """`accumulate` by way of the loss's gradient in the scores of all rows."""
     rows = batch.rows
@@ -83,4 +97,5 @@ def _through_scores(
         ]
         if parts:
             torch.stack(parts).sum().backward()
+            gather()
     return {name: float(value) for name, value in loss.metrics.items()}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stepwell import methods
-from stepwell.batch import Batch
+from stepwell.batch import Batch, Read
 from stepwell.check.methods import TOLERANCE
 from stepwell.check.oracles.credit.gradients import gradient_of, plain, written_out
 from stepwell.check.oracles.credit.rollouts import ascent, drawn, exact, expected_ascent, small
@@ -128,7 +128,7 @@ def test_the_greedy_baseline_is_noted_for_each_prompt():
     assert len(rows.info["greedy"].unique()) == 1
     slope = ascent(small(), policy_of(methods.get("remax")), rows)
     assert bool(slope.isfinite().all())
-    assert GreedyBaseline().reads == frozenset()
+    assert GreedyBaseline().reads == {Read("rows", "greedy")}
 
 
 def test_vine_credits_add_up_to_the_outcome_less_the_roots_value():

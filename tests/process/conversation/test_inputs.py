@@ -61,7 +61,10 @@ BROKEN: dict[str, tuple[Any, str]] = {
         environment(reset=lambda p: ("a", {}, 1)),
         "The reset of the environment Broken must return an observation, .*, got a tuple of 3",
     ),
-    "reset says too much": (environment(reset=lambda p: "a " * 40), "first words .* take 40 tokens"),
+    "reset says too much": (
+        environment(reset=lambda p: "a " * 70),
+        "first words .* take 70 tokens, and after the prompt the model has positions for 61; shorten them",
+    ),
     "step raises": (
         environment(step=raises),
         r"raised KeyError \('the key'\) in step at test_inputs.py, line \d+",
@@ -144,13 +147,13 @@ def test_a_broken_environment_is_refused_in_one_sentence(small_language: Build, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_turns": 0}, "max_turns must be a whole number of at least 1, got 0"),
-        ({"max_turns": 2.0}, "max_turns must be a whole number of at least 1, got 2.0"),
-        ({"max_turns": True}, "max_turns must be a whole number of at least 1, got True"),
+        ({"max_turns": 0}, "max_turns must be a whole number, at least 1, got 0"),
+        ({"max_turns": 2.0}, "max_turns must be a whole number, at least 1, got 2.0"),
+        ({"max_turns": True}, "max_turns must be a whole number, at least 1, got True"),
         ({"stop": ["", "a"]}, "stop must be a text, or texts, none of them empty, got .'', 'a'."),
         ({"stop": [3]}, "stop must be a text, or texts, none of them empty, got .3."),
         ({"role": ""}, "role must be the name of a chat's role, .*, got ''"),
-        ({"role": None}, "role must be the name of a chat's role, .*, got None"),
+        ({"role": None}, "role must be a text, got None"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(small_language: Build, settings: Any, message: str) -> None:
@@ -166,10 +169,19 @@ def test_a_column_in_the_place_of_the_prompt_is_refused(small_language: Build) -
         draw(talk(small_language, make=takes), answer="a")
 
 
-@pytest.mark.parametrize("message", [{"role": "tool", "content": 3}, {"role": None, "content": "d"}, {"role": "tool"}])
-def test_a_message_without_a_role_or_a_content_is_refused(small_language: Build, message: Any) -> None:
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "tool", "content": 3}, "a message whose 'content' is of type int"),
+        ({"role": None, "content": "d"}, "a message without a 'role' that is a text"),
+        ({"role": "tool", "content": None}, "a message without a 'content'"),
+        ({"role": "tool"}, "a value of type dict"),
+        ({"role": "tool", "content": [{"type": "image"}]}, "a message with a part of type 'image', of which only"),
+    ],
+)
+def test_a_message_without_a_role_or_a_content_is_refused(small_language: Build, message: Any, said: str) -> None:
     says = environment(step=lambda m: (message, *GOOD[1:]))
-    with pytest.raises(InputError, match=r"returns from step must be a text, .*, got a value of type dict"):
+    with pytest.raises(InputError, match=rf"returns from step must be a text, .*, got {said}"):
         draw(talk(small_language, chat=True, make=says), 4, [[{"role": "user", "content": "f"}]])
 
 

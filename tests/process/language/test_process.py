@@ -10,7 +10,7 @@ import torch
 
 from stepwell.check.tolerance import rounding
 from stepwell.distributions import Categorical
-from stepwell.errors import CannotFork, InputError, MissingAbility, StepwellError
+from stepwell.errors import InputError, MissingAbility, StepwellError
 from stepwell.process.base import Process
 from stepwell.process.language import reading
 from stepwell.process.language.build import language
@@ -96,9 +96,9 @@ def test_score_is_near_what_was_stored_in_half_precision(small_language: Build) 
 
 
 def test_forgotten_positions_are_caught(small_language: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = small_language("gpt2")
     columns = lambda self, mask: torch.arange(mask.shape[1]).expand(mask.shape)  # noqa: E731
     monkeypatch.setattr(CausalNetwork, "position_ids", columns)
-    process = small_language("gpt2")
     assert gap(process, draw(process).trajectories) > 1e-2
 
 
@@ -128,8 +128,8 @@ def test_a_cache_that_forgets_to_fork_is_caught(small_language: Build, monkeypat
         return honest(cache, index if index is None else torch.arange(len(index)) % max(int(index.max()) + 1, 1))
 
     honest = reading.forked
-    monkeypatch.setattr(reading, "forked", first_rows)
     process = small_language("qwen2")
+    monkeypatch.setattr(reading, "forked", first_rows)
     assert gap(process, draw(process).trajectories) > 1e-2
 
 
@@ -307,16 +307,6 @@ def test_dropout_never_touches_the_ratio(small_language: Build) -> None:
     rows = draw(process).trajectories
     process.module.train()  # as a training loop would; gpt2's dropout is 0.1
     assert gap(process, rows) <= 1e-10
-
-
-def test_a_model_with_a_recurrent_state_cannot_fork() -> None:
-    from transformers import MambaConfig, MambaForCausalLM
-
-    from stepwell.process.language.cache import empty_cache
-
-    config = MambaConfig(vocab_size=34, hidden_size=16, num_hidden_layers=1, state_size=4)
-    with pytest.raises(CannotFork, match="MambaForCausalLM keeps a recurrent state"):
-        empty_cache(MambaForCausalLM(config))
 
 
 def test_a_saved_model_is_loaded_again(small_language: Build, tmp_path: Any) -> None:

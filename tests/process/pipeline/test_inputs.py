@@ -153,7 +153,7 @@ def test_adapters_that_do_not_fit(pipeline_folder: Callable[..., Path], tmp_path
     pipeline(pipeline_folder("sd3"), lora={}, **options("sd3")).save(tmp_path)
     refused(pipeline_folder("sd"), "adapter", lora=tmp_path)
     (tmp_path / LORA_FILE).write_bytes(b"nothing")
-    refused(pipeline_folder("sd3"), "does not fit", "sd3", lora=tmp_path)
+    refused(pipeline_folder("sd3"), "header too small", "sd3", lora=tmp_path)
 
 
 def small(pipeline_folder: Callable[..., Path], **changes: Any) -> Flow:
@@ -207,3 +207,14 @@ def test_without_diffusers_it_is_said_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(InputError, match=r"pip install 'stepwell\[flow\]'"):
         pipeline("anything")
+
+
+def test_text_encoders_are_whole_and_their_adapters_are_refused(copy_of, tmp_path):
+    """Neither is a text encoder made up at random, nor an adapter of one read and then lost."""
+    folder = copy_of("sd")
+    weights = {"text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": torch.zeros(2, 2)}
+    save_file(weights, tmp_path / "pytorch_lora_weights.safetensors")
+    refused(folder, "also adapts text encoders", lora=tmp_path)
+    file = next((folder / "text_encoder").glob("*.safetensors"))
+    edit_weights(file, lambda tensors: tensors.pop(next(name for name in tensors if "fc1.weight" in name)))
+    refused(folder, "weights lack .*fc1")

@@ -24,7 +24,7 @@ from stepwell.objective.term import Objective
 from stepwell.process.base import Scores
 from stepwell.process.exact.table import TabularLanguage, markov
 from stepwell.rng import Rng
-from stepwell.trajectories import Trajectories, count
+from stepwell.trajectories import Trajectories, count, make
 
 
 def standard_deviation_factor(rate: float, size: int, epsilon: float = 0.0) -> float:
@@ -117,9 +117,9 @@ class _Nothing:
 @register
 def overlong_schedule(card: Provable) -> float:
     """The length penalty is equation 13 of DAPO at every length."""
-    process = markov(symbols=2, length=10, order=1, end=False)
     length = torch.arange(1, 13)
-    rows = process.trajectories()[: len(length)].replace(length=length, reward=torch.zeros(len(length)).double())
+    mask = torch.arange(12) < length[:, None]
+    rows = make(mask.long(), torch.zeros(mask.shape).double(), mask, reward=torch.zeros(len(length)).double())
     credit = policy_of(card, buffer=0.4).credit_of
     assert isinstance(credit, GroupCredit)
     found = credit.reward(Batch(rows, count(rows, 10)))

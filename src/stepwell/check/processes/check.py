@@ -11,6 +11,7 @@ from stepwell.check.processes.bench import Bench, trainable
 from stepwell.check.tolerance import tolerance as tolerance_of
 from stepwell.errors import InputError, Unenumerable
 from stepwell.process.base import Process, check_process
+from stepwell.ranges import checked
 from stepwell.rng import Rng
 
 
@@ -27,6 +28,7 @@ class Report:
         return "\n".join([*lines, *(f"{name}: not checked, {why}" for name, why in self.skipped.items())])
 
 
+@checked()
 def process(
     process: Process,
     prompts: Sequence[Any],

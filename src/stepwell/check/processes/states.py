@@ -106,8 +106,8 @@ def absorbing(bench: Bench, forks: bool, determined: bool) -> float | str:
     process that cannot fork is advanced by its rows that are done alone.
     """
     process, rng = bench.process, bench.rng
-    longest = process.horizon or bench.horizon or _END
-    steps = longest if longest <= _END else bench.horizon or _END
+    longest = process.horizon or bench.horizon or _END  # of its own steps; an environment's come on top
+    steps = _END if longest <= _END else bench.horizon or _END
     state = process.start(bench.values, rng.split("start"))
     if bench.group > 1:
         state = state[torch.arange(len(bench.values)).repeat_interleave(bench.group)]

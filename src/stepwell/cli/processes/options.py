@@ -52,7 +52,8 @@ class AdapterOptions:
                 raise InputError(f"{name} needs --lora-rank, or --lora for a rank of 8.")
             return None
         alpha = 2 * rank if self.lora_alpha is None else self.lora_alpha
-        targets = {"target_modules": list(self.lora_targets)} if self.lora_targets else {}
+        named: Any = list(self.lora_targets)
+        targets = {"target_modules": "all-linear" if named == ["all-linear"] else named} if named else {}
         return {"r": rank, "lora_alpha": alpha, **targets}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from stepwell.comparison.findings import Findings, find, number, percent
+from stepwell.comparison.findings import Findings, find, number, percent, score_bounds
 from stepwell.comparison.report.gallery import samples_note, samples_of
 from stepwell.comparison.report.table import amount, measure, spread, unit_name, units_spent
 from stepwell.comparison.results import Comparison, Entry
@@ -108,8 +108,9 @@ def page(comparison: Comparison) -> dict[str, Any]:
         "footnote": (
             f"Scores are mean rewards on {judged_on}; the middle half is their interquartile mean. Brackets are "
             "95 % intervals from a bootstrap over seeds and prompts, widened for few seeds, each by itself and not "
-            "corrected for their number; differences are paired by seed and prompt. A method is called better only "
-            "where the interval excludes zero. Made with Stepwell."
+            "corrected for their number, and cut where no mean can lie (below 0 where no score was negative, beyond "
+            "100 %); differences are paired by seed and prompt. A method is called better only where the interval "
+            "excludes zero. Made with Stepwell."
         ),
     }
 
@@ -254,8 +255,10 @@ def _curve(comparison: Comparison, entry: Entry, series: int, axis: str) -> Curv
         for what in ("score", "error")
     )
     mean = table.mean(0)
-    band = (table.min(0), table.max(0)) if len(trials) > 1 else (mean - 1.96 * error[0], mean + 1.96 * error[0])
-    return Curve(entry.label, series, grid, mean, *band)
+    if len(trials) > 1:
+        return Curve(entry.label, series, grid, mean, table.min(0), table.max(0))
+    low, high = score_bounds(comparison)
+    return Curve(entry.label, series, grid, mean, *((mean + z * error[0]).clip(low, high) for z in (-1.96, 1.96)))
 
 
 def _training(comparison: Comparison, entry: Entry, series: int) -> Curve:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from stepwell.comparison.results import FILE, Comparison
 from stepwell.errors import InputError
 from stepwell.figures import charts
 from stepwell.figures.charts import Curve
+from stepwell.guarded import said_of
+from stepwell.paths import usable
 from stepwell.sampling.request import Prompt
 from stepwell.tasks.registry import plainly
 from stepwell.training.log import CLOCK, COMPLETIONS, METRICS, RUN, SAMPLES, read_lines
@@ -49,30 +52,51 @@ def report_runs(folders: Sequence[str | Path], out: str | Path) -> Path:
     """
     if not folders:
         raise InputError("folders must name at least one run, got none.")
-    out = Path(out) / "report.html" if Path(out).is_dir() else Path(out)
-    if len(folders) == 1 and (Path(folders[0]) / FILE).is_file():
-        return write_report(Comparison.load(folders[0]), out)
-    runs = [_read(Path(folder)) for folder in folders]
+    out = usable(out, "The file of the page")
+    out = out / "report.html" if out.is_dir() else out
+    places = [usable(folder, "The folder of a run") for folder in folders]
+    if len(places) == 1 and (places[0] / FILE).is_file():
+        comparison = Comparison.load(places[0])
+        if not comparison.complete and not comparison.errors:
+            raise InputError(f"'{places[0]}' must hold at least one run of its comparison, got no finished run.")
+        with _as_written(places[0] / FILE):
+            return write_report(comparison, out)
+    runs = [_read(place) for place in places]
     labels = [run.label for run in runs]
     if len(set(labels)) < len(labels):  # names may repeat, paths do not
         runs = [RunFolder(**{**vars(run), "label": str(run.path)}) for run in runs]
-    write_whole(out, render(runs_page(runs)))
+    with _as_written(*(run.path for run in runs)):
+        page = render(runs_page(runs))
+    write_whole(out, page)
     return out
 
 
+@contextlib.contextmanager
+def _as_written(*places: Path) -> Iterator[None]:
+    """Refuse files that hold other things than Stepwell writes into them."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        words = ", ".join(f"'{place}'" for place in places)
+        raise InputError(f"{words} must be as Stepwell wrote it; it cannot be drawn: {said_of(error)}.") from error
+
+
 def _read(folder: Path) -> RunFolder:
-    metrics = read_lines(folder / METRICS)
+    metrics = [entry for entry in read_lines(folder / METRICS) if isinstance(entry, dict)]
     if not metrics:
         reason = "no finished step" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
         raise InputError(f"'{folder}' must be a run's folder, with at least one line in {METRICS}, got {reason}.")
     try:
         about = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         about = {}
     clock = read_lines(folder / CLOCK)
-    seconds = clock[-1].get("seconds", {}).get("wall_time") if clock else None
+    with _as_written(folder):
+        seconds = clock[-1].get("seconds", {}).get("wall_time") if clock else None
     name = folder.resolve().name
-    return RunFolder(name, folder, metrics, read_lines(folder / COMPLETIONS), about, seconds)
+    return RunFolder(
+        name, folder, metrics, read_lines(folder / COMPLETIONS), about if isinstance(about, dict) else {}, seconds
+    )
 
 
 def runs_page(runs: Sequence[RunFolder]) -> dict[str, Any]:
@@ -119,8 +143,11 @@ def runs_page(runs: Sequence[RunFolder]) -> dict[str, Any]:
 def _sentence(run: RunFolder) -> str:
     """The reward's change between the first and the last tenth of the run."""
     rewards = np.array([number_or_nan(entry.get("reward")) for entry in run.metrics])
+    rewards = rewards[np.isfinite(rewards)]
+    if not len(rewards):
+        return f"{run.label}: {count_of(len(run.metrics), 'step')}, without a reward of the policy's own samples."
     tenth = max(1, len(rewards) // 10)
-    first, last = float(np.nanmean(rewards[:tenth])), float(np.nanmean(rewards[-tenth:]))
+    first, last = float(rewards[:tenth].mean()), float(rewards[-tenth:].mean())
     ends = f"from {first:.3g} to {last:.3g} over {count_of(len(rewards), 'step')}"
     return f"{run.label}: the training reward went {ends} (means of the first and the last tenth)."
 
@@ -131,7 +158,8 @@ def _table(runs: Sequence[RunFolder]) -> dict[str, Any]:
     for place, run in enumerate(runs):
         last = run.metrics[-1]
         spent = {unit: last.get(f"cost/{unit}") for unit in units} | {"wall_time": run.seconds}
-        cells = [plain(f"{number_or_nan(last.get('reward')):.3g}"), plain(str(len(run.metrics)))]
+        rewarded = f"{number_or_nan(last['reward']):.3g}" if "reward" in last else "–"
+        cells = [plain(rewarded), plain(str(len(run.metrics)))]
         cells += [plain("" if spent[unit] is None else amount(float(spent[unit] or 0))) for unit in units]
         rows.append({"label": run.label, "series": place, "kind": "", "cells": cells})
     works = " or ".join(dict.fromkeys(str(run.about.get("work", "tokens")) for run in runs))
@@ -147,7 +175,7 @@ def _sections(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     drawn = []
     for name in ordered:
         lines = [line for place, run in enumerate(runs) for line in _lines(run, place, name)]
-        if lines and any(np.ptp(line.y) > 0 for line in lines):
+        if any(len(line.y) == 1 or np.ptp(line.y) > 0 for line in lines):
             drawn.append(chart(name.replace("_", " "), charts.curves(lines, "steps", name)))
     note = "Thin: each step. Thick: the moving average."
     return [{"title": "Curves", "note": note, "legend": len(runs) > 1, "small": False, "charts": drawn}]

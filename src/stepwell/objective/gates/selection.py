@@ -48,6 +48,10 @@ class Agreement(Gate):
     forced: bool = True
     rest: bool = False
 
+    @property
+    def rewarded(self) -> bool:
+        return self.forced
+
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         weight = torch.sigmoid(self.slope * (answer_entropy(batch, self.answers(batch)) - self.centre))
         if self.forced:

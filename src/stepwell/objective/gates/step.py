@@ -157,6 +157,7 @@ class SuccessRate(Gate):
     rate: float = 0.0
     above: bool = True
     threshold: float = 0.0
+    rewarded = True
 
     def __call__(self, batch: Batch, log_ratio: Tensor | None, advantage: Tensor) -> Tensor:
         own = (batch.rows.source == 0).to(batch.mask.dtype)

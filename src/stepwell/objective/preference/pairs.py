@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, assert_never
 
-from stepwell.batch import Batch, Read
+from stepwell.batch import Batch, Read, notes
 from stepwell.credit.group import group_index, group_sum, top_of_groups
 from stepwell.objective.state import Coefficient, value_of
 from stepwell.objective.term import Coupling, Loss, Term
@@ -133,6 +133,11 @@ class Pairing(Part):
     kind: Literal["extremes", "mean", "all"] = "extremes"
     keys: tuple[str, ...] = ("prompt",)
     compares = True
+    rewarded = True
+
+    @property
+    def reads(self) -> frozenset[Read]:
+        return notes(self.keys)
 
     def group(self, batch: Batch) -> tuple[Tensor, int]:
         """Dense numbers (N,) of the rows' groups, and the number of groups."""

@@ -35,6 +35,7 @@ class Prospect(Term):
     centred: bool = True
     score: Part = field(default_factory=SequenceScore)
     coefficient: float | Coefficient = 1.0
+    rewarded = True
 
     @property
     def present(self) -> frozenset[str]:

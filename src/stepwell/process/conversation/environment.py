@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import os
@@ -10,13 +9,13 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from numbers import Real
-from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
-from stepwell.errors import InputError, StepwellError
-from stepwell.process.language.chat import is_chat
+from stepwell.errors import InputError
+from stepwell.guarded import Guarded, said_of
+from stepwell.process.language.chat import is_chat, message_fault
 
 Observation = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """An environment's words: a text, or for a chat also a message, or several, with a 'role' and a 'content'."""
@@ -48,6 +47,10 @@ def environment_return(environment_return: list[float]) -> list[float]:
     return environment_return
 
 
+class EnvironmentFailed(InputError):
+    """An environment raised an exception of its own while it was reset or told a message."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """An environment's answer to one message."""
@@ -60,12 +63,9 @@ class Answer:
 
 def opened(make: Callable[[], Any], prompt: Any, columns: Mapping[str, Any]) -> tuple[Any, Observation | None]:
     """An environment of the factory's, reset for a prompt, and its first observation."""
-    try:
+    maker = getattr(make, "__name__", type(make).__name__)
+    with Guarded(lambda error: InputError(_failure(maker, "the environment's factory", make, error, prompt))):
         environment = make()
-    except StepwellError:
-        raise
-    except (Exception, SystemExit) as error:
-        _failed(getattr(make, "__name__", type(make).__name__), "the environment's factory", make, error, prompt)
     for ability in ("reset", "step"):
         if not callable(getattr(environment, ability, None)) or inspect.isclass(environment):
             raise InputError(
@@ -75,12 +75,8 @@ def opened(make: Callable[[], Any], prompt: Any, columns: Mapping[str, Any]) -> 
     name = type(environment).__name__
     arguments, keywords = _reset_arguments(environment, prompt, columns)
     _refuse_other_arguments(name, environment.step, "step", ("",), {}, "step(message)")
-    try:
+    with _calling(environment, "reset", prompt):
         first = environment.reset(*arguments, **keywords)
-    except StepwellError:
-        raise
-    except (Exception, SystemExit) as error:
-        _failed(name, "reset", environment.reset, error, prompt)
     _refuse_async(name, "reset", first)
     if isinstance(first, tuple):
         if len(first) != 2 or not isinstance(first[1], Mapping):
@@ -97,12 +93,8 @@ def opened(make: Callable[[], Any], prompt: Any, columns: Mapping[str, Any]) -> 
 def answered(environment: Any, message: str, prompt: Any) -> Answer:
     """The environment's answer to a message; raises `InputError` unless `step` returns its five values."""
     name = type(environment).__name__
-    try:
+    with _calling(environment, "step", prompt):
         returned = environment.step(message)
-    except StepwellError:
-        raise
-    except (Exception, SystemExit) as error:
-        _failed(name, "step", environment.step, error, prompt)
     _refuse_async(name, "step", returned)
     if not isinstance(returned, tuple) or len(returned) != 5:
         raise InputError(
@@ -127,45 +119,6 @@ def _flags() -> tuple[type, ...]:
     """The types of a truth value, numpy's among them where it is in use."""
     numpy = sys.modules.get("numpy")
     return (bool,) if numpy is None else (bool, numpy.bool_)
-
-
-def origin(make: Callable[[], Any]) -> tuple[str, str]:
-    """A factory's qualified name and a digest of the text that it comes from, the same in every run and on every rank.
-
-    The text is that of the source file; of a file that is run as a program, whose other lines may be about the run, it
-    is the factory's own. Without a text the digest is empty, and the name begins with the module's.
-
-    Example:
-        >>> name, digest = origin(functools.partial(Answer, "yes", reward=1.0))
-        >>> name, len(digest)
-        ("Answer('yes', reward=1.0)", 64)
-        >>> origin(dict)
-        ('builtins.dict', '')
-    """
-    if isinstance(make, functools.partial):
-        name, digest = origin(make.func)
-        given = [*map(_word, make.args), *(f"{key}={_word(value)}" for key, value in sorted(make.keywords.items()))]
-        return f"{name}({', '.join(given)})", digest
-    named: Any = make if hasattr(make, "__qualname__") else type(make)
-    module = getattr(named, "__module__", None)
-    try:
-        target = inspect.unwrap(named)
-        file = inspect.getsourcefile(target)
-        text = inspect.getsource(target).encode() if module == "__main__" else Path(file or "").read_bytes()
-    except (OSError, TypeError, ValueError):  # of a module written in C, of a notebook, or taken away since
-        return f"{module}.{named.__qualname__}", ""
-    return str(named.__qualname__), sha256(text).hexdigest()
-
-
-def _word(value: Any) -> str:
-    """An argument in words that hold no address in memory."""
-    if value is None or isinstance(value, bool | int | float | str | bytes):
-        return repr(value)
-    if isinstance(value, list | tuple):
-        return f"({', '.join(map(_word, value))})"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_word(key)}: {_word(each)}' for key, each in value.items())}}}"
-    return origin(value)[0] if callable(value) else type(value).__qualname__
 
 
 def _reset_arguments(
@@ -253,30 +206,32 @@ def _finite(number: Any) -> bool:
 def _observation(name: str, method: str, value: Any) -> Observation:
     """The observation; raises `InputError` unless it is a text, a message or messages."""
     messages = [value] if isinstance(value, Mapping) else value
-    if isinstance(value, str) or (is_chat(messages) and all(map(_is_said, messages))):
-        return value  # type: ignore[no-any-return]
-    raise InputError(
-        f"The observation that the environment {name} returns from {method} must be a text, or for a chat messages "
-        f"with a 'role' and a 'content', got {_shown(value)}."
-    )
+    if isinstance(value, str):
+        return value
+    fault: str | None = ""
+    if is_chat(messages):
+        fault = next(filter(None, map(message_fault, messages)), None)
+    if fault is not None:
+        raise InputError(
+            f"The observation that the environment {name} returns from {method} must be a text, or for a chat messages "
+            f"with a 'role' and a 'content', got {f'a message {fault}' if fault else _shown(value)}."
+        )
+    return value  # type: ignore[no-any-return]
 
 
-def _is_said(message: Mapping[str, Any]) -> bool:
-    """True if a message has a role and a content that a chat template may read."""
-    return isinstance(message["role"], str) and isinstance(message["content"], str | list | None)
+def _calling(environment: Any, method: str, prompt: Any) -> Guarded:
+    """Around a call of an environment's method: its own exception becomes an `EnvironmentFailed`."""
+    function, name = getattr(environment, method), type(environment).__name__
+    return Guarded(lambda error: EnvironmentFailed(_failure(name, method, function, error, prompt)))
 
 
-def _failed(name: str, method: str, function: Any, error: BaseException, prompt: Any) -> NoReturn:
-    """Raise `InputError` in place of the environment's own exception, with the line that failed and the prompt."""
+def _failure(name: str, method: str, function: Any, error: BaseException, prompt: Any) -> str:
+    """An environment's own exception in a sentence, with the line that failed and the prompt."""
     maker = function.__init__ if inspect.isclass(function) else function
     code = getattr(inspect.unwrap(maker), "__code__", None)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if code and f.filename == code.co_filename]
     where = f" at {os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}," if frames else ""
-    said = " ".join(str(error).split()).rstrip(".")
-    raise InputError(
-        f"The environment {name} raised {type(error).__name__}{f' ({said:.200})' if said else ''} in {method}{where} "
-        f"for the prompt {prompt!r:.60}."
-    ) from error
+    return f"The environment {name} raised {said_of(error)} in {method}{where} for the prompt {prompt!r:.60}."
 
 
 def _shown(value: Any) -> str:

@@ -39,6 +39,15 @@ class Seat:
 
         return cls(environment, 0, again, prompt), first
 
+    @classmethod
+    def empty(cls, prompt: Any) -> Seat:
+        """The seat of a conversation that was over before it began: its environment could not be reset."""
+
+        def again() -> tuple[Any, Observation | None]:
+            raise CannotFork(f"The environment of {prompt!r:.60} could not be reset.")
+
+        return cls(None, 0, again, prompt)
+
     def step(self, message: str) -> tuple[Seat, Answer]:
         """The seat after one more message, and the environment's answer to it."""
         environment = self._take()
@@ -65,12 +74,23 @@ class Seat:
 
 @dataclass(frozen=True)
 class Turn:
-    """The model's message, the environment's observation and reward, and the row's steps up to the message's end."""
+    """The model's message, the environment's observation and reward, and the row's steps up to the message's end.
+
+    cut: the message ended since it was as long as a turn may be. error: the exception that the environment raised
+    instead of an answer, in a sentence.
+    """
 
     message: str
     observation: Observation
     reward: float
     end: int
+    cut: bool = False
+    error: str = ""
+
+    def shown(self) -> dict[str, Any]:
+        """The turn as the column `turns` has it."""
+        answer = {"message": self.message, "observation": self.observation, "reward": self.reward}
+        return answer | ({"error": self.error} if self.error else {})
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from stepwell.errors import InputError, MissingAbility
 from stepwell.meter import Meter
 from stepwell.process.base import Process, Samples, Scores, check_needs
 from stepwell.process.language.segments import segments
+from stepwell.ranges import Count, Demand, Positive, Range, Size, checked
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories, make
 
@@ -89,6 +90,11 @@ class TabularLanguage(Process):
         return self.module.get_parameter("logits")
 
     # the contract
+
+    def check_prompt(self, value: Any) -> None:
+        """Raise `InputError` for a prompt that is not the number of one of the tables."""
+        last = len(self.logits) - 1
+        Demand(range=Range(f"a whole number from 0 to {last}", 0, last, whole=True)).refuse("A prompt", value)
 
     def start(self, prompts: Sequence[int], rng: Rng) -> StringState:
         count = len(prompts)
@@ -182,7 +188,7 @@ class TabularLanguage(Process):
         """(N, T) the number of each step's segment; a segment ends with the symbol `STOP`."""
         return segments(trajectories.action, torch.tensor([STOP]))
 
-    def encode_completion(self, completion: Sequence[int]) -> Tensor:
+    def encode_completion(self, completion: Sequence[int], prompt: Any = None) -> Tensor:
         """(T,) the symbols of a string written elsewhere."""
         symbols = [int(symbol) for symbol in completion]
         if not symbols or len(symbols) > self.length or not all(0 <= symbol < self.symbols for symbol in symbols):
@@ -276,15 +282,16 @@ class TabularLanguage(Process):
         return text[: text.index(END) + 1] if self.end and END in text else text
 
 
+@checked()
 def markov(
-    symbols: int = 3,
-    length: int = 4,
+    symbols: Size = 3,
+    length: Size = 4,
     *,
-    order: int | None = 1,
-    prompts: int = 1,
+    order: Count | None = 1,
+    prompts: Size = 1,
     end: bool = True,
     seed: int = 0,
-    temperature: float = 1.0,
+    temperature: Positive = 1.0,
 ) -> TabularLanguage:
     """A random tabular language model: logits are normals over `temperature`, drawn from `Rng(seed)`."""
     contexts = (symbols + 1) ** (length if order is None else min(order, length))

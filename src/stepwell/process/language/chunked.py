@@ -69,8 +69,8 @@ def statistics(
         values["sum_of_squares"] = log_p.exp().square().sum(-1)
     if "kl" in needs:
         assert reference_logits is not None
-        log_q, log_r = ((x / truncation.temperature).log_softmax(-1) for x in (logits, reference_logits))
-        values["kl"] = (log_q.exp() * (log_q - log_r)).sum(-1)
+        log_q, gap = truncation.whole(logits, reference_logits)
+        values["kl"] = (log_q.exp() * gap).sum(-1)
     return values
 
 
@@ -199,8 +199,7 @@ def _score_gradient(
         squares = p.square().sum(-1, keepdim=True)
         slope += upstream["sum_of_squares"] * 2.0 * p * (p - squares)
     if "kl" in upstream and other is not None:
-        log_q, log_r = ((x / truncation.temperature).log_softmax(-1) for x in (logits, other))
+        log_q, gap = truncation.whole(logits, other)
         q = log_q.exp()
-        gap = log_q - log_r
         slope += upstream["kl"] * q * (gap - (q * gap).sum(-1, keepdim=True))
     return slope

@@ -1,9 +1,10 @@
-"""Load a model and its tokenizer from a folder, a hub id or objects at hand, or say in one sentence what is wrong."""
+"""Load a model and its tokenizer from a folder, a GGUF file, a hub id or objects at hand, or say what is wrong."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import copy
+import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,16 @@ import torch
 from torch import nn
 
 from stepwell.errors import InputError
+from stepwell.process.language.folders import (
+    check_files,
+    check_loaded,
+    check_numbers,
+    check_weights,
+    place_of,
+    read_object,
+    reading,
+)
+from stepwell.terminal import one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
@@ -44,9 +55,10 @@ def device_named(device: str | torch.device | int) -> torch.device:
 def load_model(model: Any, dtype: torch.dtype) -> nn.Module:
     """A causal language model of `transformers`, its weights from safetensors; code that comes with it is never run.
 
-    A model that is already built is cast in place.
+    A model that is already built is cast in place. A GGUF file is dequantised. Of a vision-language model the whole is
+    loaded, and texts are read. Raises `InputError` for whatever is not, wholly, a causal language model.
     """
-    from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
         if model.get_output_embeddings() is None:
@@ -57,19 +69,106 @@ def load_model(model: Any, dtype: torch.dtype) -> nn.Module:
         return model.to(dtype)  # type: ignore[arg-type]
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(f"model must be a folder, a hub id or a PreTrainedModel, got {type(model).__name__}.")
-    _check_folder(model)
-    try:
-        with quiet():
-            loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
-                model, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"The model '{model}' cannot be loaded: {_first_sentence(error)}") from error
-    return loaded
+    place = place_of(model)
+    if isinstance(place, Path) and place.is_file():
+        if place.suffix.lower() != ".gguf":
+            raise InputError(f"The model '{model}' is a file; name the folder that it lies in, or a .gguf file.")
+        return load_gguf(place, dtype)
+    name = f"The model '{one_line(str(model), 80)}'"
+    if isinstance(place, Path):
+        _check_folder(place)
+    with reading(name), quiet():
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        kind = class_of(config, name)
+        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
+        loaded, info = kind.from_pretrained(place, config=config, output_loading_info=True, **options)
+        check_loaded(name, loaded, info)
+        check_numbers(name, loaded)
+    whole: nn.Module = loaded
+    return whole
+
+
+def class_of(config: Any, name: str) -> Any:
+    """The class of `transformers` that reads texts with a configuration: the one that it names, if that can.
+
+    Raises `InputError` for a quantised model, an encoder with a decoder, a model without a head over tokens, and for
+    attention that is code from elsewhere.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"{name} is quantised, and only floating-point weights can be trained; dequantise it first.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{name} is an encoder with a decoder ({config.model_type}), which continues no prompt; a causal language "
+            "model is needed."
+        )
+    if "/" in str(getattr(config, "_attn_implementation", None)):
+        raise InputError(f"{name} asks for attention that is code from elsewhere, which is never run.")
+    kinds: list[Any] = []
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            found = auto._model_mapping[type(config)]
+            kinds += list(found) if isinstance(found, (list, tuple)) else [found]
+    if not kinds:
+        raise InputError(f"{name} is a {config.model_type}, which has no head over tokens that continues a text.")
+    named = getattr(config, "architectures", None) or [None]
+    return next((kind for kind in kinds if kind.__name__ in named), kinds[0])
+
+
+def load_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
+    """The model in a GGUF file, its weights dequantised, as one of `transformers` that was never quantised."""
+    from transformers import AutoModelForCausalLM
+
+    _check_gguf()
+    with reading(f"The model '{file}'"), quiet():
+        options: dict[str, Any] = {"gguf_file": file.name, "dtype": dtype, "output_loading_info": True}
+        made: Any = AutoModelForCausalLM.from_pretrained(file.parent, **options)
+        loaded, info = made
+        check_loaded(f"The model '{file}'", loaded, info)
+        check_numbers(f"The model '{file}'", loaded)
+        config = copy.deepcopy(loaded.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        return rebuilt(loaded, config, loaded.state_dict())
+
+
+def _check_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("GGUF files need gguf, which is not installed: pip install 'stepwell[gguf]'.")
+
+
+def rebuilt(model: Any, config: Any, weights: Mapping[str, torch.Tensor]) -> Any:
+    """A model of the same class with another configuration, on the tensors of `weights`; none is copied.
+
+    Buffers that no file holds are those of `model`. Raises `RuntimeError` unless the weights are exactly its own.
+    """
+    from transformers import GenerationConfig
+
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        twin = type(model)(config)
+    names = twin.state_dict().keys()
+    twin.load_state_dict({name: value for name, value in weights.items() if name in names}, assign=True)
+    buffers = dict(model.named_buffers())
+    plain = {name.replace(".base_layer", ""): value for name, value in buffers.items()}
+    for name, value in twin.named_buffers():
+        if value.is_meta:
+            owner, _, last = name.rpartition(".")
+            setattr(twin.get_submodule(owner), last, plain[name])
+    twin.tie_weights()
+    for name, value in [*twin.named_parameters(), *twin.named_buffers()]:
+        if value.is_meta:
+            raise RuntimeError(f"{name} has no value")
+    settings = getattr(model, "generation_config", None)
+    if isinstance(settings, GenerationConfig):
+        twin.generation_config = copy.deepcopy(settings)
+    return twin.eval()
 
 
 def load_tokenizer(tokenizer: Any, model: Any) -> Any:
-    """The tokenizer that was given, or the one in the model's folder."""
+    """The tokenizer that was given, or the one in the model's folder or GGUF file."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     source = tokenizer if tokenizer is not None else model
@@ -77,48 +176,46 @@ def load_tokenizer(tokenizer: Any, model: Any) -> Any:
         if tokenizer is None:
             raise InputError("A model that is already built needs its tokenizer: language(model, tokenizer).")
         return tokenizer
-    folder = Path(source)
-    if folder.is_dir() and not any(file for kind in TOKENIZER_FILES for file in folder.glob(kind)):
-        raise InputError(f"The folder '{source}' holds no tokenizer; give one: language(model, tokenizer).")
-    # a tokenizer of no special class is wholly in its tokenizer.json; for some kinds of model, such as Qwen2,
-    # AutoTokenizer would silently replace its splitting of words by that model's usual one
-    plain = _tokenizer_class(folder) in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    kind = PreTrainedTokenizerFast if plain and (folder / "tokenizer.json").is_file() else AutoTokenizer
-    try:
-        return kind.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"The tokenizer of '{source}' cannot be loaded: {_first_sentence(error)}") from error
+    place = place_of(source, "tokenizer's")
+    name = f"The tokenizer of '{one_line(str(source), 80)}'"
+    if isinstance(place, Path) and place.is_file():
+        if place.suffix.lower() != ".gguf":
+            raise InputError(f"{name} must be in a folder or a .gguf file.")
+        _check_gguf()
+        with reading(name), quiet():
+            return AutoTokenizer.from_pretrained(place.parent, gguf_file=place.name)
+    kind: Any = AutoTokenizer
+    if isinstance(place, Path):
+        if not any(file for kind in TOKENIZER_FILES for file in place.glob(kind)):
+            raise InputError(f"The folder '{source}' holds no tokenizer; give one: language(model, tokenizer).")
+        check_files(place)
+        # a tokenizer of no special class is wholly in its tokenizer.json; for some kinds of model, such as Qwen2,
+        # AutoTokenizer would silently replace its splitting of words by that model's usual one
+        plain = _tokenizer_class(place) in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        kind = PreTrainedTokenizerFast if plain and (place / "tokenizer.json").is_file() else AutoTokenizer
+    with reading(name), quiet():
+        return kind.from_pretrained(place, trust_remote_code=False)
 
 
-def _check_folder(model: str | os.PathLike[str]) -> None:
-    """Raise `InputError` for a folder without configuration or safetensors, and for a name that can only be a folder's
-    and is none.
-    """
-    folder = Path(model)
-    if folder.is_file():
-        raise InputError(f"The model '{model}' is a file; name the folder that it lies in.")
-    if not str(model).strip():
-        raise InputError("The model has an empty name; give a folder or a hub id.")
-    if not folder.is_dir():
-        # an id of the hub is 'name' or 'owner/name'; everything else can only mean a folder
-        if folder.is_absolute() or str(model).startswith((".", "~")) or len(folder.parts) > 2:
-            raise InputError(f"There is no model folder '{model}'.")
-        return
-    if not (folder / "config.json").is_file():
-        raise InputError(f"The folder '{model}' holds no config.json, so it is not a model of transformers.")
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(f"The folder '{model}' holds no weights as *.safetensors, the only kind that is loaded.")
+def _check_folder(folder: Path) -> None:
+    """Raise `InputError` for a folder that cannot be a whole model, as far as its files tell."""
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"The folder '{folder}' holds a LoRA adapter, not a whole model; merge it with its base first: "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(another)."
+        )
+    if not (folder / "config.json").exists() and not (folder / "config.json").is_symlink():
+        if any(folder.glob("*.gguf")):
+            raise InputError(f"The folder '{folder}' holds GGUF files; name the file itself.")
+        raise InputError(f"The folder '{folder}' holds no config.json, so it is not a model of transformers.")
+    check_files(folder)
+    check_weights(folder, read_object(folder / "config.json"))
 
 
 def _tokenizer_class(folder: Path) -> str | None:
     settings = folder / "tokenizer_config.json"
-    declared = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") if settings.is_file() else None
+    declared = read_object(settings).get("tokenizer_class") if settings.is_file() else None
     return None if declared is None else str(declared)
-
-
-def _first_sentence(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(" .:") + "."
 
 
 def padding_token(tokenizer: Any, vocabulary: int) -> int:
@@ -136,6 +233,9 @@ def end_tokens(model: nn.Module, tokenizer: Any, extra: Sequence[int | str] | in
     for settings in (getattr(model, "generation_config", None), model.config):
         eos = getattr(settings, "eos_token_id", None)
         declared += list(eos) if isinstance(eos, (list, tuple)) else [eos]
+    for token in declared:
+        if token is not None and (not isinstance(token, int) or isinstance(token, bool)):
+            raise InputError(f"eos_token_id of the model must be a token's id or a list of them, got {token!r:.60}.")
     ends = sorted({int(token) for token in declared if token is not None})
     if not ends:
         raise InputError("Neither the model nor its tokenizer has an end-of-sequence token; name one with eos=....")
@@ -150,22 +250,6 @@ def _token_id(token: int | str, tokenizer: Any, vocabulary: int) -> int:
     if token not in tokenizer.get_vocab():
         raise InputError(f"eos must be one token of this tokenizer, got '{token}'.")
     return int(tokenizer.get_vocab()[token])
-
-
-def with_adapter(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
-    """The model with a LoRA adapter (Hu et al. 2021) of `peft.LoraConfig(**options)`; only the adapter learns.
-
-    Its random start is the same in every run and leaves torch's global generator as it was.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise InputError("LoRA needs peft, which is not installed: pip install 'stepwell[lora]'.") from error
-    try:
-        with fixed_start():
-            return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **options}))  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"The LoRA options {dict(options)} do not fit this model: {_first_sentence(error)}") from error
 
 
 @contextlib.contextmanager

@@ -17,10 +17,19 @@ from torch import Tensor, nn
 
 from stepwell.errors import InputError
 from stepwell.meter import Meter
-from stepwell.process.language import attention
+from stepwell.process.language import attention, saving
+from stepwell.process.language.apart import Apart, long_rope_switch
+from stepwell.process.language.cache import (
+    cache_argument,
+    empty_cache,
+    forked,
+    joined,
+    keeps_attention_only,
+    layer_kinds,
+    swap_states,
+)
 from stepwell.process.language.chunked import Head, head_of
 from stepwell.process.language.compiled import Compiled
-from stepwell.process.language.loading import quiet
 from stepwell.process.language.prompts import Packed
 from stepwell.process.language.shared_forward import Line, line
 
@@ -54,6 +63,7 @@ class CausalNetwork:
         self.meter = meter
         self.can_learn = True
         self.fast: bool | None = None  # the fast path agrees with the plain one; None until first used
+        self.checked: list[bool] = []  # not empty once its reading is known to be right; twins share it (`guard`)
         self.shares: dict[str, bool] = {}  # shared prompts agree with the plain path, by use: "rollout" or "score"
         self.compiled = Compiled() if compile else None
         self.adapted = hasattr(module.model, "disable_adapter")
@@ -87,27 +97,36 @@ class CausalNetwork:
     def read_on(self, cache: Any, ids: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
         """Read `ids` (R, n) after what the cache holds: the longer cache, and the logits (R, V) after the last token.
 
-        `mask` (R, columns) is True for the real ones of all columns, old and new. The layers of `cache` change. Rows
-        share the keys and values of their prompts, for models that can and if it agrees with the plain path.
+        `cache` is None where nothing was read before. `mask` (R, columns) is True for the real ones of all columns, old
+        and new. The layers of `cache` change. Rows share the keys and values of their prompts, for models that can and
+        if it agrees with the plain path.
         """
         from stepwell.process.language.shared_prefix import SharedCache, shared
 
         new = ids.shape[1]
         self.meter.add(model_evaluations=len(ids), forward=int(mask[:, -new:].sum()))
+        if cache is None:
+            longer, logits = self._read_on(empty_cache(self.causal), ids, mask)
+            return (shared(longer, mask) if self.shares.get("rollout", self._can_share) else longer), logits
         if isinstance(cache, SharedCache):
             if not bool(mask[:, cache.mask.shape[1] :].all()) or not self._shares_rollouts(cache, ids, mask):
                 cache = cache.plain()
-        elif cache.get_seq_length() == 0 and self.shares.get("rollout", attention.can_take(self.causal)):
-            logits = self._read_on(cache, ids, mask)
-            return shared(cache, mask), logits
-        return cache, self._read_on(cache, ids, mask)
+        elif not self._attends_only:  # not every recurrent layer can go on by several tokens
+            for column in range(new - 1):
+                cache, _ = self._read_on(cache, ids[:, column, None], mask[:, : mask.shape[1] - new + column + 1])
+            ids = ids[:, -1:]
+        return self._read_on(cache, ids, mask)
 
-    def _read_on(self, cache: Any, ids: Tensor, mask: Tensor) -> Tensor:
-        """The logits (R, V) after the last token; the cache, changed in place, holds what was read."""
+    def _read_on(self, cache: Any, ids: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
+        """The cache, changed in place or new, which holds what was read, and the logits (R, V) after the last token."""
         from stepwell.process.language.shared_prefix import SharedCache
 
+        if self._cache_name == "state" and cache is not None and len(ids) > 1:  # RWKV mixes rows that go on by a token
+            rows = [torch.tensor([row], device=ids.device) for row in range(len(ids))]
+            parts = [self._read_on(forked(cache, row), ids[row], mask[row]) for row in rows]
+            return joined([part for part, _ in parts]), torch.cat([logits for _, logits in parts])
         arguments = {
-            "attention_mask": mask.long(),
+            "attention_mask": None if self.apart.padless else mask.long(),
             "position_ids": self.position_ids(mask)[:, -ids.shape[1] :],
             self._cache_name: cache,
             "use_cache": True,
@@ -116,26 +135,53 @@ class CausalNetwork:
         sharing = isinstance(cache, SharedCache)
         own: dict[str, Any] = {"own_attention": cache} if sharing else {}
         with self._ready(), attention.taken_over(self.causal) if sharing else contextlib.nullcontext():
+            before = swap_states(self.causal, getattr(cache, "in_modules", None)) if self._states_in_modules else None
             output = self.causal(ids, **_accepted(self.causal, arguments), **own)
+            longer = output[self._cache_name] if cache is None else cache
+            if before is not None:
+                longer.in_modules = swap_states(self.causal, before)
         last: Tensor = output.logits[:, -1]
-        return last
+        return longer, last
 
     @functools.cached_property
     def _cache_name(self) -> str:
-        """The model's argument for its cache, which transformers 5.24 renamed."""
-        names = inspect.signature(self.causal.forward).parameters
-        for name in ("cache", "past_key_values"):
-            if name in names:
-                return name
-        raise InputError(f"{type(self.causal).__name__} takes no cache, so it cannot be read token by token.")
+        return cache_argument(self.causal)
+
+    @functools.cached_property
+    def _attends_only(self) -> bool:
+        """True if all that the model keeps of a text are keys and values, which a mask can leave out."""
+        return keeps_attention_only(empty_cache(self.causal))
+
+    @functools.cached_property
+    def _states_in_modules(self) -> bool:
+        return bool(swap_states(self.causal, None))
+
+    @functools.cached_property
+    def _can_share(self) -> bool:
+        """True if the model's attention can be replaced by one that shares prompts: it is full in every layer."""
+        from transformers.cache_utils import DynamicLayer
+
+        return attention.can_take(self.causal) and layer_kinds(empty_cache(self.causal)) == {DynamicLayer}
+
+    @functools.cached_property
+    def apart(self) -> Apart:
+        """The rows that can be read together.
+
+        Llama 4 tunes the temperature of its attention by columns, so that padding would change it; attention that is
+        computed step by step gives NaN for padding in float64.
+        """
+        config = self.causal.config.get_text_config()
+        by_column = bool(getattr(config, "attn_temperature_tuning", False))
+        no_numbers = self.causal.dtype == torch.float64 and config._attn_implementation == "eager"
+        return Apart(by_column or no_numbers or not self._attends_only, long_rope_switch(config))
 
     def _shares_rollouts(self, cache: SharedCache, ids: Tensor, mask: Tensor) -> bool:
         """True if rows that share prompts get the model's own logits: tried once, on up to 4 rows, unmetered."""
         if "rollout" not in self.shares:
             few = torch.linspace(0, len(ids) - 1, min(len(ids), 4), device=ids.device).long()
             some = cache.chosen(few)
-            plain = self._read_on(some.plain(), ids[few], mask[few])
-            self._try("rollout", lambda: self._read_on(some, ids[few], mask[few]), plain)
+            _, plain = self._read_on(some.plain(), ids[few], mask[few])
+            self._try("rollout", lambda: self._read_on(some, ids[few], mask[few])[1], plain)
         return self.shares["rollout"]
 
     def _precision(self) -> torch.dtype:
@@ -162,6 +208,16 @@ class CausalNetwork:
 
         On the plain path the hidden states are empty unless `hidden` asks for them.
         """
+        if self.apart.switch is None or len(packed.row) == 0:
+            return self._read(packed, fast, hidden)
+        places, parts = zip(*self.apart.split(packed), strict=True)
+        values = [self._read(part, fast, hidden) for part in parts]
+        order = torch.cat(places).argsort()
+        logits = None if fast else torch.cat([part for _, part in values if part is not None])[order]
+        return torch.cat([part for part, _ in values])[order if fast or hidden else slice(None)], logits
+
+    def _read(self, packed: Packed, fast: bool, hidden: bool) -> tuple[Tensor, Tensor | None]:
+        """`read`, for rows that can be read together."""
         together = self._line(packed, fast)
         tokens = int(packed.mask.sum()) if together is None else len(together.ids)
         self.meter.add(model_evaluations=len(packed.ids), forward=tokens)
@@ -188,7 +244,9 @@ class CausalNetwork:
         else:
             ids, positions, own = together.ids[None], together.position[None], {"own_attention": together}
             mask, where = torch.ones_like(ids), (torch.zeros_like(together.at), together.at)
-        arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+        arguments: dict[str, Any] = {"position_ids": positions, "use_cache": False}
+        if not self.apart.padless:  # else what follows a row changes nothing before it
+            arguments["attention_mask"] = mask
         with self._ready(), contextlib.nullcontext() if together is None else attention.taken_over(self.causal):
             if fast:
                 base = self.causal.base_model
@@ -200,7 +258,7 @@ class CausalNetwork:
 
     def _line(self, packed: Packed, fast: bool) -> Line | None:
         """All rows in one line, or None unless that pays and agrees with the plain path (tried once, unmetered)."""
-        if not self.shares.get("score", attention.can_take(self.causal)):
+        if not self.shares.get("score", self._can_share):
             return None
         together = line(packed)
         if together is not None and "score" not in self.shares:
@@ -287,12 +345,8 @@ class CausalNetwork:
         """Write weights, adapter and value head as safetensors; the model in memory does not change."""
         from safetensors.torch import save_file
 
-        model: Any = self.module.model
-        if self.adapted and (merged or self.base_only):
-            twin = copy.deepcopy(model)
-            model = twin.unload() if self.base_only else twin.merge_and_unload()
-        with quiet():
-            model.save_pretrained(folder)
+        with self._ready():
+            saving.save(self.module.model, folder, merged, self.base_only)
         if self.value_head is not None:
             tensors = {name: value.detach().contiguous() for name, value in self.value_head.state_dict().items()}
             save_file(tensors, Path(folder) / "value_head.safetensors")

@@ -19,11 +19,13 @@ from stepwell.process.base import Process, Samples, Scores, check_needs
 from stepwell.process.batching import token_batches
 from stepwell.process.language.chat import is_chat
 from stepwell.process.language.chunked import chunked_statistics, statistics
+from stepwell.process.language.description import described
+from stepwell.process.language.guard import check_reading
 from stepwell.process.language.network import CausalNetwork, LanguageModule
 from stepwell.process.language.prompts import PromptEncoder, left_padded, pack
 from stepwell.process.language.reading import Reader
 from stepwell.process.language.segments import segments, sentence_ends
-from stepwell.process.language.state import LanguageState, Memory
+from stepwell.process.language.state import LanguageState
 from stepwell.process.language.truncation import Truncation
 from stepwell.rng import Rng
 from stepwell.trajectories import Trajectories
@@ -97,24 +99,26 @@ class Language(Process):
     @torch.no_grad()
     def start(self, prompts: Sequence[Any], rng: Rng) -> LanguageState:
         """One row a prompt, a text or a list of chat messages. Equal prompts are read by the network once."""
+        check_reading(self.network)
         encoded = [tuple(self.encoder(prompt)) for prompt in prompts]
         distinct = list(dict.fromkeys(encoded))
         place = {tokens: i for i, tokens in enumerate(distinct)}
         ids, mask = (x.to(self.device) for x in left_padded(distinct, self.pad))
-        read = self._reader.read(ids, mask)
-        count, slot = len(encoded), torch.tensor([place[tokens] for tokens in encoded])
+        count, text = len(encoded), torch.tensor([place[tokens] for tokens in encoded], device=self.device)
         length = torch.tensor([len(tokens) for tokens in encoded])
         limit = torch.full((count,), self.max_new_tokens)
         if self.encoder.limit is not None:  # the last token is drawn but never read, so it needs no position
             limit = limit.minimum(self.encoder.limit - length + 1)
+        again = self.network.apart.switch is not None  # a row may have to be read again from its beginning
         return LanguageState(
+            prompt=ids[text] if again else ids.new_empty(count, 0),
             tokens=torch.zeros(count, 0, dtype=torch.long, device=self.device),
             length=torch.zeros(count, dtype=torch.long, device=self.device),
             padding=(ids.shape[1] - length).to(self.device),
             limit=limit.to(self.device),
             ended=torch.zeros(count, dtype=torch.bool, device=self.device),
             chat=torch.tensor([is_chat(prompt) for prompt in prompts], dtype=torch.bool, device=self.device),
-            memory=Memory((read,), torch.zeros_like(slot).to(self.device), slot.to(self.device), read.columns),
+            memory=self._reader.read(ids, mask, text),
         )
 
     @torch.no_grad()
@@ -162,13 +166,13 @@ class Language(Process):
         )
 
     def finish(self, state: LanguageState) -> Samples:
-        """Texts without special tokens; for a chat, a list with the assistant's message.
+        """Texts, without special tokens unless these are kept; for a chat, a list with the assistant's message.
 
         Column: `completion_ids`, the tokens with the end token if one was drawn; rows without one are truncated.
         """
         tokens, lengths = state.tokens.tolist(), state.length.tolist()
         ids = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
-        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+        texts = [self.encoder.text(row) for row in ids]
         values = [
             [{"role": "assistant", "content": text}] if chat else text
             for text, chat in zip(texts, state.chat.tolist(), strict=True)
@@ -251,6 +255,7 @@ class Language(Process):
         self, columns: tuple[Tensor, ...], needs: Collection[str], reference: Language | None
     ) -> dict[str, Tensor]:
         """Everything asked for, (N, T, ...), in one forward pass; the columns are those `pack` takes."""
+        check_reading(self.network)
         prompt_ids, prompt_mask, action, mask = columns
         packed = pack(prompt_ids, prompt_mask, action, mask, self.pad)
         reference = reference if "kl" in needs else None
@@ -283,19 +288,17 @@ class Language(Process):
 
     # texts from elsewhere, and sentences
 
-    def encode_completion(self, completion: Any) -> Tensor:
-        """(T,) tokens of a completion from elsewhere, a text or an assistant's message, with the end token.
+    def encode_completion(self, completion: Any, prompt: Any = None) -> Tensor:
+        """(T,) tokens of a completion from elsewhere, a text or the assistant's message, with its end token.
 
-        Raises `InputError` for anything else, and for one of more than `max_new_tokens` tokens.
+        After a chat it is what the chat template writes (`PromptEncoder.completion`). Raises `InputError` for anything
+        else, and for one of more than `max_new_tokens` tokens.
         """
-        text = completion[-1]["content"] if is_chat(completion) else completion
-        if not isinstance(text, str):
-            raise InputError(f"A completion must be a text or a list of messages, got {completion!r:.60}.")
-        ids = [*self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], int(self.ends[0])]
+        ids = self.encoder.completion(completion, prompt)
         if len(ids) > self.max_new_tokens:
             raise InputError(
                 f"A completion must have at most max_new_tokens={self.max_new_tokens} tokens, got {len(ids)}: "
-                f"{text!r:.60}."
+                f"{completion!r:.60}."
             )
         return torch.tensor(ids, device=self.device)
 
@@ -340,9 +343,12 @@ class Language(Process):
         self.network.sync(other.network, rate)
 
     def describe(self) -> dict[str, Any]:
-        """Temperature and truncation, the longest row, and whether the network is compiled."""
+        """All that decides what is drawn, besides the parameters: truncation, limits, ends, prompts as tokens, the
+        network's configuration and its adapter."""
         compiled = self.network.compiled is not None
-        return {"truncation": f"{self.truncation}", "max_new_tokens": self.max_new_tokens, "compiled": compiled}
+        limits = {"max_new_tokens": self.max_new_tokens, "ends": self.ends.tolist(), "compiled": compiled}
+        model = described(self.network.causal, self.network.module.model if self.network.adapted else None)
+        return {"truncation": f"{self.truncation}", **limits, **self.encoder.describe(), **model}
 
     def save(self, folder: str | os.PathLike[str], merged: bool = True) -> None:
         """Weights as safetensors, with the tokenizer, so that `AutoModelForCausalLM.from_pretrained` loads them.

@@ -12,12 +12,14 @@ from torch import Tensor
 class ReadText:
     """R distinct texts of `columns` tokens, left-padded, as the network has read them.
 
-    `cache` holds their keys and values; `log_probs` (R, V) are those of the token after each, truncation applied.
+    `cache` holds their keys and values, or recurrent states, without the first `cut` columns, which are padding in all
+    of these texts; `log_probs` (R, V) are those of the token after each, truncation applied.
     """
 
     cache: Any
     columns: int
     log_probs: Tensor
+    cut: int = 0
 
 
 @dataclass
@@ -25,10 +27,11 @@ class Memory:
     """The network's readings of a state's rows. The one part of a state that changes: reading brings it up to date.
 
     All rows have `columns` tokens, of which more may have been read of some rows than of others: a row whose next
-    tokens are given (an environment's words) waits until they can be read at once.
+    tokens are given (an environment's words) waits until they can be read at once. Rows that the network cannot read
+    together have readings of their own.
     """
 
-    read: tuple[ReadText, ...]  # the last is the newest
+    read: tuple[ReadText, ...]  # the last is one of the newest
     batch: Tensor  # (N,) which of `read` each row goes on from; -1 for rows that were done
     slot: Tensor  # (N,) which of its texts; -1 for rows that were done
     columns: int  # of the prompts and of all tokens since
@@ -38,11 +41,12 @@ class Memory:
 class LanguageState:
     """N partial texts of t steps. `state[index]` forks rows; their cache is copied when they are next read, once.
 
-    `tokens` (N, t), of which the first `length` (N,) are the row's; `padding` (N,) columns before its prompt;
-    `limit` (N,) most tokens it may have; `ended` (N,) it drew an end token; `done` (N,); `chat` (N,) its prompt was
-    a chat.
+    `prompt` (N, P) is left-padded; `tokens` (N, t), of which the first `length` (N,) are the row's; `padding` (N,)
+    columns before its prompt; `limit` (N,) most tokens it may have; `ended` (N,) it drew an end token; `done` (N,);
+    `chat` (N,) its prompt was a chat.
     """
 
+    prompt: Tensor
     tokens: Tensor
     length: Tensor
     padding: Tensor
@@ -62,6 +66,7 @@ class LanguageState:
         index = index.to(self.length.device)
         return replace(
             self,
+            prompt=self.prompt[index],
             tokens=self.tokens[index],
             length=self.length[index],
             padding=self.padding[index],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ class Truncation:
     top_p   the fewest tokens, from the most probable down, whose probability reaches p; 1 switches it off
     min_p   the tokens at least min_p times as probable as the most probable one; 0 switches it off
 
+    `absent` (K,): ids without a token, whose probability is 0 before any rule; None where all have one.
+
     Raises `InputError` where a number is out of its range. Sources: Fan et al. 2018 (top-k), Holtzman et al. 2020
     (top-p), Nguyen et al. 2024 (min-p).
     """
@@ -28,6 +30,7 @@ class Truncation:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    absent: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0.0 < self.temperature < float("inf"):
@@ -72,9 +75,22 @@ class Truncation:
 
         `action` (M,) is never dropped. Computed in float32, or float64 where `logits` are; differentiable.
         """
-        scores = in_full(logits) / self.temperature
+        scores = self._present(in_full(logits) / self.temperature)
         out = self.dropped(scores, action)
         return (scores if out is None else scores.masked_fill(out, -torch.inf)).log_softmax(-1)
+
+    def whole(self, logits: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        """log q (M, V), the distribution at temperature before any rule, and log q - log r, with r of `others` (M, V).
+
+        The difference is 0 for ids without a token, which neither ever draws.
+        """
+        log_q, log_r = (self._present(x / self.temperature).log_softmax(-1) for x in (logits, others))
+        gap = log_q - log_r
+        return log_q, gap if self.absent is None else gap.index_fill_(-1, self.absent.to(gap.device), 0.0)
+
+    def _present(self, scores: Tensor) -> Tensor:
+        """The scores, changed in place: minus infinity for ids without a token."""
+        return scores if self.absent is None else scores.index_fill_(-1, self.absent.to(scores.device), -torch.inf)
 
 
 def in_full(values: Tensor) -> Tensor:

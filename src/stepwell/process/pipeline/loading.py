@@ -16,6 +16,7 @@ from torch import nn
 
 from stepwell.errors import InputError
 from stepwell.process.language import loading
+from stepwell.process.language.folders import check_loaded, place_of, reading
 from stepwell.solver.path import Linear, Path
 from stepwell.solver.tabulated import Tabulated
 from stepwell.writing import writable_folder, write_whole, writing
@@ -46,10 +47,8 @@ def load(
     except ImportError as error:
         raise InputError("Pipelines need diffusers, which is not installed: pip install 'stepwell[flow]'.") from error
     _check_place(model)
-    try:
+    with reading(f"The pipeline '{model}'"):
         index = diffusers.DiffusionPipeline.load_config(model)
-    except (OSError, ValueError) as error:
-        raise InputError(f"The pipeline '{model}' cannot be loaded: {_first_sentence(error)}") from error
     name = str(index.get("_class_name"))
     if name not in FAMILIES:
         raise InputError(f"The pipeline '{model}' must be one of {', '.join(FAMILIES)}, got a {name}.")
@@ -60,6 +59,7 @@ def load(
         options["requires_safety_checker"] = False
     if family == "sd3":
         options |= {part: None for part in OPTIONAL if (index.get(part) or [None])[0] is None}
+    options |= _text_encoders(model, index, dtype, variant)
     formats = {"default": dtype, "vae": torch.float64 if dtype == torch.float64 else torch.float32}
     try:
         with quiet():
@@ -76,19 +76,32 @@ def load(
     return made.to(device), family
 
 
+def _text_encoders(model: Any, index: Mapping[str, Any], dtype: torch.dtype, variant: str | None) -> dict[str, Any]:
+    """The text encoders by name, each of which has all its weights from its files."""
+    import transformers
+
+    made: dict[str, Any] = {}
+    for part, entry in index.items():
+        kind = getattr(transformers, str(entry[1]), None) if part.startswith("text_encoder") and entry[0] else None
+        if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+            continue
+        name = f"The {part} of the pipeline '{model}'"
+        chosen: dict[str, Any] = {"subfolder": part, "dtype": dtype, "use_safetensors": True, "variant": variant}
+        with reading(name), quiet():
+            found: Any = kind.from_pretrained(model, output_loading_info=True, ignore_mismatched_sizes=True, **chosen)
+        check_loaded(name, *found)
+        made[part] = found[0]
+    return made
+
+
 def _check_place(model: Any) -> None:
     """Raise `InputError` for a folder without a pipeline, and for a name that can only be a folder and is none."""
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(f"model must be a folder or a hub id, got a {type(model).__name__}.")
-    folder = FilePath(model)
-    if not str(model).strip():
-        raise InputError("model must be a folder or a hub id, got an empty name.")
+    folder = FilePath(place_of(model, "pipeline"))
     if folder.is_file():
         raise InputError(f"The pipeline '{model}' is a file; name the folder that a pipeline was saved to.")
     if not folder.is_dir():
-        # an id of the hub is 'name' or 'owner/name'; everything else can only have meant a folder
-        if folder.is_absolute() or str(model).startswith((".", "~")) or len(folder.parts) > 2:
-            raise InputError(f"There is no pipeline folder '{model}'.")
         return
     if not (folder / "model_index.json").is_file():
         raise InputError(f"The folder '{model}' holds no model_index.json, so it is not a pipeline of diffusers.")
@@ -187,6 +200,7 @@ def add_adapter(pipeline: Any, part: str, lora: Mapping[str, Any] | str | os.Pat
     if isinstance(lora, (str, os.PathLike)):
         if not (FilePath(lora) / LORA_FILE).is_file():
             raise InputError(f"lora must be options or the folder of a saved adapter; '{lora}' holds no {LORA_FILE}.")
+        _check_adapter(FilePath(lora) / LORA_FILE)
         try:
             with quiet(warnings=False):  # of text encoders without an adapter
                 pipeline.load_lora_weights(
@@ -209,6 +223,19 @@ def add_adapter(pipeline: Any, part: str, lora: Mapping[str, Any] | str | os.Pat
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+
+
+def _check_adapter(file: FilePath) -> None:
+    """Raise `InputError` for an adapter with layers for text encoders, which never learn and are not saved."""
+    from safetensors import safe_open
+
+    with reading(f"The adapter '{file}'"), safe_open(file, "pt") as tensors:
+        theirs = [name for name in tensors.keys() if name.startswith(("text_encoder", "lora_te"))]  # noqa: SIM118
+    if theirs:
+        raise InputError(
+            f"The adapter '{file}' also adapts text encoders (first '{theirs[0]}'), which would be lost on saving; "
+            "fuse it into the pipeline with diffusers' fuse_lora(), save that, and give it as the model."
+        )
 
 
 def write(pipeline: Any, part: str, model: nn.Module, folder: str | os.PathLike[str], what: str) -> None:

@@ -1,0 +1,104 @@
+"""Folders that hold the very model in memory: each is read back, held against it, and run on a few tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepwell.errors import StepwellError
+from stepwell.process.language.adapters import without_adapter
+from stepwell.process.language.folders import reading, weight_files
+from stepwell.process.language.loading import quiet, rebuilt
+from stepwell.writing import writing
+
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""The largest difference of the folder's logits from the live model's, relative to the largest of them or to 1: the
+rounding of the format, of which a merged adapter brings some."""
+
+
+@torch.no_grad()
+def save(model: Any, folder: str | os.PathLike[str], merged: bool, base_only: bool) -> None:
+    """Write a model of `transformers`, adapted by `peft` or not, and hold what is read back against it.
+
+    An adapter is `merged`, or left out (`base_only`), or written alone. Tensors are read one at a time, and only the
+    layers that an adapter changes are held twice. Raises `StepwellError` where the folder is not the model.
+    """
+    adapted = hasattr(model, "disable_adapter")
+    causal = model.get_base_model() if adapted else model
+    if adapted and not merged and not base_only:
+        from peft.utils import get_peft_model_state_dict
+
+        with writing(Path(folder)), quiet():
+            model.save_pretrained(folder)
+        weights = get_peft_model_state_dict(model)
+        _compare([Path(folder) / "adapter_model.safetensors"], weights, Path(folder))
+        return
+    whole = without_adapter(causal, merged=not base_only) if adapted else causal
+    with writing(Path(folder)), quiet():
+        whole.save_pretrained(folder)
+    with contextlib.ExitStack() as stack:
+        if base_only and adapted:
+            stack.enter_context(model.disable_adapter())
+        _check(whole, causal, Path(folder))
+
+
+def _check(whole: Any, live: Any, folder: Path) -> None:
+    """Raise `StepwellError` unless a folder's weights are those of `whole`, and its model answers as the live one."""
+    from transformers import AutoConfig
+
+    weights = whole.state_dict()
+    renamed = _compare(weight_files(folder), weights, folder)
+    with reading(f"The model saved to '{folder}'"), quiet():
+        if renamed:  # families whose files have other names and shapes than their layers
+            twin = type(whole).from_pretrained(folder, dtype=whole.dtype)
+        else:
+            config = AutoConfig.from_pretrained(folder)
+            config._attn_implementation = whole.config._attn_implementation
+            twin = rebuilt(whole, config, weights)
+    twin = twin.to(live.device).eval()
+    size = live.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, 7, device=live.device)[None] % size
+    own, theirs = (each(ids, use_cache=False).logits for each in (live, twin))
+    same = own.eq(theirs) | (own.isnan() & theirs.isnan())
+    gap = float((own - theirs).abs().masked_fill(same, 0.0).nan_to_num(torch.inf).max())
+    allowed = ROUNDING[own.dtype] * max(1.0, float(own[own.isfinite()].abs().max()))
+    if gap > allowed:
+        raise StepwellError(
+            f"The model saved to '{folder}' is not the one in memory: their logits are {gap:.2g} apart, where "
+            f"{allowed:.2g} would be rounding; do not use that folder."
+        )
+
+
+def _compare(files: list[Path], weights: Mapping[str, Tensor], folder: Path) -> bool:
+    """Compare files with weights, a tensor at a time; True where the files' names are not those of the weights."""
+    from safetensors import safe_open
+
+    renamed = False
+    for file in files:
+        with reading(f"'{file}'"), safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                if name not in weights:
+                    renamed = True
+                elif not _same(tensors.get_tensor(name), weights[name]):
+                    raise StepwellError(f"The model saved to '{folder}' is not the one in memory: '{name}' differs.")
+    return renamed
+
+
+def _same(stored: Tensor, value: Tensor) -> bool:
+    value = copy.copy(value.detach()).to(stored.device)
+    return (
+        stored.shape == value.shape
+        and stored.dtype == value.dtype
+        and bool(
+            torch.equal(stored.contiguous().view(torch.uint8), value.contiguous().view(torch.uint8))
+            if stored.dim()
+            else torch.equal(stored, value)
+        )
+    )

@@ -1,0 +1,72 @@
+"""`stepwell export`: the model of a run that was stopped, as the folder that the run would have left at its end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from stepwell.cli import main
+
+
+def stopped(bench, *words):
+    """A run that is over, and the same without its model, as Ctrl-C would have left it after the last step."""
+    assert main(bench.words(*words)) == 0
+    shutil.copytree(bench.out, bench.folder / "cut")
+    for path in (bench.folder / "cut").iterdir():
+        if path.name not in ("checkpoints", "run.json", "metrics.jsonl", "clock.jsonl", "completions.jsonl"):
+            path.unlink()
+
+
+KINDS = {
+    "whole": ((), ["model.safetensors", "config.json", "tokenizer.json"]),
+    "critic": (("--method", "ppo"), ["model.safetensors", "value_head.safetensors"]),
+    "adapter": (("--lora-rank", "2", "--lora-alpha", "8", "--learning-rate", "0.1"), ["model.safetensors"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_run_gives_the_model_that_it_would_have_written(bench, kind):
+    words, files = KINDS[kind]
+    stopped(bench, *words)
+    assert main(["export", "cut", "--out", "taken"]) == 0
+    for name in files:
+        assert (bench.folder / "taken" / name).read_bytes() == (bench.out / name).read_bytes(), name
+
+
+def test_an_adapter_can_be_taken_alone(bench):
+    stopped(bench, "--lora-rank", "2")
+    assert main(["export", "cut", "--out", "taken", "--adapter"]) == 0
+    assert (bench.folder / "taken" / "adapter_model.safetensors").is_file()
+
+
+def test_a_flow_of_ones_own_and_names_that_were_meant_from_another_folder(flows, monkeypatch):
+    assert main(flows.training()) == 0
+    (flows.folder / "elsewhere").mkdir()
+    monkeypatch.chdir(flows.folder / "elsewhere")
+    assert main(["export", "../run", "--out", "taken"]) == 0
+    written = (flows.folder / "elsewhere" / "taken" / "model.safetensors").read_bytes()
+    assert written == (flows.folder / "run" / "model.safetensors").read_bytes()
+
+
+def test_what_cannot_be_exported(bench):
+    refused = bench.refused
+    assert "is no folder of a run" in refused("export", "nowhere", "--out", "taken")
+    (bench.folder / "odd").mkdir()
+    for text, said in (
+        ("{", "is no JSON"),
+        ("[]", "was not made by `stepwell train`"),
+        ('{"model": "m", "command": {"arguments": 3}}', "was not made by `stepwell train`"),
+    ):
+        (bench.folder / "odd" / "run.json").write_text(text)
+        assert said in refused("export", "odd", "--out", "taken")
+    stopped(bench)
+    assert "--adapter must be left out" in refused("export", "cut", "--out", "taken", "--adapter")
+    assert "holds something already" in refused("export", "cut", "--out", "run")
+    about = json.loads((bench.folder / "cut" / "run.json").read_text())
+    (bench.folder / "cut" / "run.json").write_text(json.dumps(about | {"model": "./gone"}))
+    assert "There is no model folder './gone'" in refused("export", "cut", "--out", "taken")
+    shutil.rmtree(bench.folder / "cut" / "checkpoints")
+    assert "holds no checkpoint" in refused("export", "cut", "--out", "taken")
+    assert not (bench.folder / "taken").exists()
