@@ -93,6 +93,7 @@ def test_no_room_has_the_name_of_a_public_function():
     assert not rooms & {name for name in stepwell.__all__ if not inspect.ismodule(getattr(stepwell, name))}
 
 
+@pytest.mark.filterwarnings("ignore:The environment Strict raised")
 def test_the_page_on_chats_runs_as_one_program_and_its_commands_run(tmp_path, monkeypatch):
     from chatty import TEMPLATES, chatty
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
+import torch
 
 from stepwell.origin import is_own, origin
 from stepwell.reward.loading import load_function
@@ -83,3 +85,24 @@ def test_code_of_libraries_is_not_a_users_own():
     assert is_own(made(1))
     assert is_own(Close(1))
     assert not any(map(is_own, (exact_match, re.compile, pytest.raises, dict, len)))
+
+
+class Judge:
+    """A reward that is a method of an object."""
+
+    def __init__(self, limit):
+        self.limit = limit
+
+    def near(self, completions, **columns):
+        return [float(each < self.limit) for each in completions]
+
+
+def test_the_object_of_a_method_and_the_model_in_a_closure_count():
+    def of(model):
+        return lambda completions: model(completions)
+
+    one, two = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    assert origin(Judge(1).near) == origin(Judge(1).near) != origin(Judge(2).near)
+    assert origin(of(one)) == origin(of(copy.deepcopy(one))) != origin(of(two))
+    assert origin(one) == origin(copy.deepcopy(one)) != origin(two)
+    assert origin(of(torch.zeros(9000))) != origin(of(torch.zeros(9000).index_fill(0, torch.tensor([4500]), 1.0)))

@@ -191,7 +191,10 @@ class _Limit:
             with contextlib.suppress(OutOfTime), self.lock:  # in another thread it may come here, too
                 self.over.set()
         if not self.main:
-            _raise_in(self.thread, None)  # one that was on its way
+            with contextlib.suppress(OutOfTime):  # one may be on its way: the last takes its place, and ends here
+                _raise_in(self.thread, OutOfTime)
+                while True:  # taking it back instead would leave the interpreter looking for it, for ever in a tracer
+                    pass
             return
         _Limit.running.remove(self)
         signal.signal(signal.SIGALRM, _ring)
@@ -235,7 +238,6 @@ def _ring(number: int, frame: FrameType | None) -> None:
             raise OutOfTime(limit)
 
 
-def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
-    """Raise an exception in another thread at its next line of Python; None takes back one that is not raised yet."""
-    value = None if kind is None else ctypes.py_object(kind)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), value)
+def _raise_in(thread: int, kind: type[BaseException]) -> None:
+    """Raise an exception in a thread at its next line of Python, in place of one that is not raised yet."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))

@@ -6,11 +6,14 @@ import ast
 import dis
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+from stepwell.digests import stored, weights_digest
 
 LIBRARIES = ("site-packages", "dist-packages")
 """Folders of installed packages, whose versions are written down elsewhere."""
@@ -70,12 +73,17 @@ def is_own(thing: Any) -> bool:
 def _held(make: Any, target: Any) -> str:
     """The values that a closure, or an object that is called, was made with: not those that its own code changes, nor
     lists and tables, which may be its memory."""
+    owner = getattr(make, "__self__", None)
+    if owner is not None and not isinstance(owner, type | types.ModuleType):  # a method of an object
+        return _held(owner, type(owner))
     if isinstance(target, types.FunctionType):
         changed = _stored([target.__code__], "STORE_DEREF")
         values = [pair for pair in _cells(target) if pair[0] not in changed]
     elif hasattr(make, "__qualname__") or not hasattr(make, "__dict__"):
         return ""
     else:
+        if _is_tensors(make):
+            return _word(make)
         methods = [each for name, each in vars(type(make)).items() if name not in ("__init__", "__post_init__")]
         changed = _stored([each.__code__ for each in methods if isinstance(each, types.FunctionType)], "STORE_ATTR")
         values = [pair for pair in sorted(vars(make).items()) if pair[0] not in changed]
@@ -139,12 +147,21 @@ def _neighbours(file: Path, root: Path) -> Iterator[Path]:
                     yield from (p for p in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py") if p.is_file())
 
 
+def _is_tensors(value: Any) -> bool:
+    """True for a tensor or a network; where torch is not loaded, nothing is."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor | torch.nn.Module)
+
+
 def _word(value: Any) -> str:
-    """A value in words that hold no address in memory."""
+    """A value in words that hold no address in memory; of tensors and networks the digest of their numbers."""
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return repr(value)
     if isinstance(value, list | tuple):
         return f"({', '.join(map(_word, value))})"
+    if _is_tensors(value):
+        tensors = stored(value) if hasattr(value, "state_dict") else {"": value}
+        return f"{type(value).__qualname__} {weights_digest(tensors)}"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{_word(key)}: {_word(each)}' for key, each in value.items())}}}"
     if callable(value):

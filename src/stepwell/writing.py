@@ -93,6 +93,10 @@ def writable_folder(path: str | Path) -> Path:
         if not missing.is_dir():
             raise InputError(f"'{missing}' is a file where a folder is needed; remove it or choose another folder.")
         path.mkdir(parents=True, exist_ok=True)
+        made = path
+        while made != missing:  # the names of new folders survive a loss of power, too
+            made = made.parent
+            sync_folder(made)
         probe = path / f".probe{os.getpid()}"
         try:
             probe.write_bytes(b"\0")

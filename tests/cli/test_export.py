@@ -70,3 +70,23 @@ def test_what_cannot_be_exported(bench):
     shutil.rmtree(bench.folder / "cut" / "checkpoints")
     assert "holds no checkpoint" in refused("export", "cut", "--out", "taken")
     assert not (bench.folder / "taken").exists()
+
+
+@pytest.mark.parametrize("part", ["base", "process"])
+def test_a_model_that_has_changed_since_is_not_exported(part, bench):
+    from safetensors.torch import load_file, save_file
+
+    stopped(bench, "--lora-rank", "2")
+    folder = bench.folder / bench.words()[bench.words().index("--model") + 1]
+    shutil.copytree(folder, bench.folder / "moved")
+    about = json.loads((bench.folder / "cut" / "run.json").read_text())
+    (bench.folder / "cut" / "run.json").write_text(json.dumps(about | {"model": "moved"}))
+    if part == "base":
+        tensors = load_file(bench.folder / "moved" / "model.safetensors")
+        tensors["model.norm.weight"][0] += 1e-3
+        save_file(tensors, bench.folder / "moved" / "model.safetensors", metadata={"format": "pt"})
+    else:
+        config = json.loads((bench.folder / "moved" / "config.json").read_text())
+        (bench.folder / "moved" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert f"is of another {part}" in bench.refused("export", "cut", "--out", "taken")
+    assert not (bench.folder / "taken").exists()

@@ -85,6 +85,7 @@ def words(tmp_path: Path, model_folder: Callable[..., Path]) -> Callable[..., li
     return build
 
 
+@pytest.mark.filterwarnings("ignore:For 3 steps all samples of every prompt had the same reward")
 def test_a_run_leaves_a_model_a_log_and_what_it_was_made_of(words, tmp_path, capsys):
     reward = f"{tmp_path / 'mine.py'}:count"
     given = ("--reward", reward, "--reward", "exact_match", "--reward-weights", "1", "0.5", "--steps", "3")

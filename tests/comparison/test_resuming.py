@@ -16,6 +16,7 @@ from stepwell.comparison.results import Comparison
 from stepwell.comparison.resuming import ENDS
 from stepwell.comparison.run import compare
 from stepwell.errors import CheckpointError, InputError
+from stepwell.writing import LOCK, held
 
 REQUEST = {"methods": "grpo,rloo", "budget": "3-steps", "seeds": 2, "progress": False}
 
@@ -197,3 +198,11 @@ def _done(out):
 
 def test_resuming_needs_a_folder(refused):
     assert "--resume needs --out" in refused(*COMMAND, "--resume")
+
+
+def test_a_folder_that_another_process_writes_is_refused(tiny, tmp_path):
+    with held(tmp_path), pytest.raises(InputError, match="is being written by"):
+        compare(tiny, out=tmp_path, **REQUEST)
+    assert not (tmp_path / "comparison.json").exists()
+    compare(tiny, out=tmp_path, **REQUEST)
+    assert not (tmp_path / LOCK).exists()

@@ -6,7 +6,6 @@ import json
 
 import pytest
 from command_bench import Bench, FlowBench, TalkBench
-
 from kills.lab import campaign
 
 KILLS = 9

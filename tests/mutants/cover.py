@@ -13,18 +13,18 @@ import coverage
 import pytest
 from mutants.plant import Mistake
 
-LINES, TIMES = "lines.sqlite", "times.json"
+LINES, TIMES = "lines-{}.sqlite", "times-{}.json"
+"""The files of a map, a pair for each process that made a part of it."""
 
 
 class Recorder:
-    """A plugin of pytest: lines of `source` that each test runs, and the seconds that each test that passed took."""
+    """A plugin of pytest: lines of some files that each test runs, and the seconds that each test that passed took."""
 
-    def __init__(self, source: Path, folder: Path):
-        self.folder, self.seconds, self.failed = folder, defaultdict(float), set()
+    def __init__(self, included: Sequence[str], folder: Path, number: int):
+        self.folder, self.number, self.seconds, self.failed = folder, number, defaultdict(float), set()
         os.environ["COVERAGE_CORE"] = "ctrace"
-        self.tracer = coverage.Coverage(
-            data_file=str(folder / LINES), include=[f"{source}/*"], config_file=False, messages=False
-        )
+        lines = str(folder / LINES.format(number))
+        self.tracer = coverage.Coverage(lines, include=list(included), config_file=False, messages=False)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_collection(self):
@@ -47,7 +47,7 @@ class Recorder:
         self.tracer.stop()
         self.tracer.save()
         passed = {test: seconds for test, seconds in self.seconds.items() if test not in self.failed}
-        (self.folder / TIMES).write_text(json.dumps(passed))
+        (self.folder / TIMES.format(self.number)).write_text(json.dumps(passed))
 
 
 class Cover:
@@ -55,15 +55,20 @@ class Cover:
 
     def __init__(self, source: Path, folder: Path):
         self.source = source
-        self.data = coverage.CoverageData(str(folder / LINES))
-        self.data.read()
-        self.seconds: dict[str, float] = json.loads((folder / TIMES).read_text())
+        self.parts = [coverage.CoverageData(str(folder / LINES.format(number))) for number in range(2)]
+        self.seconds: dict[str, float] = {}
+        for number, part in enumerate(self.parts):
+            part.read()
+            self.seconds |= json.loads((folder / TIMES.format(number)).read_text())
 
     def covering(self, mistake: Mistake) -> list[str]:
         """The tests that run the mistake's line; of a line that is run by an import alone, what stands around it."""
-        lines = self.data.contexts_by_lineno(str(self.source / mistake.path))
+        lines: dict[int, list[str]] = defaultdict(list)
+        for part in self.parts:
+            for line, tests in part.contexts_by_lineno(str(self.source / mistake.path)).items():
+                lines[line] += tests
         for begin, end in self._around(mistake):
-            tests = {test for line in range(begin, end + 1) for test in lines.get(line, []) if test in self.seconds}
+            tests = {test for line in range(begin, end + 1) for test in lines[line] if test in self.seconds}
             if tests:
                 return sorted(tests)
         return []

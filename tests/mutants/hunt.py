@@ -18,14 +18,16 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from queue import Queue
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
-from mutants.cover import LINES, Cover, Recorder
+from mutants.cover import Cover, Recorder
 from mutants.draw import draw
 from mutants.equivalent import EQUIVALENT
 from mutants.plant import Mistake
@@ -35,12 +37,16 @@ HEAVY = "scipy.stats torch.utils.data transformers transformers.modeling_utils t
 HEAVY += "transformers.models.qwen2.modeling_qwen2 transformers.models.gpt2.modeling_gpt2 peft diffusers hypothesis "
 HEAVY += "matplotlib.pyplot sklearn.datasets rich.console tyro jinja2 safetensors.torch tokenizers"
 OPTIONS = "-q -x -p no:cacheprovider -p no:xdist --timeout=60 --no-header --tb=line -W ignore".split()
+CONTROLS = 5
+"""Mistakes whose tests are also run with nothing planted, and have to pass."""
 SEEN, MISSED, UNTESTED = "caught", "survived", "untested"
 
 
 def copied(folder: Path) -> Path:
     """A copy of the project as it stands, without what is built or hidden, compiled once."""
+    folder.mkdir(parents=True, exist_ok=True)
     hidden = shutil.ignore_patterns("__pycache__", "mutants", "runs", "*.egg-info", "build", "dist")
+    folder.mkdir(parents=True)
     for entry in sorted(ROOT.iterdir()):
         if entry.name.startswith(".") or entry.name == "runs":
             continue
@@ -59,6 +65,7 @@ def forked(copy: Path, log: Path, run: Callable[[], int], limit: float) -> int |
         code = 70
         try:
             os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background has none
             for stream in (1, 2):
                 os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
             os.chdir(copy)
@@ -93,16 +100,23 @@ class Chosen:
         items[:] = [found[test] for test in self.tests if test in found]
 
 
-def recorded(copy: Path, folder: Path, only: Sequence[str] = ()) -> Cover:
-    """The map of lines to tests, made by a pass of the quick tests over the copy."""
+def recorded(copy: Path, folder: Path, paths: Collection[str]) -> None:
+    """Make the map of these files' lines to tests: a pass of the quick tests in two processes."""
     source = copy / "src" / "stepwell"
+    files = sorted((copy / "tests").rglob("test_*.py"), key=lambda file: file.stat().st_size)
+    hands = [["src/stepwell"], []]
+    for number, file in enumerate(files):
+        hands[number % 2].append(str(file.relative_to(copy)))
+    options = [option for option in OPTIONS if option != "-x"]
 
-    def run() -> int:
-        options = [option for option in OPTIONS if option != "-x"]
-        return int(pytest.main([*options, *only], plugins=[Recorder(source, folder)]))
+    def recording(number: int) -> Callable[[], int]:
+        return lambda: int(pytest.main([*options, *hands[number]], plugins=[Recorder(included, folder, number)]))
 
-    forked(copy, folder / "map.log", run, 3600.0)
-    return Cover(source, folder)
+    included = [str(source / path) for path in sorted(paths)]
+    with ThreadPoolExecutor(2) as pool:
+        passes = [pool.submit(forked, copy, folder / f"map-{n}.log", recording(n), 3600.0) for n in range(2)]
+        for made in passes:
+            made.result()
 
 
 @contextlib.contextmanager
@@ -120,15 +134,21 @@ def planted(copy: Path, mistake: Mistake) -> Iterator[None]:
         os.utime(file, (stamp.st_atime, stamp.st_mtime))
 
 
-def tried(copy: Path, cover: Cover, mistake: Mistake, seconds: float, log: Path) -> str:
-    """`caught`, `survived`, or `untested` where no quick test comes near the line."""
+def tried(copy: Path, cover: Cover, mistake: Mistake, seconds: float, log: Path, control: bool = False) -> str:
+    """`caught`, `survived`, or `untested` where no quick test comes near the line; of a control, if its tests passed.
+
+    A control runs the same tests with nothing planted.
+    """
     tests = cover.chosen(mistake, seconds)
     if not tests:
         return UNTESTED
     files = list(dict.fromkeys(test.split("::")[0] for test in tests))
     expected = sum(cover.seconds[test] for test in tests)
-    with planted(copy, mistake):
-        code = forked(copy, log, lambda: int(pytest.main([*OPTIONS, *files], plugins=[Chosen(tests)])), 60 + 4 * expected)
+    with contextlib.nullcontext() if control else planted(copy, mistake):
+        run = lambda: int(pytest.main([*OPTIONS, *files], plugins=[Chosen(tests)]))  # noqa: E731
+        code = forked(copy, log, run, 60 + 4 * expected)
+    if control:
+        return "control passed" if code == 0 else "control failed"
     return MISSED if code == 0 else SEEN
 
 
@@ -137,18 +157,32 @@ def hunt(number: int, seed: int, seconds: float, work: Path) -> Iterator[dict[st
     for module in HEAVY.split():
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
-    copy = work / "copy"
-    if not copy.is_dir():
-        copied(copy)
-    source = copy / "src" / "stepwell"
-    cover = Cover(source, work) if (work / LINES).exists() else recorded(copy, work)
-    for mistake in draw(source, number, seed, frozenset(EQUIVALENT)):
-        begin = time.monotonic()
-        log = work / "mutant.log"
+    copies = [work / "copy-0", work / "copy-1"]
+    for copy in copies:
+        if not copy.is_dir():
+            copied(copy)
+    source = copies[0] / "src" / "stepwell"
+    mistakes = draw(source, number, seed, frozenset(EQUIVALENT))
+    if not (work / "times-1.json").exists():
+        recorded(copies[0], work, {mistake.path for mistake in mistakes})
+    free: Queue[Path] = Queue()
+    for copy in copies:
+        free.put(copy)
+
+    def one(mistake: Mistake, control: bool = False) -> dict[str, object]:
+        begin, copy = time.monotonic(), free.get()
+        log = work / f"{copy.name}.log"
         log.unlink(missing_ok=True)
-        outcome = tried(copy, cover, mistake, seconds, log)
+        outcome = tried(copy, cover, mistake, seconds, log, control)
         last = log.read_text(errors="replace").splitlines()[-3:] if log.exists() and outcome == SEEN else []
-        yield {"outcome": outcome, **asdict(mistake), "seconds": round(time.monotonic() - begin, 1), "by": last}
+        free.put(copy)
+        return {"outcome": outcome, **asdict(mistake), "seconds": round(time.monotonic() - begin, 1), "by": last}
+
+    cover = Cover(source, work)
+    with ThreadPoolExecutor(len(copies)) as pool:
+        controls = mistakes[:: max(len(mistakes) // CONTROLS, 1)]
+        yield from pool.map(one, controls, [True] * len(controls))
+        yield from pool.map(one, mistakes)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -157,7 +191,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20.0, help="of tests for each mistake")
     parser.add_argument("--out", type=Path, required=True, help="a file for the results, a line each")
-    parser.add_argument("--work", type=Path, help="a folder whose copy and map are kept and used again")
+    parser.add_argument("--work", type=Path, help="a folder for the copies and the map of one draw, which are kept")
     given = parser.parse_args(words)
     with contextlib.ExitStack() as stack:
         work = given.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))

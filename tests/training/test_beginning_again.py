@@ -156,6 +156,37 @@ def test_a_folder_that_is_written_is_not_written_by_another(tmp_path):
         go(tmp_path / "run")
 
 
+def test_a_run_that_another_process_finished_meanwhile_is_not_lost(tmp_path, monkeypatch):
+    """The folder is looked at again once it is held: another process may have written into it until then."""
+    from stepwell.training import loop
+
+    plain = loop.begin
+
+    def begin(*arguments):
+        monkeypatch.setattr(loop, "begin", plain)
+        go(tmp_path / "run")
+        return plain(*arguments)
+
+    monkeypatch.setattr(loop, "begin", begin)
+    with pytest.raises(InputError, match="holds a run already"):
+        go(tmp_path / "run", seed=5)
+    assert len(read_lines(tmp_path / "run" / METRICS)) == 3
+    assert len(checkpoint.complete(tmp_path / "run" / "checkpoints")) == 1 + 3
+
+
+def test_the_names_of_new_folders_are_on_the_disk(tmp_path, monkeypatch):
+    synced, plain = set(), os.fsync
+
+    def fsync(handle):
+        synced.add(os.readlink(f"/proc/self/fd/{handle}"))
+        plain(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    go(tmp_path / "one" / "two" / "run", steps=1)
+    run = tmp_path / "one" / "two" / "run"
+    assert {str(path) for path in (tmp_path, run.parent.parent, run.parent, run, run / "checkpoints")} <= synced
+
+
 def test_a_reward_that_changes_the_working_folder_moves_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()

@@ -162,7 +162,7 @@ def test_a_line_is_written_for_every_step_and_completion(tmp_path):
     about = json.loads((tmp_path / "run/run.json").read_text())
     assert about["method"] == "grpo"
     assert about["options"] == {"clip": 0.2}
-    assert set(about["versions"]) == {"stepwell", "torch", "transformers"}
+    assert set(about["versions"]) >= {"stepwell", "torch", "transformers"}
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"step": 5, "rew', b'{"step": 5}'])

@@ -15,6 +15,7 @@ from zoo.families import FAMILIES, REFUSED, SEEING, STATEFUL, Family, tiny
 
 from stepwell import methods
 from stepwell.batch import Batch
+from stepwell.check.tolerance import tolerance
 from stepwell.errors import InputError
 from stepwell.process.language.apart import long_rope_switch
 from stepwell.process.language.build import language
@@ -26,6 +27,8 @@ from stepwell.sampling.request import Prompt, Request
 from stepwell.sampling.rollout import rollout
 from stepwell.training.update import accumulate
 from stepwell.trajectories import count
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* turns hidden states into logits in an unknown way")
 
 PROMPTS = ["a b c d e f g h i j k l", "x", "m n o", "b d y"]
 NEW = 12
@@ -173,7 +176,7 @@ def test_a_saved_model_has_the_same_logits(member: Member, tmp_path: Path) -> No
     text = torch.tensor([member.process.encoder(PROMPTS[0])])
     with torch.no_grad():
         again = loaded(tmp_path, hasattr(member.model.config, "vision_config"))(text).logits
-        assert float((again - member.model(text).logits).abs().max()) <= 1e-6
+        assert float((again - member.model(text).logits).abs().max()) <= tolerance(member.model)
     assert language(tmp_path, device="cpu").network.causal.config.model_type == member.model.config.model_type
 
 

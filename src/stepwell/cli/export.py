@@ -38,6 +38,7 @@ class Export(Command):
         source = usable(self.run_folder, "The run").absolute()
         about = _about(source, self.run_folder)
         from stepwell.training import checkpoint
+        from stepwell.training.fingerprint import refuse_another_model
         from stepwell.training.resume import CHECKPOINTS
         from stepwell.writing import writable_folder
 
@@ -59,6 +60,7 @@ class Export(Command):
             parameters = groups["parameters"]
             if any(name.startswith("value_head.") for name in parameters):
                 process = process.with_value_head()
+            refuse_another_model(newest, content["fingerprint"], process)
             parameters.fill({name: p for name, p in process.module.named_parameters() if p.requires_grad})
             step = content["position"]["step"]
         folder = writable_folder(out)
@@ -80,8 +82,8 @@ def _about(source: Path, shown: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"'{shown}/{RUN}' is no JSON that can be read.") from error
     command = about.get("command") if isinstance(about, dict) else None
-    whole = isinstance(command, dict) and isinstance(command.get("arguments"), dict)
-    if not whole or not isinstance(command.get("folder"), str) or not isinstance(about.get("model"), str):
+    kinds = {name: type(value) for name, value in command.items()} if isinstance(command, dict) else {}
+    if kinds != {"folder": str, "arguments": dict} or not isinstance(about.get("model"), str):
         raise InputError(
             f"'{shown}' was not made by `stepwell train`, so that its model cannot be built again here; in Python, "
             "sw.train(..., resume=True) with as many steps as it has made writes its model."

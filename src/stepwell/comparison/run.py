@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -35,7 +36,7 @@ from stepwell.tasks.warm_start import threads
 from stepwell.training.log import versions
 from stepwell.training.loop import evaluate, train
 from stepwell.training.settings import Settings, with_settings
-from stepwell.writing import writable_folder
+from stepwell.writing import held, writable_folder
 
 SEED = Demand(range=Range("whole numbers", whole=True))
 POINTS = 10
@@ -111,11 +112,15 @@ def compare(
         evaluation={"prompts": len(built.evaluation), "samples": evaluation_samples},
         made=_made(built.threads) | {"command": command},
     )
-    result = gone_on_from(folder, fresh, resume)
-    labels = [entry.label for entry in result.entries]
-    runner.ends = kept_ends(folder, labels)
     total = len(specs) * len(chosen)
-    with threads(built.threads), ComparisonProgress(progress, built.title, str(whole), total) as view:
+    with contextlib.ExitStack() as around:
+        if folder is not None:
+            around.enter_context(held(folder))
+        result = gone_on_from(folder, fresh, resume)
+        labels = [entry.label for entry in result.entries]
+        runner.ends = kept_ends(folder, labels)
+        around.enter_context(threads(built.threads))
+        view = around.enter_context(ComparisonProgress(progress, built.title, str(whole), total))
         view.say("starting the process")
         process = built.process()
         for spec in specs:
@@ -145,8 +150,8 @@ def compare(
                     if folder is not None:
                         result.save(folder)
                 view.next()
-    if folder is not None:
-        (folder / ENDS).unlink(missing_ok=True)
+        if folder is not None:
+            (folder / ENDS).unlink(missing_ok=True)
     return result
 
 

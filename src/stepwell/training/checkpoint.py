@@ -68,6 +68,7 @@ def write(folder: Path, state: Any, tensors: Mapping[str, Mapping[str, Tensor]])
             os.replace(folder, before)
         os.replace(temporary, folder)
         sync_folder(folder.parent)
+        sync_folder(folder.parent.parent)  # which the first checkpoint puts a folder into
         shutil.rmtree(before, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -9,11 +9,12 @@ import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from stepwell.digests import stored, weights_digest
 from stepwell.errors import CheckpointError
 from stepwell.origin import is_own, origin
 from stepwell.parts import parts_of
@@ -67,16 +68,14 @@ def fingerprint(
     It is taken before anything is drawn: a process may count its own steps in an attribute that `describe` gives.
     """
     trained, teacher = models.policy, models.teacher
-    learning = {name: p for name, p in trained.module.named_parameters() if p.requires_grad}
-    shapes = [f"{name}:{tuple(p.shape)}:{p.dtype}" for name, p in learning.items()]
-    fixed = {name: value for name, value in _stored(trained.module).items() if name not in learning}
+    shapes = [f"{name}:{tuple(p.shape)}:{p.dtype}" for name, p in trained.module.named_parameters() if p.requires_grad]
     return {
         "model": hashlib.sha256("\n".join(shapes).encode()).hexdigest(),
-        "base": weights_digest(fixed),
+        "base": _base_digest(trained.module),
         "data": _rows_digest(prompts),
         "evaluation": None if evaluation is None else _rows_digest(evaluation),
         "process": {"trained": trained.describe(), "evaluated": evaluated.describe()},
-        "teacher": None if teacher is None else [teacher.describe(), weights_digest(_stored(teacher.module))],
+        "teacher": None if teacher is None else [teacher.describe(), weights_digest(stored(teacher.module))],
         "method": "\n".join(recipe.parts()),
         "reward": [
             {"name": name, "weight": weight, "source": "".join(origin(function))}
@@ -88,8 +87,18 @@ def fingerprint(
             for entry in dataclasses.fields(settings)
             if entry.name not in FREE
         },
-        "made with": {**versions(), "device": _device(trained.module)},
+        "made with": {**versions(), "device": _device(trained.module), "threads": torch.get_num_threads()},
     }
+
+
+def refuse_another_model(folder: Path, saved: Mapping[str, Any], process: Process) -> None:
+    """Raise `AnotherRun`, saying what differs, where a process is not made as the one that a run has trained."""
+    made = {"evaluated": process.describe()}
+    before = {"evaluated": saved["process"]["evaluated"]}
+    if _text(made) != _text(before):
+        raise _another(folder, "process", before, made, "export it")
+    if saved["base"] != _base_digest(process.module):
+        raise _another(folder, "base", None, None, "export it")
 
 
 def refuse_another(folder: Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
@@ -103,13 +112,7 @@ def refuse_another(folder: Path, saved: Mapping[str, Any], present: Mapping[str,
     if "method" in others and "process" not in others:
         others.insert(0, "method")  # a critic makes it another model, too
     if others:
-        entry = others[0]
-        differences = dict.fromkeys(_differences(entry, saved.get(entry), present[entry]))
-        details = f" ({'; '.join(differences)})" if differences else ""
-        raise AnotherRun(
-            f"The checkpoint '{folder}' is of another {entry}{details}; resume with {STARTED_WITH[entry]} it was "
-            "started with."
-        )
+        raise _another(folder, others[0], saved.get(others[0]), present[others[0]])
     for name, value in present["settings"].items():
         before = saved["settings"].get(name)
         if _text(before) != _text(value):
@@ -128,57 +131,68 @@ def refuse_another(folder: Path, saved: Mapping[str, Any], present: Mapping[str,
         )
 
 
-def weights_digest(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of every bit of some tensors, by two sums a tensor: of its words, and of them times their places.
-
-    Both wrap around at 64 bits, so that they do not depend on the order of summation, nor on the device.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:{_sums(tensor)}".encode())
-    return digest.hexdigest()
-
-
-WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""The whole number of each size in bytes."""
-BLOCK = 2**20
-"""The words that are summed at once."""
+def _another(folder: Path, entry: str, saved: Any, present: Any, way: str = "resume") -> AnotherRun:
+    """The error for an entry of a fingerprint that differs, with the parts that do in words."""
+    differences = dict.fromkeys(_differences(entry, saved, present))
+    details = f" ({'; '.join(differences)})" if differences else ""
+    return AnotherRun(
+        f"The checkpoint '{folder}' is of another {entry}{details}; {way} with {STARTED_WITH[entry]} it was "
+        "started with."
+    )
 
 
-@torch.no_grad()
-def _sums(tensor: Tensor) -> tuple[int, int]:
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if tensor.numel() == 0 or tensor.is_meta:
-        return 0, 0
-    words = tensor.detach().contiguous().view(WORDS[tensor.element_size()]).flatten()
-    places = torch.arange(1, min(BLOCK, len(words)) + 1, device=words.device)
-    plain = placed = torch.zeros((), dtype=torch.int64, device=words.device)
-    for number, block in enumerate(words.split(BLOCK), 1):
-        block = block.long()
-        own = block.sum()
-        plain, placed = plain + own, placed + (block * places[: len(block)]).sum() + number * BLOCK * own
-    return int(plain), int(placed)
-
-
-def _stored(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a module that its folder holds: parameters, and buffers that are no scratch space."""
-    return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+def _base_digest(module: nn.Module) -> str:
+    """A digest of what does not learn: frozen parameters, and buffers."""
+    learning = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return weights_digest({name: value for name, value in stored(module).items() if name not in learning})
 
 
 def _rows_digest(prompts: Iterable[Prompt]) -> str:
     """A digest of prompts with their columns, which are never all in memory."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(f"{prompt.id!r} {prompt.value!r} {prompt.columns!r}\n".encode(errors="backslashreplace"))
+        text = f"{prompt.id!r} {_told(prompt.value)} {_told(prompt.columns)}\n"
+        digest.update(text.encode(errors="backslashreplace"))
     return digest.hexdigest()
 
 
+PLAIN = frozenset({str, int, float, bool, type(None)})
+"""The types of values that write themselves whole."""
+
+
+def _told(value: Any) -> str:
+    """A value of the data as a text, of which tensors, arrays and pictures, which write themselves in part, are the
+    digest of their numbers."""
+    if type(value) in PLAIN:
+        return repr(value)
+    if isinstance(value, Mapping):
+        if PLAIN.issuperset(map(type, value.values())):
+            return repr(dict(value))
+        return f"{{{', '.join(f'{key!r}: {_told(entry)}' for key, entry in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_told, value))}]"
+    if isinstance(value, torch.Tensor):
+        return weights_digest({"": value})
+    if isinstance(value, Bytes):
+        form = [str(getattr(value, name, "")) for name in ("shape", "dtype", "size", "mode")]
+        return f"{form} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    return repr(value)
+
+
+@runtime_checkable
+class Bytes(Protocol):
+    """Can give its numbers as bytes: arrays and pictures."""
+
+    def tobytes(self) -> bytes: ...
+
+
 def _own_code(recipe: Recipe, module: nn.Module) -> Iterator[tuple[str, str]]:
-    """The digests of a user's own classes and functions among a method's parts and a model's modules."""
-    parts = [*parts_of(recipe.whole.terms), *parts_of(recipe.planner), *parts_of(recipe.transforms)]
-    settings = [value for part in parts for value in vars(part).values() if isinstance(value, types.FunctionType)]
-    kinds = {type(thing) for thing in (*parts, *module.modules())}
+    """The digests of a user's own classes and functions among a method's parts and a model's modules, and of those
+    that they hold."""
+    roots = (recipe.whole.terms, recipe.planner, recipe.transforms, recipe.guide)
+    things = [*(part for root in roots for part in parts_of(root)), *module.modules()]
+    settings = [value for thing in things for value in vars(thing).values() if isinstance(value, types.FunctionType)]
+    kinds = {type(thing) for thing in things}
     for thing in (*kinds, *settings):
         if is_own(thing):
             yield origin(thing)

@@ -155,7 +155,7 @@ class RunLog:
 def versions() -> dict[str, str]:
     """The installed versions of the packages that decide a run's numbers."""
     installed = {}
-    for package in ("stepwell", "torch", "transformers"):
+    for package in ("stepwell", "torch", "transformers", "tokenizers", "peft", "diffusers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             installed[package] = importlib.metadata.version(package)
     return installed

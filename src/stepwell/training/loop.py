@@ -295,6 +295,7 @@ def train(
         state = begin(process, recipe, prompts, rewards, settings, folder, teacher, evaluation)
         if folder is not None and state.world.is_main:
             held_folder.enter_context(held(folder))
+            prepare(out, resume)  # another process may have been writing until now
         log = RunLog(folder if state.world.is_main else None, settings.trackers, config=description(state, config))
         if resume:
             restore(state, log)

@@ -68,6 +68,7 @@ def description(state: RunState, config: Mapping[str, Any] | None) -> dict[str, 
         "threads": torch.get_num_threads(),
         "ranks": state.world.size,
         **(config or {}),
+        "fingerprint": state.fingerprint,
     }
 
 
@@ -123,7 +124,7 @@ def restore(state: RunState, log: RunLog) -> None:
     """
     assert state.out is not None
     found = checkpoint.complete(state.out / CHECKPOINTS)
-    form = copy.deepcopy(_content(state, [state.models.policy.meter.state_dict()]))
+    form = copy.deepcopy(_content(state, [state.models.policy.meter.state_dict()])) | {"fingerprint": None}
     for place, folder in enumerate(found, 1):
         try:
             with checkpoint.whole(folder):

@@ -377,7 +377,7 @@ def test_a_conversation_holds_its_model_and_its_twins_hold_twins_of_it(small_lan
     assert "value" not in process.offers
     rows = draw(process, 2, [chat]).trajectories
     before = process.meter.spent
-    assert process.score(rows, {"kl"}, reference=frozen)["kl"].detach().abs().max() < 1e-6
+    assert process.score(rows, {"kl"}, reference=frozen)["kl"].detach().abs().max() < tolerance(model.module)
     assert not frozen.score(rows).log_prob.requires_grad
     assert (process.meter.spent - before).model_evaluations == 3 * len(rows)  # the frozen one spends on the same meter
     before = process.meter.spent

@@ -130,7 +130,9 @@ def test_a_cache_that_forgets_to_fork_is_caught(small_language: Build, monkeypat
     honest = reading.forked
     process = small_language("qwen2")
     monkeypatch.setattr(reading, "forked", first_rows)
-    assert gap(process, draw(process).trajectories) > 1e-2
+    with pytest.warns(UserWarning, match="Prompts are not shared by their groups when drawing"):
+        rows = draw(process).trajectories
+    assert gap(process, rows) > 1e-2
 
 
 def test_truncation_keeps_the_action_taken_after_an_update(small_language: Build) -> None:
@@ -298,7 +300,7 @@ def test_the_reference_is_a_copy_that_cannot_learn(small_language: Build) -> Non
     assert bool((kl[rows.mask] > 0).all())
     assert bool((kl[~rows.mask] == 0).all())
     reference.sync(process)
-    assert float(process.score(rows, {"kl"}, reference=reference)["kl"].detach().abs().max()) < 1e-6
+    assert float(process.score(rows, {"kl"}, reference=reference)["kl"].detach().abs().max()) < SINGLE
     assert reference.meter is process.meter
 
 

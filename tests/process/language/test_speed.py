@@ -121,7 +121,8 @@ def test_scores_and_gradients_are_those_of_rows_side_by_side(small_language: Bui
     assert fast.network.shares == {"rollout": True, "score": True}
     assert float((answers[0][0] - answers[1][0]).abs().max()) < 1e-10
     assert len(answers[0][1]) == len(answers[1][1]) > 0
-    rounding = 1e-10 if architecture == "gpt2" else 1e-6  # all others' norms round to float32, also a double model's
+    single = tolerance(fast.module, torch.float32)  # the norms of all but one round to float32, also a double model's
+    rounding = 1e-10 if architecture == "gpt2" else single
     for mine, theirs in zip(answers[0][1], answers[1][1], strict=True):
         assert float((mine - theirs).abs().max()) < rounding * max(float(theirs.abs().max()), 1.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -195,3 +196,26 @@ def test_half_precision_trains_its_adapter_in_single_precision(pipeline_folder: 
     trained(process, None)
     assert drawn(process).dtype == torch.float32
     assert all(bool(p.isfinite().all()) for p in learns)
+
+
+def test_a_run_knows_the_adapter_the_text_encoders_and_the_autoencoder(pipeline_folder: Callable[..., Path], tmp_path):
+    """All that decides what is drawn, besides what learns, is in the description that a run is known by."""
+    plain = build("sd", pipeline_folder("sd"), lora=ADAPTER).describe()
+    assert plain == build("sd", pipeline_folder("sd"), lora=ADAPTER).describe()
+    assert plain == json.loads(json.dumps(plain))
+    others: dict[str, tuple[str, Any]] = {
+        "alpha": ("network", {"lora": ADAPTER | {"lora_alpha": 7}}),
+        "stabilised": ("network", {"lora": ADAPTER | {"use_rslora": True}}),
+        "negative": ("encode", {"lora": ADAPTER, "negative_prompt": "a stone"}),
+    }
+    for entry, changes in others.values():
+        other = build("sd", pipeline_folder("sd"), **changes).describe()
+        assert [name for name in plain if plain[name] != other[name]] == [entry]
+    for part, entry in (("text_encoder", "encode"), ("vae", "decode")):
+        shutil.copytree(pipeline_folder("sd"), tmp_path / part)
+        (file,) = (tmp_path / part / part).glob("*.safetensors")
+        tensors = load_file(file)
+        next(iter(tensors.values())).flatten()[0] += 1e-3
+        save_file(tensors, file, metadata={"format": "pt"})
+        other = build("sd", tmp_path / part, lora=ADAPTER).describe()
+        assert [name for name in plain if plain[name] != other[name]] == [entry]

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from stepwell.columns import Columns
+from stepwell.digests import structure_digest, weights_digest
 from stepwell.meter import Meter
+from stepwell.origin import origin
 from stepwell.process.flow.checks import check_condition, check_decoded, check_prediction
 from stepwell.solver.integrate import Predict
 from stepwell.solver.path import Path
+from stepwell.writing import describe
 
 Encode = Callable[[Sequence[Any]], Mapping[str, Tensor]]
 Decode = Callable[[Tensor], Tensor]
@@ -25,6 +28,13 @@ class Freezes(Protocol):
     """A network with a frozen twin of its own: that of an adapted model is its base."""
 
     def frozen(self) -> nn.Module: ...
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A network, or an end of one, that can say what decides its numbers, besides what learns, as values for JSON."""
+
+    def describe(self) -> dict[str, Any]: ...
 
 
 class Function(nn.Module):
@@ -85,6 +95,16 @@ class Denoiser:
         states = dtype or torch.promote_types(own, torch.float32)
         handed = own if dtype is None else None
         return cls(network, tuple(shape), path, predicts, states, device, handed, **settings)
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides its predictions, conditions and samples besides the network's parameters."""
+        bare = self.unconditional
+        unconditional = None if bare is None or isinstance(self.encode, Described) else weights_digest(bare)
+        ends = {"encode": _made_of(self.encode), "decode": _made_of(self.decode), "unconditional": unconditional}
+        states = {"shape": list(self.shape), "states": str(self.dtype)}
+        return (
+            {"path": describe(self.path), "predicts": self.predicts, "network": _made_of(self.network)} | states | ends
+        )
 
     def condition(self, prompts: Sequence[Any]) -> Columns | None:
         """The conditioning of each prompt, (N, ...) tensors by name; None for an unconditional network."""
@@ -147,3 +167,14 @@ class Denoiser:
         """True where gradients are asked for and there are parameters that can learn."""
         asked = self.learns and torch.is_grad_enabled()
         return asked and any(parameter.requires_grad for parameter in self.network.parameters())
+
+
+def _made_of(thing: Any) -> Any:
+    """A network or one of its ends in values for JSON: its own description, its layers, or its code."""
+    if thing is None:
+        return None
+    if isinstance(thing, Described):
+        return thing.describe()
+    if isinstance(thing, Function):
+        return "".join(origin(thing.function))
+    return structure_digest(thing) if isinstance(thing, nn.Module) else "".join(origin(thing))

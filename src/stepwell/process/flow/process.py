@@ -267,10 +267,10 @@ class Flow(Process):
             raise InputError(f"The flow's encode cannot read {value!r:.60}: {type(error).__name__}: {said}") from error
 
     def describe(self) -> dict[str, Any]:
-        """Path, prediction, and the sampler: its solvers, times and guidance."""
+        """The denoiser (`Denoiser.describe`), and the sampler: its solvers, times and guidance."""
         solvers = [*dict.fromkeys(describe(table) for table in self.sampler.tables)]
         sampler = {"solver": solvers, "times": list(self.sampler.times), "guidance": self.sampler.guidance}
-        return {"path": describe(self.path), "predicts": self.predicts, **sampler}
+        return {**self.denoiser.describe(), **sampler}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """The network's weights as safetensors, or the folder that the network itself writes."""

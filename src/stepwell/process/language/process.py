@@ -19,7 +19,7 @@ from stepwell.process.base import Process, Samples, Scores, check_needs
 from stepwell.process.batching import token_batches
 from stepwell.process.language.chat import is_chat
 from stepwell.process.language.chunked import chunked_statistics, statistics
-from stepwell.process.language.description import described
+from stepwell.process.language.description import described, tokenizer_digest
 from stepwell.process.language.guard import check_reading
 from stepwell.process.language.network import CausalNetwork, LanguageModule
 from stepwell.process.language.prompts import PromptEncoder, left_padded, pack
@@ -347,6 +347,7 @@ class Language(Process):
         network's configuration and its adapter."""
         compiled = self.network.compiled is not None
         limits = {"max_new_tokens": self.max_new_tokens, "ends": self.ends.tolist(), "compiled": compiled}
+        limits["tokenizer"] = tokenizer_digest(self.tokenizer)
         model = described(self.network.causal, self.network.module.model if self.network.adapted else None)
         return {"truncation": f"{self.truncation}", **limits, **self.encoder.describe(), **model}
 

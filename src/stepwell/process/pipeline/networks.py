@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stepwell.errors import InputError
+from stepwell.process.language.description import in_values
 from stepwell.solver.path import Path
 
 Write = Callable[[Any, str | os.PathLike[str], str], None]
@@ -49,6 +50,12 @@ class PipelineNetwork(nn.Module):
 
     def predict(self, x: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """The network's configuration, its adapter, and what is handed to it besides states and conditions."""
+        own = {name: getattr(self, name, None) for name in ("guidance", "time_ids", "steps", "kind")}
+        adapter = self.model.peft_config["default"].to_dict() if self.adapted else None
+        return {**own, "format": str(self.dtype), **in_values(dict(self.model.config), adapter)}
 
     def check(self, condition: Mapping[str, Tensor]) -> None:
         """Raise `InputError` unless the condition has the entries, and the widths, that the network reads."""
@@ -102,6 +109,10 @@ class Base(nn.Module):
 
     def frozen(self) -> Base:
         return self
+
+    def describe(self) -> dict[str, Any]:
+        """The network's own description."""
+        return self._adapted[0].describe()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """The whole pipeline without the adapter."""

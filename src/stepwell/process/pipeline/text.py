@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stepwell.digests import stored, weights_digest
 from stepwell.errors import InputError, StepwellError
 
 
@@ -22,6 +24,7 @@ class TextEncoder:
         self.pipeline, self.family = pipeline, family
         self.options = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
         self.embeddings: dict[str, dict[str, Tensor]] = {}
+        self.negative_prompt: str | None = None
 
     def __call__(self, prompts: Sequence[Any]) -> dict[str, Tensor]:
         """One row a prompt. Raises `InputError` for a prompt that is not a text."""
@@ -39,7 +42,18 @@ class TextEncoder:
 
     def unconditional(self, negative_prompt: str | None = None) -> dict[str, Tensor]:
         """The condition that guidance compares with, one row: of the negative prompt, or of the pipeline's default."""
+        self.negative_prompt = negative_prompt
         return self._checked(self._encoded("", negative_prompt)[1], negative_prompt or "")
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """A digest of the text encoders' weights, which never change."""
+        parts = [getattr(self.pipeline, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
+        return " ".join(weights_digest(stored(part)) for part in parts if part is not None)
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides an embedding."""
+        return {"weights": self.weights, "negative_prompt": self.negative_prompt, **self.options}
 
     @torch.no_grad()
     def _encoded(self, prompt: str, negative: str | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -84,6 +98,15 @@ class ImageDecoder:
         self.scale = float(config.scaling_factor)
         mean, deviation = config.get("latents_mean"), config.get("latents_std")
         self.moments = None if mean is None or deviation is None else (torch.tensor(mean), torch.tensor(deviation))
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """A digest of the autoencoder's weights, which never change."""
+        return weights_digest(stored(self.autoencoder))
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides an image."""
+        return {"weights": self.weights, "shift": self.shift, "scale": self.scale}
 
     def __call__(self, latents: Tensor) -> Tensor:
         x = latents.to(self.autoencoder.dtype)
