@@ -12,8 +12,8 @@ HEAD = """# The methods
 
 Written by `make docs` from the cards; `stepwell methods ID` prints the same, `stepwell methods --search WORDS` finds
 them. A method is run by `stepwell train --model DIR_OR_ID --data prompts.jsonl --reward my.py:reward --method ID`, with
-the arguments that its needs name, and without `--reward` where it says so. Case, hyphens and underscores of an ID do not
-matter. `stepwell check ID` computes the exact answers that stand behind *proved by*, and compares the method with them.
+the arguments that its needs name, and without `--reward` where it says so. Case, hyphens and underscores of an ID do
+not matter. `stepwell check ID` computes the exact answers that stand behind *proved by*, and compares the method.
 """
 
 
