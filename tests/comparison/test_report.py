@@ -188,6 +188,40 @@ def test_the_table_fits_a_terminal_and_names_every_unit_spent():
     assert "%" not in rewards.replace("95 %", "")
 
 
+def test_the_table_shows_scores_in_brackets_and_what_every_method_spent():
+    scores, spent = _printed(made({"grpo": 0.5, "rloo": 0.6})).split("spent, on average")
+    for label, mean in (("grpo", r"5\d\.\d"), ("rloo", r"6\d\.\d")):
+        number = r"[+-]?\d+\.\d"
+        assert re.search(rf"{label} +{mean} \[{number}, {number}\] +\+{number} \[{number}, {number}\]", scores)
+        assert re.search(rf"{label} +10 +2 +10 +2\.0 k +1\.0 k +50", spent)
+
+
+def test_the_band_of_a_curve_spans_its_seeds_or_the_interval_of_one():
+    from stepwell.comparison.report.page import _curve
+
+    def band(seeds):
+        comparison = made({"grpo": 0.5}, seeds=seeds)
+        for place, trial in enumerate(comparison.entries[0].trials):
+            for point in trial.curve:
+                point["error"] = 0.1
+                point["score"] += 0.01 * place
+        return _curve(comparison, comparison.entries[0], 0, "steps")
+
+    one, several = band(1), band(3)
+    assert one.high - one.y == pytest.approx(0.196)
+    assert one.y - one.low == pytest.approx(0.196)
+    assert several.y - several.low == pytest.approx(0.01)
+    assert several.high - several.y == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(("unit", "said"), [("solved", "0 of these 1 solved before, 1 after"), ("reward", "1 prompts")])
+def test_samples_are_counted_where_a_score_is_a_share(unit, said):
+    from stepwell.comparison.report.gallery import samples_of
+
+    comparison = made({"grpo": 0.5}, unit=unit)
+    assert samples_of(comparison.entries[0], 0, comparison)["about"] == said
+
+
 def test_a_real_comparison_becomes_a_page(tiny, tmp_path):
     result = compare(tiny, "grpo,rloo", budget="3-steps", seeds=2, out=tmp_path, progress=False)
     path = write_report(result, tmp_path)

@@ -10,9 +10,11 @@ import torch
 from stepwell.batch import Batch
 from stepwell.columns import Columns
 from stepwell.credit.baseline import GreedyBaseline, Informative, LengthBaseline
-from stepwell.credit.columns import AcrossPrompts, LengthClass, RewardColumn
+from stepwell.credit.columns import AcrossPrompts, LengthClass, RewardColumn, Stratified
 from stepwell.credit.contest import WinnerTakesAll, WinRate
+from stepwell.credit.group import GroupCredit
 from stepwell.credit.risk import MixedRisk
+from stepwell.credit.sources import Outcome
 from stepwell.credit.traces import Coverage, RewardToGo
 from stepwell.errors import InputError
 from stepwell.objective.constraint import Priced
@@ -58,6 +60,21 @@ def test_a_sample_alone_is_compared_with_nobody():
     for credit in (LengthBaseline(), WinnerTakesAll(), WinRate()):
         assert credit(rows)[0] == 0
         assert credit.compares
+
+
+def test_strata_compare_the_reward_that_they_are_given():
+    """All of one stratum: the standardised second reward, twice."""
+    rows = batch([1, 0, 1, 0], [0, 0, 0, 0])
+    second = rows.rows.replace(rewards=torch.tensor([[1.0, 0], [0, 0], [1, 1], [0, 1]]))
+    found = Stratified(strata=RewardColumn(0), reward=RewardColumn(1))(Batch(second, rows.counts))
+    whole = torch.tensor([-0.5, -0.5, 0.5, 0.5]) / torch.tensor(1 / 3).sqrt()
+    apart = torch.tensor([-0.5, -0.5, 0.5, 0.5]) / torch.tensor(0.5).sqrt()
+    assert found.tolist() == pytest.approx((0.5 * whole + 0.5 * apart).tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("part", [GroupCredit(), Outcome()])
+def test_a_priced_part_compares_rows_where_its_part_does(part):
+    assert Priced(part).compares is part.compares
 
 
 def test_ties_win_nothing():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
+import itertools
 import json
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import coverage
@@ -71,7 +74,8 @@ class Cover:
             tests = {test for line in range(begin, end + 1) for test in lines[line] if test in self.seconds}
             if tests:
                 return sorted(tests)
-        return []
+        folder = f"tests/{mistake.room}/" if "/" in mistake.path else "tests/cli/"  # what programs of their own run
+        return sorted(test for test in self.seconds if test.startswith(folder))
 
     def _around(self, mistake: Mistake) -> Iterator[tuple[int, int]]:
         """Lines from the nearest to the mistake to the whole file: its own, its function's, its class's, the file's."""
@@ -87,35 +91,67 @@ class Cover:
         yield 1, text.count("\n") + 1
 
     def chosen(self, mistake: Mistake, seconds: float) -> list[str]:
-        """At most `seconds` of the tests that run the line: those of its own file first, then a few of every file."""
-        files: dict[str, list[str]] = defaultdict(list)
-        for test in sorted(self.covering(mistake), key=lambda test: (self.seconds[test], test)):
-            files[test.split("::")[0]].append(test)
-        ordered = sorted(files, key=lambda file: (-_nearness(file, mistake.path), file))
-        return list(self._within(seconds, ordered, files))
+        """At most `seconds` of the tests that run the line.
 
-    def _within(self, seconds: float, ordered: Sequence[str], files: dict[str, list[str]]) -> Iterator[str]:
-        spent, rest = 0.0, {file: list(tests) for file, tests in files.items()}
-        for share in (0.5, 1.0):  # half of the time for the nearest file, then all files in turns
-            turns = ordered[:1] if share < 1 else ordered
-            while any(rest[file] for file in turns):
-                for file in turns:
-                    if not rest[file]:
-                        continue
-                    test = rest[file].pop(0)
-                    spent += self.seconds[test]
-                    yield test
-                    if spent > share * seconds:
-                        break
+        Half of the time is for those of its own file, a quarter for those that name what is changed, the rest for all.
+        """
+        covering, words = self.covering(mistake), _words(mistake)
+        named = {test: len(words & self._names(test)) for test in covering}
+        near = {test: _nearness(test, mistake.path) for test in covering}
+        tiers = [
+            [test for test in covering if near[test] == OWN],
+            [test for test in covering if named[test] == max(named.values()) > 0],
+            [test for test in covering if near[test] or named[test]],
+            covering,
+        ]
+        chosen: dict[str, None] = {}
+        spent = 0.0
+        for share, tier in zip((0.5, 0.75, 0.85, 1.0), tiers, strict=True):
+            for test in self._in_turns(test for test in tier if test not in chosen):
                 if spent > share * seconds:
                     break
+                spent += self.seconds[test]
+                chosen[test] = None
+        return list(chosen)
+
+    def _in_turns(self, tests: Iterable[str]) -> Iterator[str]:
+        """The tests, the quickest of every file first."""
+        files: dict[str, list[str]] = defaultdict(list)
+        for test in sorted(tests, key=lambda test: (self.seconds[test], test)):
+            files[test.split("::")[0]].append(test)
+        for turn in itertools.zip_longest(*files.values()):
+            yield from (test for test in turn if test is not None)
+
+    def _names(self, test: str) -> frozenset[str]:
+        """The words in a test's own lines; of a doctest none."""
+        file, _, rest = test.partition("::")
+        if not file.startswith("tests/"):
+            return frozenset()
+        return _words_of_functions(self.source.parents[1] / file).get(rest.split("[")[0], frozenset())
+
+
+@functools.cache
+def _words_of_functions(file: Path) -> dict[str, frozenset[str]]:
+    """The words of every function at the top of a file, by its name."""
+    source = file.read_text(encoding="utf-8")
+    nodes = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+    return {node.name: frozenset(re.findall(r"\w+", ast.get_source_segment(source, node) or "")) for node in nodes}
+
+
+def _words(mistake: Mistake) -> frozenset[str]:
+    """The names that a mistake takes away, or else those that it is about."""
+    before, after = (frozenset(re.findall(r"[^\W\d]\w+", text)) for text in (mistake.before, mistake.after))
+    return (before - after) or before
+
+
+OWN = 3
 
 
 def _nearness(test: str, path: str) -> int:
-    """3 for the tests named after a file, 2 for doctests in it, 1 for those of its folder, else 0."""
+    """`OWN` for the tests named after a file, 2 for doctests in it, 1 for those of its folder, else 0."""
     parts = path.removesuffix(".py").split("/")
     if test == "/".join(["tests", *parts[:-1], f"test_{parts[-1]}.py"]):
-        return 3
+        return OWN
     if test == f"src/stepwell/{path}":
         return 2
     return int(test.startswith("/".join(["tests", *parts[:-1], ""])))

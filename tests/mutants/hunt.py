@@ -46,7 +46,6 @@ def copied(folder: Path) -> Path:
     """A copy of the project as it stands, without what is built or hidden, compiled once."""
     folder.mkdir(parents=True, exist_ok=True)
     hidden = shutil.ignore_patterns("__pycache__", "mutants", "runs", "*.egg-info", "build", "dist")
-    folder.mkdir(parents=True)
     for entry in sorted(ROOT.iterdir()):
         if entry.name.startswith(".") or entry.name == "runs":
             continue
@@ -104,7 +103,7 @@ def recorded(copy: Path, folder: Path, paths: Collection[str]) -> None:
     """Make the map of these files' lines to tests: a pass of the quick tests in two processes."""
     source = copy / "src" / "stepwell"
     files = sorted((copy / "tests").rglob("test_*.py"), key=lambda file: file.stat().st_size)
-    hands = [["src/stepwell"], []]
+    hands = [[], ["src/stepwell"]]
     for number, file in enumerate(files):
         hands[number % 2].append(str(file.relative_to(copy)))
     options = [option for option in OPTIONS if option != "-x"]

@@ -41,8 +41,13 @@ ALIKE = {"device", "encoding", "strict", "stacklevel", "dtype_hint", "help", "ti
 """Keywords that change nothing where all is right: the only device is the processor, and zipped lists are as long."""
 TYPED = {"isinstance", "issubclass", "hasattr", "getattr", "setattr", "replace", "fullmatch", "match", "search"}
 """Calls whose first two arguments are of other types: no hand swaps them and goes on."""
+COMMUTE = {"max", "min", "maximum", "minimum", "larger", "smaller", "allclose", "equal", "isclose", "gcd", "logaddexp"}
+"""Calls that take their first two arguments in any order."""
+CASES = ("check/oracles/", "check/benches.py")
+"""Files whose plain numbers and switches are cases that laws are tried on: others do as well."""
 LOOKS = ("figures/", "comparison/report/", "cli/printing.py", "training/progress.py", "comparison/progress.py")
-"""Files whose plain numbers are sizes in pictures and of columns on a screen: a matter of taste."""
+"""Files whose numbers, sums and switches are sizes and places in pictures and on a screen: a matter of taste."""
+TASTES = ("another number", "another operator", "true for false", "leave", "drop the sign")
 
 
 @dataclass(frozen=True)
@@ -110,9 +115,11 @@ _TIGHT = (ast.BinOp, ast.BoolOp, ast.UnaryOp, ast.Compare, ast.IfExp)
 
 def _changes(tree: ast.AST, path: str) -> Iterator[tuple[ast.expr | ast.stmt, str, ast.AST | str]]:
     """Nodes, the kind of a change, and the node that takes the place of each."""
+    looks = path.startswith(LOOKS)
     for node in _reached(tree):
         if isinstance(node, ast.expr):
-            yield from ((node, kind, changed) for kind, changed in _of_expression(node, path))
+            changes = _of_expression(node, path)
+            yield from ((node, kind, changed) for kind, changed in changes if not (looks and kind.startswith(TASTES)))
         elif isinstance(node, ast.stmt):
             yield from _of_statement(node)
 
@@ -183,9 +190,11 @@ def _is_number(node: ast.AST) -> bool:
 
 def _of_constant(node: ast.Constant, path: str) -> Iterator[tuple[str, ast.AST]]:
     value = node.value
+    if path.startswith(CASES):
+        return
     if isinstance(value, bool):
         yield "true for false", ast.Constant(not value)
-    elif isinstance(value, int | float) and not path.startswith(LOOKS):
+    elif isinstance(value, int | float):
         other = {0: 1, 1: 0}.get(value, value + 1) if isinstance(value, int) else (value * 2 if value else 1.0)
         yield "another number", ast.Constant(other)
 
@@ -201,7 +210,7 @@ def _of_call(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
             _changed(node.func, attr=other) if isinstance(node.func, ast.Attribute) else ast.Name(other, ast.Load())
         )
         yield "another function", _changed(node, func=function)
-    if len(plain) == len(node.args) >= 2 and name not in TYPED and not _same(*plain[:2]):
+    if len(plain) == len(node.args) >= 2 and name not in TYPED | COMMUTE and not _same(*plain[:2]):
         yield "swap the arguments", _changed(node, args=[plain[1], plain[0], *plain[2:]])
     for place, keyword in enumerate(node.keywords):
         if keyword.arg is not None and keyword.arg not in ALIKE:

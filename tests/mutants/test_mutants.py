@@ -96,10 +96,9 @@ def test_words_and_types_are_left_alone(tmp_path, source):
 
 
 def test_sizes_in_pictures_are_a_matter_of_taste(tmp_path):
-    assert planted(tmp_path, "y = width * 3\n", "figures/charts.py") != []
-    assert not [
-        kind for kind, _ in planted(tmp_path, "y = width * 3\n", "figures/charts.py") if kind.endswith("number")
-    ]
+    source = "y = width * 3 if wide else f(x, size=1)\n"
+    assert [kind for kind, _ in planted(tmp_path, source, "figures/charts.py")] == ["swap the branches"]
+    assert len(planted(tmp_path, source, "objective/bars.py")) > 3
 
 
 def test_a_draw_stays_as_it_is_where_a_file_changes_elsewhere(tmp_path):
