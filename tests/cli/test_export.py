@@ -9,10 +9,15 @@ import pytest
 
 from stepwell.cli import main
 
+SPREAD = "def spread(completions, **_):\n    return [sum(map(ord, text)) / 100 for text in completions]"
+"""A reward that tells nearly all samples apart, so that the model that is taken out is not the one that came in."""
+
 
 def stopped(bench, *words):
     """A run that is over, and the same without its model, as Ctrl-C would have left it after the last step."""
-    assert main(bench.words(*words)) == 0
+    bench.write("spread.py", SPREAD)
+    assert main(bench.words("--reward", "spread.py:spread", "--learning-rate", "0.01", *words)) == 0
+    assert json.loads((bench.out / "metrics.jsonl").read_text().splitlines()[-1])["gradient_norm"] > 0
     shutil.copytree(bench.out, bench.folder / "cut")
     for path in (bench.folder / "cut").iterdir():
         if path.name not in ("checkpoints", "run.json", "metrics.jsonl", "clock.jsonl", "completions.jsonl"):

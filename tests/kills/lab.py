@@ -142,6 +142,9 @@ def campaign(words: Sequence[str], folder: str, kills: int, seed: int) -> None:
         faults.append(f"the run that nobody kills: {code}, {(here / 'whole.log').read_text()[-2000:]}")
     else:
         wanted = contents(here / "whole")
+        steps = [json.loads(line) for line in wanted["metrics.jsonl"].splitlines()]
+        if not all(step["gradient_norm"] > 0 for step in steps):
+            faults.append("a step of the whole run teaches nothing, so that weights that are lost would not be seen")
         early = [1, 2, *dice.sample(range(3, places // 4), 2)]  # before the first checkpoint, or in it
         for place in [*early, *dice.sample(range(places // 4, places + 1), kills - len(early))]:
             out, log = f"killed-{place}", here / f"killed-{place}.log"

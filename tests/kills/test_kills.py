@@ -9,6 +9,9 @@ from command_bench import Bench, FlowBench, TalkBench
 from kills.lab import campaign
 
 KILLS = 9
+SPREAD = "def spread(completions, **_):\n    return [sum(map(ord, text)) / 100 for text in completions]"
+"""A reward that tells nearly all samples apart, so that every step learns and a lost weight is seen."""
+
 EVERY = ("--checkpoint-every", "1", "--learning-rate", "0.01")
 TWICE = ("--epochs", "2", "--minibatches", "2")
 HELD_OUT = ("--evaluation", "data.jsonl", "--evaluate-every", "2")
@@ -28,7 +31,9 @@ def without_out(words: list[str]) -> list[str]:
 
 def words_of(kind, folder, model_folder):
     if kind in LANGUAGE:
-        return Bench(folder, model_folder("qwen2"), None).words(*LANGUAGE[kind])
+        bench = Bench(folder, model_folder("qwen2"), None)
+        bench.write("spread.py", SPREAD)
+        return bench.words("--reward", "spread.py:spread", *LANGUAGE[kind])
     if kind == "conversation":
         models = {"plain": model_folder("gpt2"), "chatty": model_folder("gpt2", chat=True)}
         changes = "--method turn-ppo --max-turns 2 --steps 2 --checkpoint-every 1 --epochs 2"
