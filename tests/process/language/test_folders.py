@@ -209,13 +209,22 @@ def test_the_merged_folder_is_the_trained_model(tmp_path, architecture, kind, ti
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_a_folder_that_is_not_the_model_in_memory_is_an_error(small_language, tmp_path, monkeypatch):
+def moved(tensors):
+    tensors["model.norm.weight"] += 1e-3
+
+
+def lost(tensors):
+    del tensors["model.norm.weight"]
+
+
+@pytest.mark.parametrize("spoil", [moved, lost])
+def test_a_folder_that_is_not_the_model_in_memory_is_an_error(spoil, small_language, tmp_path, monkeypatch):
     process = small_language("llama")
     whole = saving.weight_files
 
     def spoilt(place: Path) -> list[Path]:
         tensors = load_file(place / "model.safetensors")
-        tensors["model.norm.weight"] += 1e-3
+        spoil(tensors)
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
         return whole(place)
 

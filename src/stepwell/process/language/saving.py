@@ -77,10 +77,13 @@ def _check(whole: Any, live: Any, folder: Path) -> None:
 
 
 def _compare(files: list[Path], weights: Mapping[str, Tensor], folder: Path) -> bool:
-    """Compare files with weights, a tensor at a time; True where the files' names are not those of the weights."""
+    """Compare files with weights, a tensor at a time; True where the files' names are not those of the weights.
+
+    Where they are, every weight has to be there; of those that are tied, one.
+    """
     from safetensors import safe_open
 
-    renamed = False
+    renamed, found = False, set()
     for file in files:
         with reading(f"'{file}'"), safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - it is no mapping
@@ -88,6 +91,12 @@ def _compare(files: list[Path], weights: Mapping[str, Tensor], folder: Path) -> 
                     renamed = True
                 elif not _same(tensors.get_tensor(name), weights[name]):
                     raise StepwellError(f"The model saved to '{folder}' is not the one in memory: '{name}' differs.")
+                else:
+                    found.add(name)
+    there = {weights[name].data_ptr() for name in found}
+    lost = [name for name, value in weights.items() if name not in found and value.data_ptr() not in there]
+    if lost and not renamed:
+        raise StepwellError(f"The model saved to '{folder}' is not the one in memory: it lacks '{lost[0]}'.")
     return renamed
 
 
