@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from stepwell.cli import main
 from stepwell.process.language.build import language
 from stepwell.process.language.process import Language
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background would ignore Ctrl-C
 torch.set_num_threads(1)  # the tensors are small: threads that wait for each other make tests ten times slower
 
 WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z".split()

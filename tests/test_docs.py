@@ -120,45 +120,46 @@ def _definitions(program: str) -> list[str]:
     return [ast.unparse(node) for node in kept]
 
 
-def test_the_page_on_models_runs_and_its_command_runs(tmp_path, monkeypatch):
+@pytest.fixture
+def as_shown(tmp_path, monkeypatch):
+    """The working folder of the pages: a model, prompts and a reward under the names that they use."""
     from conftest import small_model, word_tokenizer
-
-    from stepwell.cli import main
 
     monkeypatch.chdir(tmp_path)
     small_model("llama").save_pretrained("path/to/a/model")
     word_tokenizer().save_pretrained("path/to/a/model")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a b"}\n')
     (tmp_path / "rewards.py").write_text("def shortest(completions, **_):\n    return [-len(c) for c in completions]\n")
+    return tmp_path
+
+
+USUAL = "--device cpu --no-progress --max-new-tokens 4 --prompts-per-step 1 --group-size 2".split()
+"""The words that make a page's command quick."""
+
+
+def test_the_page_on_models_runs_and_its_command_runs(as_shown):
+    from stepwell.cli import main
+
     text = (ROOT / "docs" / "models.md").read_text()
     exec(compile("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)), "models.md", "exec"), {})
-    assert (tmp_path / "merged" / "config.json").is_file()
-    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert (as_shown / "merged" / "config.json").is_file()
+    assert (as_shown / "adapter" / "adapter_config.json").is_file()
     (command,) = re.findall(r"```bash\n(.*?)```", text, re.S)
-    usual = "--device cpu --no-progress --max-new-tokens 4 --prompts-per-step 1 --group-size 2".split()
-    assert main([*shlex.split(command)[1:], *usual]) == 0
+    assert main([*shlex.split(command)[1:], *USUAL]) == 0
 
 
-def test_the_commands_of_the_page_on_runs_run_one_after_another(tmp_path, monkeypatch):
-    from conftest import small_model, word_tokenizer
-
+def test_the_commands_of_the_page_on_runs_run_one_after_another(as_shown):
     from stepwell.cli import main
     from stepwell.training.fingerprint import FREE
     from stepwell.training.settings import Settings
 
-    monkeypatch.chdir(tmp_path)
-    small_model("llama").save_pretrained("path/to/a/model")
-    word_tokenizer().save_pretrained("path/to/a/model")
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a b"}\n')
-    (tmp_path / "rewards.py").write_text("def shortest(completions, **_):\n    return [-len(c) for c in completions]\n")
     text = (ROOT / "docs" / "runs.md").read_text()
     commands = [shlex.split(command)[1:] for command in re.findall(r"```bash\n(.*?)```", text, re.S)]
     assert [command[0] for command in commands] == ["train", "train", "export"]
-    usual = "--device cpu --no-progress --max-new-tokens 4 --prompts-per-step 1 --group-size 2".split()
     for command in commands:
-        assert main([*command, *(usual if command[0] == "train" else [])]) == 0
-    assert (tmp_path / "taken" / "model.safetensors").read_bytes() == (
-        tmp_path / "runs" / "a" / "model.safetensors"
+        assert main([*command, *(USUAL if command[0] == "train" else [])]) == 0
+    assert (as_shown / "taken" / "model.safetensors").read_bytes() == (
+        as_shown / "runs" / "a" / "model.safetensors"
     ).read_bytes()
     tabled = set(re.findall(r"`(\w+)`", text.partition("| setting | because |")[2].partition("Other versions")[0]))
     in_method = {"prompts_per_step", "group_size", "epochs", "minibatches"}

@@ -16,7 +16,7 @@ from stepwell.errors import CheckpointError
 from stepwell.reward.loading import load_reward
 from stepwell.reward.verifiers import regular_expression
 from stepwell.sampling.request import Prompt
-from stepwell.training.fingerprint import _rows_digest
+from stepwell.training.fingerprint import rows_digest
 
 REWARD = "import scale\n\ndef long(completions, **_):\n    return [scale.of(str(text)) for text in completions]\n"
 SCALE = "def of(text):\n    return float(len(text))\n"
@@ -248,15 +248,15 @@ def test_data_that_write_themselves_in_part(tmp_path):
     other = long.clone()
     other[2500] = 1.0
     assert repr(long) == repr(other)
-    digests = [_rows_digest([Prompt(0, value, {})]) for value in (long, other, long.numpy(), other.numpy(), [long])]
-    digests += [_rows_digest([Prompt(0, None, {"answer": [value]})]) for value in (long, other)]
+    digests = [rows_digest([Prompt(0, value, {})]) for value in (long, other, long.numpy(), other.numpy(), [long])]
+    digests += [rows_digest([Prompt(0, None, {"answer": [value]})]) for value in (long, other)]
     assert len(set(digests)) == len(digests)
-    assert _rows_digest([Prompt(0, long.clone(), {})]) == digests[0]
+    assert rows_digest([Prompt(0, long.clone(), {})]) == digests[0]
 
 
 def test_a_picture_is_known_by_its_points():
     image = pytest.importorskip("PIL.Image")
-    digests = [_rows_digest([Prompt(0, image.new("RGB", size, colour), {})]) for size, colour in PICTURES]
+    digests = [rows_digest([Prompt(0, image.new("RGB", size, colour), {})]) for size, colour in PICTURES]
     assert len(set(digests)) == 3
     assert digests[0] == digests[3]
 
