@@ -74,6 +74,16 @@ def reason_of(error: BaseException, most: int = 200) -> str:
     return one_line(text, most).rstrip(".")
 
 
+def first_line_of(error: BaseException) -> str:
+    """The first line of an exception's message, or else the name of its kind, without its full stop: libraries add
+    pages of advice."""
+    try:
+        lines = str(error).strip().splitlines()
+    except BaseException:
+        lines = []
+    return (lines or [type(error).__name__])[0].rstrip(" .:")
+
+
 def said_of(error: BaseException) -> str:
     """An exception as a message names it.
 
@@ -191,10 +201,7 @@ class _Limit:
             with contextlib.suppress(OutOfTime), self.lock:  # in another thread it may come here, too
                 self.over.set()
         if not self.main:
-            with contextlib.suppress(OutOfTime):  # one may be on its way: the last takes its place, and ends here
-                _raise_in(self.thread, OutOfTime)
-                while True:  # taking it back instead would leave the interpreter looking for it, for ever in a tracer
-                    pass
+            take_in(OutOfTime)
             return
         _Limit.running.remove(self)
         signal.signal(signal.SIGALRM, _ring)
@@ -218,7 +225,7 @@ class _Limit:
                 if self.main:
                     signal.pthread_kill(self.thread, signal.SIGALRM)
                 else:
-                    _raise_in(self.thread, OutOfTime)
+                    raise_in(self.thread, OutOfTime)
             wait = AGAIN
 
 
@@ -238,6 +245,17 @@ def _ring(number: int, frame: FrameType | None) -> None:
             raise OutOfTime(limit)
 
 
-def _raise_in(thread: int, kind: type[BaseException]) -> None:
+def raise_in(thread: int, kind: type[BaseException]) -> None:
     """Raise an exception in a thread at its next line of Python, in place of one that is not raised yet."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))
+
+
+def take_in(kind: type[BaseException]) -> None:
+    """Let an exception end here that another thread may have sent on its way to this one: a last one takes its place.
+
+    Taking it back instead would leave the interpreter looking for it, for ever in a tracer.
+    """
+    with contextlib.suppress(kind):
+        raise_in(threading.get_ident(), kind)
+        while True:
+            pass

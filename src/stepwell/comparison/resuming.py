@@ -18,6 +18,7 @@ from torch import Tensor
 from stepwell.comparison.results import FILE, Comparison
 from stepwell.errors import CheckpointError, InputError
 from stepwell.tasks.registry import Task
+from stepwell.training.fingerprint import rows_digest
 from stepwell.writing import json_text, write_whole
 
 ENDS = "ends.safetensors"
@@ -28,11 +29,9 @@ REQUEST = ("task", "budget", "seeds", "settings", "evaluation")
 
 def data_of(task: Task) -> str:
     """A digest of the task's prompts and rewards, which a task's name alone does not tell."""
-    digest = hashlib.sha256(repr((task.rewards.names, task.rewards.weights)).encode())
-    for prompts in (task.prompts, task.evaluation):
-        for prompt in prompts:
-            digest.update(repr((prompt.id, prompt.value, dict(prompt.columns))).encode(errors="surrogatepass"))
-    return digest.hexdigest()[:16]
+    rewards = (task.rewards.names, task.rewards.weights)
+    content = repr((rewards, rows_digest(task.prompts), rows_digest(task.evaluation)))
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def gone_on_from(folder: Path | None, fresh: Comparison, resume: bool) -> Comparison:

@@ -72,8 +72,8 @@ def fingerprint(
     return {
         "model": hashlib.sha256("\n".join(shapes).encode()).hexdigest(),
         "base": _base_digest(trained.module),
-        "data": _rows_digest(prompts),
-        "evaluation": None if evaluation is None else _rows_digest(evaluation),
+        "data": rows_digest(prompts),
+        "evaluation": None if evaluation is None else rows_digest(evaluation),
         "process": {"trained": trained.describe(), "evaluated": evaluated.describe()},
         "teacher": None if teacher is None else [teacher.describe(), weights_digest(stored(teacher.module))],
         "method": "\n".join(recipe.parts()),
@@ -121,8 +121,11 @@ def refuse_another(folder: Path, saved: Mapping[str, Any], present: Mapping[str,
                 "resume with the settings it was started with."
             )
     made = saved.get("made with") or {}
-    changed = [f"{name} was {made[name]}, now {now}" for name, now in present["made with"].items() if name in made]
-    changed = [words for words in changed if len({*words.partition(" was ")[2].split(", now ")}) > 1]
+    changed = [
+        f"{name} was {made[name]}, now {now}"
+        for name, now in present["made with"].items()
+        if name in made and made[name] != now
+    ]
     if changed:
         warnings.warn(
             f"The run goes on in another way than it began ({'; '.join(changed)}), so that its numbers may differ in "
@@ -147,7 +150,7 @@ def _base_digest(module: nn.Module) -> str:
     return weights_digest({name: value for name, value in stored(module).items() if name not in learning})
 
 
-def _rows_digest(prompts: Iterable[Prompt]) -> str:
+def rows_digest(prompts: Iterable[Prompt]) -> str:
     """A digest of prompts with their columns, which are never all in memory."""
     digest = hashlib.sha256()
     for prompt in prompts:

@@ -34,7 +34,7 @@ def prepare(out: str | Path | None, resume: bool) -> Path | None:
     """The run's folder, whole and proven writable; an earlier run in it is an error unless it is resumed.
 
     A run that was ended before it made a step left nothing to lose: another one may begin in its folder, and one that
-    is resumed begins anew, with a warning.
+    is resumed begins anew.
     """
     if out is None:
         if resume:
@@ -49,10 +49,8 @@ def prepare(out: str | Path | None, resume: bool) -> Path | None:
         )
     if not resume and (steps or (newest is not None and newest.name != checkpoint.FIRST)):
         raise InputError(f"'{out}' holds a run already; resume it with --resume or choose another folder.")
-    if resume and newest is None:
-        if not folder.is_dir():
-            raise InputError(f"There is no run to resume in '{out}'; start it without --resume.")
-        warnings.warn(f"There is no checkpoint in '{out}' yet, so the run begins anew.", stacklevel=2)
+    if resume and not folder.is_dir():
+        raise InputError(f"There is no run to resume in '{out}'; start it without --resume.")
     return writable_folder(out).absolute()
 
 
@@ -119,11 +117,13 @@ def restore(state: RunState, log: RunLog) -> None:
     """Bring a run to the place of the newest checkpoint in its folder that fits its log, and the log with it.
 
     A checkpoint that is damaged, or whose steps are not all in the log, is passed over with a warning if there is an
-    earlier one. A folder without checkpoints leaves the run at its beginning. Raises `CheckpointError` where none
-    fits, and for one of another run.
+    earlier one. A folder without checkpoints leaves the run at its beginning, with a warning. Raises `CheckpointError`
+    where none fits, and for one of another run.
     """
     assert state.out is not None
     found = checkpoint.complete(state.out / CHECKPOINTS)
+    if not found:
+        warnings.warn(f"There is no checkpoint in '{state.out}' yet, so the run begins anew.", stacklevel=2)
     form = copy.deepcopy(_content(state, [state.models.policy.meter.state_dict()])) | {"fingerprint": None}
     for place, folder in enumerate(found, 1):
         try:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from stepwell.guarded import first_line_of
 from stepwell.process.language.attention import near
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ class Compiled:
                 with compiled(model):
                     return work()
             except TorchDynamoException as error:  # for numbers of tokens, or types, that were not tried
-                self._give_up(model, _first_line(error))
+                self._give_up(model, first_line_of(error))
         return work()
 
     def _agrees(self, model: nn.Module, trial: Callable[[], Tensor], tolerance: float) -> bool:
@@ -53,7 +54,7 @@ class Compiled:
                 self.agrees[use] = all(near(*pair, tolerance) for pair in zip(fast, plain, strict=True))
                 reason = "compiled, it gives other numbers"
             except (RuntimeError, TypeError, ValueError, AttributeError, ImportError, OSError) as error:
-                self.agrees[use], reason = False, _first_line(error)
+                self.agrees[use], reason = False, first_line_of(error)
             if not self.agrees[use]:
                 self._give_up(model, reason)
         return self.agrees[use]
@@ -111,7 +112,3 @@ def _with_gradients(model: nn.Module, values: Tensor) -> list[Tensor]:
     slope = torch.linspace(-1, 1, values.numel(), dtype=values.dtype, device=values.device).view_as(values)
     gradients = torch.autograd.grad(values, learning, slope, allow_unused=True, materialize_grads=True)
     return [values.detach(), *gradients]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from stepwell.errors import InputError, StepwellError
+from stepwell.guarded import first_line_of
 from stepwell.paths import usable
 from stepwell.terminal import one_line
 
@@ -48,15 +49,12 @@ def reading(name: str) -> Iterator[None]:
 
 def first_sentence(error: BaseException) -> str:
     """The first line of an error's message, or the name of its kind, as a sentence."""
-    try:
-        lines = str(error).strip().splitlines()
-    except Exception:
-        lines = []
+    line = first_line_of(error)
     if isinstance(error, RecursionError):
-        lines = ["it is nested too deeply"]
+        line = "it is nested too deeply"
     if isinstance(error, KeyError):
-        lines = [f"{lines[0] if lines else 'an entry'} is missing"]
-    return one_line((lines or [type(error).__name__])[0], 300).rstrip(" .:") + "."
+        line = f"{line if error.args else 'an entry'} is missing"
+    return one_line(line, 300).rstrip(" .:") + "."
 
 
 def place_of(model: Any, kind: str = "model") -> Path | str:
@@ -176,7 +174,7 @@ def check_numbers(name: str, model: nn.Module) -> None:
             raise InputError(f"{name} has no weights for '{key}' in its files.")
         if parameter.is_floating_point() and parameter.numel():
             least, most = parameter.detach().aminmax()  # NaN if any is; no tensor of that size is made
-            if not bool((most - least).isfinite() | (least.isfinite() & most.isfinite())):
+            if not bool(least.isfinite() & most.isfinite()):
                 raise InputError(f"{name} has weights that are NaN or infinite, first in '{key}'.")
 
 

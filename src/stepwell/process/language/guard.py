@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stepwell.errors import InputError
+from stepwell.guarded import first_line_of
 from stepwell.meter import Meter
 from stepwell.process.language.cache import cache_argument, empty_cache
 from stepwell.process.language.network import TOLERANCE, CausalNetwork
@@ -82,8 +83,7 @@ def check_reading(network: CausalNetwork) -> None:
     except InputError:
         raise
     except Exception as error:  # models raise whatever they like
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
-        raise InputError(f"{name} cannot be read token by token: {reason or type(error).__name__}.") from error
+        raise InputError(f"{name} cannot be read token by token: {first_line_of(error)}.") from error
     network.checked.append(True)
 
 

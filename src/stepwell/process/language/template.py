@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stepwell.errors import InputError
+from stepwell.guarded import first_line_of
 from stepwell.process.language.chat import Chat, content_of, like, message_fault, refuse_half_characters
 from stepwell.process.language.watchdog import WATCHDOG, TookTooLong
 
@@ -184,8 +185,7 @@ class ChatTemplate:
             except Exception:  # the first reason says more
                 text = ""
             if not text:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-                raise InputError(f"The tokenizer's chat template refuses {name}: {reason}.") from error
+                raise InputError(f"The tokenizer's chat template refuses {name}: {first_line_of(error)}.") from error
         refuse_half_characters(text, name[0].upper() + name[1:])
         return text
 
@@ -253,10 +253,9 @@ def tool_schemas(tools: Sequence[Any] | None) -> tuple[dict[str, Any], ...] | No
             try:
                 schemas.append(get_json_schema(tool))
             except Exception as error:  # its own errors are of several kinds
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
                 raise InputError(
                     "tools must be functions with type hints and a docstring that explains every argument, got "
-                    f"{getattr(tool, '__name__', tool)!r:.60}: {reason}."
+                    f"{getattr(tool, '__name__', tool)!r:.60}: {first_line_of(error)}."
                 ) from error
         else:
             raise InputError(f"tools must be functions or JSON schemas, got {tool!r:.60}.")

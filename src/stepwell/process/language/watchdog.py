@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
 import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
+
+from stepwell.guarded import raise_in, take_in
 
 T = TypeVar("T")
 
@@ -48,11 +48,8 @@ class Watchdog:
         finally:
             with self._change:
                 late = self._deadlines.pop(own, None) is None
-            if late:  # it may have ended on its own just then: the interruption ends here, and counts all the same
-                with contextlib.suppress(TookTooLong):
-                    _raise_in(own)
-                    while True:  # taking it back would leave the interpreter looking for it, for ever in a tracer
-                        pass
+            if late:  # it may have ended on its own just then: the interruption counts all the same
+                take_in(TookTooLong)
                 raise TookTooLong(f"It was interrupted after {seconds:g} seconds.")
 
     def _watch(self) -> None:
@@ -62,14 +59,9 @@ class Watchdog:
                 for thread, deadline in list(self._deadlines.items()):
                     if deadline <= now:
                         del self._deadlines[thread]
-                        _raise_in(thread)
+                        raise_in(thread, TookTooLong)
                 self._wakes = min(self._deadlines.values(), default=math.inf)
                 self._change.wait(self._wakes - now if self._deadlines else None)
-
-
-def _raise_in(thread: int) -> None:
-    """Raise `TookTooLong` in a thread at its next instruction, in place of one that is not raised yet."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TookTooLong))
 
 
 WATCHDOG = Watchdog()

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from stepwell.errors import InputError
+from stepwell.guarded import first_line_of
 from stepwell.process.language import loading
-from stepwell.process.language.folders import check_loaded, place_of, reading
+from stepwell.process.language.folders import check_loaded, check_numbers, place_of, reading
 from stepwell.solver.path import Linear, Path
 from stepwell.solver.tabulated import Tabulated
 from stepwell.writing import writable_folder, write_whole, writing
@@ -67,12 +68,12 @@ def load(
                 model, dtype=formats, use_safetensors=True, variant=variant, **options
             )
     except Exception as error:  # the libraries raise errors of many types for a folder that is damaged
-        raise InputError(f"The pipeline '{model}' cannot be loaded: {_first_sentence(error)}") from error
+        raise InputError(f"The pipeline '{model}' cannot be loaded: {first_line_of(error)}.") from error
     made.set_progress_bar_config(disable=True)
     for part, module in made.components.items():
         if isinstance(module, nn.Module):
             module.requires_grad_(False).eval()
-            _check_numbers(module, part, model)
+            check_numbers(f"The {part} of the pipeline '{model}'", module)
     return made.to(device), family
 
 
@@ -124,21 +125,6 @@ def _check_components(model: Any, index: Mapping[str, Any], variant: str | None)
             raise InputError(f"The pipeline '{model}' has no folder '{part}', which its model_index.json names.")
         if not any(folder.glob(f"*.{variant}*.safetensors" if variant else "*.safetensors")):
             raise InputError(f"The folder '{folder}' holds no weights as *.safetensors, the only kind that is loaded.")
-
-
-def _check_numbers(module: nn.Module, part: str, model: Any) -> None:
-    for name, parameter in module.named_parameters():
-        if parameter.is_meta:
-            raise InputError(f"The {part} of the pipeline '{model}' has no weights for '{name}' in its files.")
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise InputError(
-                f"The {part} of the pipeline '{model}' has weights that are NaN or infinite, first in '{name}'."
-            )
-
-
-def _first_sentence(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(" .:") + "."
 
 
 def path_of(scheduler: Any, family: str) -> tuple[Path, str]:
@@ -207,14 +193,14 @@ def add_adapter(pipeline: Any, part: str, lora: Mapping[str, Any] | str | os.Pat
                     str(lora), weight_name=LORA_FILE, adapter_name="default", use_safetensors=True
                 )
         except Exception as error:  # whatever diffusers and peft raise
-            raise InputError(f"The adapter '{lora}' does not fit this pipeline: {_first_sentence(error)}") from error
+            raise InputError(f"The adapter '{lora}' does not fit this pipeline: {first_line_of(error)}.") from error
     else:
         default = {"target_modules": ATTENTION if part == "unet" else JOINT_ATTENTION}
         try:
             with loading.fixed_start():
                 model.add_adapter(LoraConfig(**{**default, **lora}))  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
-            reason = _first_sentence(error)
+            reason = f"{first_line_of(error)}."
             raise InputError(f"The LoRA options {dict(lora)} do not fit this network: {reason}") from error
     if not getattr(model, "peft_config", None):
         raise InputError(f"The adapter '{lora}' has nothing for the pipeline's {part}.")
