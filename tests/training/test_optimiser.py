@@ -8,6 +8,7 @@ from torch import nn
 
 import stepwell as sw
 from stepwell import methods
+from stepwell.check.tolerance import products, rounding
 from stepwell.data.prompts import load_prompts
 from stepwell.reward.mixing import Rewards
 from stepwell.training import checkpoint
@@ -204,6 +205,8 @@ def test_the_first_update_begins_at_ratio_one_in_any_precision(dtype, old, micro
     recipe = methods.get("grpo").recipe().replace(old=old)
     made = Trainer(begin(process, recipe, load_prompts(TEXTS), Rewards(long), settings))
     made.collect()
+    largest = 1 + float(made.at.drawn.trajectories.log_prob.abs().max())
     made.update()
-    assert made.at.metrics["old_kl"] < 1e-10
+    differ = rounding(torch.float32, products(process.module)) * largest  # half precision learns from what it scored
+    assert made.at.metrics["old_kl"] <= differ**2  # its estimator is about half the square of a log-ratio
     assert made.at.metrics["clip_fraction"] == 0.0

@@ -69,6 +69,6 @@ class Policy(Term):
             metrics = {
                 "policy_loss": value.detach(),
                 "clip_fraction": (self.surrogate.clipped(log_ratio, advantage) * share).sum(),
-                "old_kl": ((torch.exp(-difference) - 1 + difference) * share).sum(),
+                "old_kl": ((torch.expm1(-difference) + difference) * share).sum(),
             }
         return Loss(value, metrics)
