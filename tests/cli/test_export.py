@@ -55,6 +55,41 @@ def test_a_flow_of_ones_own_and_names_that_were_meant_from_another_folder(flows,
     assert written == (flows.folder / "run" / "model.safetensors").read_bytes()
 
 
+def test_a_conversations_model_is_the_one_that_the_run_has_written(talk):
+    assert main(talk.words("--learning-rate 0.01 --turn-stop a e o")) == 0
+    assert main(["export", "run", "--out", "taken"]) == 0
+    assert same(talk.folder, "run", "taken")
+    assert not same(talk.folder, "taken", talk.models["plain"])
+
+
+def same(folder, one, other, pattern="model.safetensors"):
+    """Whether the weights in two folders are the same, of which there are some."""
+    files = [sorted((folder / place).rglob(pattern)) for place in (one, other)]
+    files[0] = [file for file in files[0] if "checkpoints" not in file.parts]
+    assert len(files[0]) == len(files[1]) > 0
+    return all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(bench):
+    """And what is exported then is the model of the step before; where none is whole, nothing is written."""
+    stopped(bench, "--checkpoint-every", "1", "--keep", "9")
+    checkpoints = bench.folder / "cut" / "checkpoints"
+    newest = max(checkpoints.iterdir())
+    with (newest / "parameters.safetensors").open("r+b") as file:
+        file.truncate(200)
+    with pytest.warns(UserWarning, match="is damaged: 200 bytes.* The checkpoint before it is exported"):
+        assert main(["export", "cut", "--out", "taken"]) == 0
+    shutil.rmtree(newest)
+    assert main(["export", "cut", "--out", "before"]) == 0
+    assert same(bench.folder, "taken", "before")
+    assert not same(bench.folder, "taken", "run")
+    for folder in sorted(checkpoints.iterdir())[1:]:
+        shutil.rmtree(folder)
+    (next(checkpoints.iterdir()) / "manifest.json").write_text("{}")
+    assert "is not the list of a checkpoint's files" in bench.refused("export", "cut", "--out", "none")
+    assert not (bench.folder / "none").exists()
+
+
 def test_what_cannot_be_exported(bench):
     refused = bench.refused
     assert "is no folder of a run" in refused("export", "nowhere", "--out", "taken")

@@ -249,6 +249,9 @@ def test_a_pipeline_is_trained_by_adapter_and_drawn_from_with_it(shown, folder):
     assert np.load("a/samples.npy").shape == (2, 3, 16, 16)
     assert not np.array_equal(np.load("a/samples.npy"), np.load("b/samples.npy"))
     assert "ddim" in printed
+    shown("export", "run", "--out", "taken", "--adapter")
+    adapters = [next((folder / place).glob("*.safetensors")).read_bytes() for place in ("run", "taken")]
+    assert adapters[0] == adapters[1]
 
 
 # in Python

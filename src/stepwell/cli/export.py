@@ -42,8 +42,7 @@ class Export(Command):
         from stepwell.training.resume import CHECKPOINTS
         from stepwell.writing import writable_folder
 
-        newest = checkpoint.newest(source / CHECKPOINTS)
-        if newest is None:
+        if checkpoint.newest(source / CHECKPOINTS) is None:
             raise InputError(f"'{self.run_folder}' holds no checkpoint, so there is no model to export yet.")
         out = absolute(named(self.out))
         assert out is not None
@@ -53,16 +52,22 @@ class Export(Command):
         settings = command.adapter.settings()
         if self.adapter and settings is None:
             raise InputError(f"--adapter must be left out: '{self.run_folder}' has trained the whole model.")
-        content, groups = checkpoint.read(newest)
         with _in_folder(about["command"]["folder"]), in_own_file(command.model):
             process: Any = kind_of(command.model, [about["kind"]]).build(command.model, command, settings)
-        with checkpoint.whole(newest):
+
+        def filled(folder: Path) -> tuple[Any, int]:
+            """The process with the weights of a checkpoint, and the steps that were made."""
+            content, groups = checkpoint.read(folder)
             parameters = groups["parameters"]
-            if any(name.startswith("value_head.") for name in parameters):
-                process = process.with_value_head()
-            refuse_another_model(newest, content["fingerprint"], process)
-            parameters.fill({name: p for name, p in process.module.named_parameters() if p.requires_grad})
-            step = content["position"]["step"]
+            valued = any(name.startswith("value_head.") for name in parameters)
+            trained = process.with_value_head() if valued else process
+            refuse_another_model(folder, content["fingerprint"], trained)
+            parameters.fill({name: p for name, p in trained.module.named_parameters() if p.requires_grad})
+            return trained, content["position"]["step"]
+
+        found = checkpoint.from_newest(source / CHECKPOINTS, filled, "The checkpoint before it is exported.")
+        assert found is not None
+        process, step = found
         folder = writable_folder(out)
         if self.adapter:
             process.save(folder, merged=False)

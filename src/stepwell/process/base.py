@@ -253,14 +253,25 @@ class Process(ABC):
         plain = {name: value for name, value in sorted(vars(self).items()) if _is_plain(value)}
         return {"class": type(self).__qualname__, "source": origin(type(self))[1], **plain}
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the trained parameters into a folder, as safetensors."""
+    def save(self, folder: str | os.PathLike[str], merged: bool | None = None) -> None:
+        """Write the trained parameters into a folder, as safetensors.
+
+        Of a model with an adapter `merged=False` writes the adapter alone and `merged=True` the whole model; left out,
+        what a run writes. Raises `InputError` for `merged=False` where there is no adapter.
+        """
+        refuse_no_adapter(merged, False)
         from safetensors.torch import save
 
         from stepwell.writing import write_whole
 
         state = {name: value.detach().contiguous() for name, value in self.module.state_dict().items()}
         write_whole(os.path.join(folder, "model.safetensors"), save(state))
+
+
+def refuse_no_adapter(merged: bool | None, adapted: bool) -> None:
+    """Raise `InputError` where an adapter alone is to be saved and there is none."""
+    if merged is False and not adapted:
+        raise InputError("merged=False saves an adapter alone, and the model has none; leave it out.")
 
 
 def _is_plain(value: Any) -> bool:

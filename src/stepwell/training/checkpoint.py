@@ -13,9 +13,10 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,13 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 EARLIER = "remove its folder to resume from an earlier checkpoint"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+T = TypeVar("T")
+
+
+class AnotherRun(CheckpointError):
+    """A checkpoint is whole, but a run of something else than the present one wrote it."""
 
 
 class _Hashing:
@@ -174,6 +182,27 @@ FIRST = named(0)
 def newest(parent: Path) -> Path | None:
     """The newest complete checkpoint in a folder of them."""
     return next(iter(complete(parent)), None)
+
+
+def from_newest(parent: Path, use: Callable[[Path], T], instead: str) -> T | None:
+    """What `use` makes of the newest checkpoint in a folder of them that it can use; None where there is none.
+
+    One that it raises `CheckpointError` for is passed over with a warning that ends in `instead`, if there is an
+    earlier one. Raises the error of the last where none can be used, and `AnotherRun` at once.
+    """
+    found = complete(parent)
+    for place, folder in enumerate(found, 1):
+        try:
+            with whole(folder):
+                return use(folder)
+        except AnotherRun:
+            raise
+        except CheckpointError as error:
+            if place == len(found):
+                raise
+            reason = str(error).partition(";")[0].rstrip(".")
+            warnings.warn(f"{reason}. {instead}", stacklevel=3)
+    return None
 
 
 def _replaced(folder: Path) -> Path:

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from stepwell.digests import stored, weights_digest
-from stepwell.errors import CheckpointError
 from stepwell.origin import is_own, origin
 from stepwell.parts import parts_of
 from stepwell.process.base import Process
@@ -23,6 +22,7 @@ from stepwell.process.models import Models
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.mixing import Rewards
 from stepwell.sampling.request import Prompt
+from stepwell.training.checkpoint import AnotherRun
 from stepwell.training.log import versions
 from stepwell.training.settings import Settings
 
@@ -48,10 +48,6 @@ STARTED_WITH = {
     "code": "the code",
 }
 """The entries of a fingerprint besides the settings, in words."""
-
-
-class AnotherRun(CheckpointError):
-    """A checkpoint is whole, and of a run that was made of other things."""
 
 
 def fingerprint(

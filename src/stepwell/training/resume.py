@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from stepwell.process.base import Samples
 from stepwell.sampling.record import Drawn
 from stepwell.training import checkpoint
 from stepwell.training.distribute import World
-from stepwell.training.fingerprint import AnotherRun, refuse_another
+from stepwell.training.fingerprint import refuse_another
 from stepwell.training.log import METRICS, RunLog, check_logged, read_lines
 from stepwell.training.state import RunState
 from stepwell.trajectories import from_tensors, to_tensors
@@ -121,29 +122,18 @@ def restore(state: RunState, log: RunLog) -> None:
     where none fits, and for one of another run.
     """
     assert state.out is not None
-    found = checkpoint.complete(state.out / CHECKPOINTS)
-    if not found:
-        warnings.warn(f"There is no checkpoint in '{state.out}' yet, so the run begins anew.", stacklevel=2)
+    parent = state.out / CHECKPOINTS
     form = copy.deepcopy(_content(state, [state.models.policy.meter.state_dict()])) | {"fingerprint": None}
-    for place, folder in enumerate(found, 1):
-        try:
-            with checkpoint.whole(folder):
-                _restore(state, folder, form)
-            break
-        except AnotherRun:
-            raise
-        except CheckpointError as error:
-            if place == len(found):
-                raise
-            reason = str(error).partition(";")[0].rstrip(".")
-            warnings.warn(f"{reason}. The run goes on from the checkpoint before it.", stacklevel=2)
+    use = partial(_restore, state, form)
+    if checkpoint.from_newest(parent, use, "The run goes on from the checkpoint before it.") is None:
+        warnings.warn(f"There is no checkpoint in '{state.out}' yet, so the run begins anew.", stacklevel=2)
     if state.world.is_main:
         log.keep_until(state.at.step)
         state.at.history = read_lines(state.out / METRICS)
 
 
-def _restore(state: RunState, folder: Path, form: Mapping[str, Any]) -> None:
-    """`restore` from a checkpoint whose files are as they were written, by whomever."""
+def _restore(state: RunState, form: Mapping[str, Any], folder: Path) -> Path:
+    """`restore` from a checkpoint whose files are as they were written, by whomever; its folder."""
     content, groups = checkpoint.read(folder)
     checkpoint.check_keys(folder, content, ("fingerprint",))
     refuse_another(folder, content["fingerprint"], state.fingerprint)
@@ -173,6 +163,7 @@ def _restore(state: RunState, folder: Path, form: Mapping[str, Any]) -> None:
             raise CheckpointError(f"The rows of the checkpoint '{folder}' are not one for each of its prompts.")
         at.drawn = Drawn(from_tensors(groups["rows"]), samples, prompts)
         at.targets = _nested(groups["targets"], len(prompts), len(state.objective.terms))
+    return folder
 
 
 def export(state: RunState) -> None:

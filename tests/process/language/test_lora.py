@@ -131,3 +131,11 @@ def test_bad_adapters(small_language: Build, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(builtins, "__import__", without_peft)
     with pytest.raises(InputError, match=r"stepwell\[lora\]"):
         small_language("llama", lora=LORA)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_adapter_alone_is_only_saved_where_there_is_one(frozen, small_language, tmp_path):
+    process = small_language("llama", lora=LORA).frozen() if frozen else small_language("llama")
+    with pytest.raises(InputError, match="merged=False saves an adapter alone, and the model has none"):
+        process.save(tmp_path / "adapter", merged=False)
+    assert not (tmp_path / "adapter").exists()

@@ -329,7 +329,7 @@ class Conversation(Process):
         own = {"environment": self.environment, **settings, "source": self.environment_source}
         return {**self.language.describe(), **own}
 
-    def save(self, folder: str | os.PathLike[str], merged: bool = True) -> None:
+    def save(self, folder: str | os.PathLike[str], merged: bool | None = None) -> None:
         """Write the model's weights and tokenizer into a folder (`Language.save`)."""
         self.language.save(folder, merged)
 

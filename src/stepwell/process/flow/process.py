@@ -272,12 +272,15 @@ class Flow(Process):
         sampler = {"solver": solvers, "times": list(self.sampler.times), "guidance": self.sampler.guidance}
         return {**self.denoiser.describe(), **sampler}
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """The network's weights as safetensors, or the folder that the network itself writes."""
+    def save(self, folder: str | os.PathLike[str], merged: bool | None = None) -> None:
+        """The network's weights as safetensors, or the folder that the network itself writes.
+
+        An adapted pipeline writes its adapter alone, and with `merged=True` the whole pipeline.
+        """
         if isinstance(self.module, WritesFolder):
-            self.module.save(folder)
+            self.module.save(folder, merged)
         else:
-            super().save(folder)
+            super().save(folder, merged)
 
 
 @runtime_checkable
@@ -293,4 +296,4 @@ class ChecksPrompts(Protocol):
 class WritesFolder(Protocol):
     """A network that writes a whole folder, as `diffusers` reads it."""
 
-    def save(self, folder: str | os.PathLike[str]) -> None: ...
+    def save(self, folder: str | os.PathLike[str], merged: bool | None = None) -> None: ...

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stepwell.errors import InputError
 from stepwell.meter import Meter
+from stepwell.process.base import refuse_no_adapter
 from stepwell.process.language import attention, saving
 from stepwell.process.language.apart import Apart, long_rope_switch
 from stepwell.process.language.cache import (
@@ -344,12 +345,13 @@ class CausalNetwork:
         for name, parameter in own.items():
             parameter.copy_(theirs[name] if rate == 1.0 else parameter.lerp(theirs[name].to(parameter), rate))
 
-    def save(self, folder: str | os.PathLike[str], merged: bool) -> None:
+    def save(self, folder: str | os.PathLike[str], merged: bool | None) -> None:
         """Write weights, adapter and value head as safetensors; the model in memory does not change."""
+        refuse_no_adapter(merged, self.adapted and not self.base_only)
         from safetensors.torch import save_file
 
         with self._ready():
-            saving.save(self.module.model, folder, merged, self.base_only)
+            saving.save(self.module.model, folder, merged is not False, self.base_only)
         if self.value_head is not None:
             tensors = {name: value.detach().contiguous() for name, value in self.value_head.state_dict().items()}
             save_file(tensors, Path(folder) / "value_head.safetensors")

@@ -351,7 +351,7 @@ class Language(Process):
         model = described(self.network.causal, self.network.module.model if self.network.adapted else None)
         return {"truncation": f"{self.truncation}", **limits, **self.encoder.describe(), **model}
 
-    def save(self, folder: str | os.PathLike[str], merged: bool = True) -> None:
+    def save(self, folder: str | os.PathLike[str], merged: bool | None = None) -> None:
         """Weights as safetensors, with the tokenizer, so that `AutoModelForCausalLM.from_pretrained` loads them.
 
         An adapted model is saved with the adapter merged into a copy of its weights, or with `merged=False` the

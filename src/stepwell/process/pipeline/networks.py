@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stepwell.errors import InputError
+from stepwell.process.base import refuse_no_adapter
 from stepwell.process.language.description import in_values
 from stepwell.solver.path import Path
 
@@ -86,12 +87,13 @@ class PipelineNetwork(nn.Module):
         twin._modules = {"model": copy.deepcopy(self.model).requires_grad_(False)}
         return twin
 
-    def save(self, folder: str | os.PathLike[str], merged: bool = False) -> None:
+    def save(self, folder: str | os.PathLike[str], merged: bool | None = None) -> None:
         """The adapter as `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(folder)` of diffusers reads.
 
         Without an adapter, or with `merged=True`, the whole pipeline, which `from_pretrained` of diffusers reads. What
         else the folder holds stays. Raises `InputError` where it cannot be written.
         """
+        refuse_no_adapter(merged, self.adapted)
         self.write(self.model, folder, "adapter" if self.adapted and not merged else "merged")
 
 
@@ -114,8 +116,9 @@ class Base(nn.Module):
         """The network's own description."""
         return self._adapted[0].describe()
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str], merged: bool | None = None) -> None:
         """The whole pipeline without the adapter."""
+        refuse_no_adapter(merged, False)
         self._adapted[0].write(self._adapted[0].model, folder, "base")
 
 
