@@ -20,6 +20,13 @@ from stepwell.process.language.process import Language
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background would ignore Ctrl-C
 torch.set_num_threads(1)  # the tensors are small: threads that wait for each other make tests ten times slower
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Models that transformers fills at random are the same whichever tests ran before."""
+    torch.manual_seed(0)
+
+
 WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z".split()
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
