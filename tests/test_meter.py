@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from stepwell.errors import InputError
 from stepwell.meter import Budget, Cost, Meter
 
 
@@ -109,3 +110,17 @@ def test_other_units_stop_when_they_are_spent():
     tokens = Budget.parse("100-tokens")
     assert tokens.share(Cost(forward=90), 1) == 0.9
     assert tokens.missed(Cost(forward=190), 1) == ""
+
+
+@pytest.mark.parametrize("text", ["0s", "0.0m", "0-steps", "0k-tokens", "3-hours", "-1s", "5", "1e3-steps", "", "s"])
+def test_a_budget_that_is_none_is_refused_with_examples_of_one(text):
+    with pytest.raises(InputError, match=f"A budget must be like 60s, 5m, .*, got '{text}'"):
+        Budget.parse(text)
+
+
+def test_a_budget_may_be_any_amount_above_none():
+    assert Budget.parse("0.5s") == Budget(0.5, "seconds")
+    assert Budget.parse(" 1.5h ") == Budget(5400.0, "seconds")
+    assert Budget.parse("0.5k-steps") == Budget(500.0, "steps")
+    assert Budget.parse("2M-tokens") == Budget(2e6, "tokens")
+    assert Budget.parse("1B-evaluations") == Budget(1e9, "evaluations")

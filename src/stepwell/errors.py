@@ -66,7 +66,7 @@ def folded(name: str) -> str:
 def nearest(name: str, spellings: Mapping[str, str]) -> str | None:
     """The name whose spelling is nearest to what was typed; None where none is near."""
     names = {folded(spelling): known for spelling, known in spellings.items()}
-    close = difflib.get_close_matches(folded(name), names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(folded(name), names, cutoff=0.5)
     return names[close[0]] if close else None
 
 

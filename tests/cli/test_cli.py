@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -228,3 +229,12 @@ def test_every_task_is_listed(shown):
 
     printed = shown("tasks")
     assert all(entry.name in printed for entry in tasks())
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["nonsense"], 2)])
+def test_the_package_is_a_program_that_ends_with_the_commands_exit_code(words, code, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["stepwell", *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("stepwell", run_name="__main__")
+    assert end.value.code == code
+    assert capsys.readouterr() != ("", "")

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from stepwell.cli import LAST_WORDS, main
-from stepwell.terminal import Screen, one_line, printable
+from stepwell.terminal import Screen, on_screen, one_line, printable
 from stepwell.training.log import read_lines
 
 WRAPPER = textwrap.dedent(
@@ -240,6 +240,7 @@ STEERING = "\x1b[2J\x1b]0;title\x07 \u202eback\u202c \x9b31m \x08\r"
 
 def test_no_text_of_others_steers_the_terminal(bench, capsys, tmp_path, monkeypatch):
     """Prompts in errors, names of options, plugins' cards, and what is printed of a run."""
+    capsys.readouterr()  # transformers shows how it writes the bench's model
     bench.write("data.jsonl", json.dumps({"prompt": f"a {STEERING}" * 80, "answer": "a"}))
     assert main(bench.words()) == 2
     bench.write("data.jsonl", json.dumps({"prompt": "a", "answer": STEERING}))
@@ -298,6 +299,19 @@ def test_a_screen_gives_up_at_the_first_failure(error):
     screen.flush()
     assert stream.calls == 1
     assert not screen.isatty()
+
+
+def test_what_is_left_for_a_reader_that_is_gone_goes_nowhere(monkeypatch):
+    """Else Python would stumble over it as it closes the stream at its end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        with on_screen() as (out, _):
+            print("a")
+            out.flush()
+            assert isinstance(out.failure, BrokenPipeError)
+        print("b", flush=True)
 
 
 def test_an_unforeseen_error_is_one_sentence(monkeypatch, capsys):

@@ -18,7 +18,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -99,8 +99,8 @@ class Chosen:
         items[:] = [found[test] for test in self.tests if test in found]
 
 
-def recorded(copy: Path, folder: Path, paths: Collection[str]) -> None:
-    """Make the map of these files' lines to tests: a pass of the quick tests in two processes."""
+def recorded(copy: Path, folder: Path) -> None:
+    """Make the map of all lines to tests: a pass of the quick tests in two processes."""
     source = copy / "src" / "stepwell"
     files = sorted((copy / "tests").rglob("test_*.py"), key=lambda file: file.stat().st_size)
     hands = [[], ["src/stepwell"]]
@@ -111,7 +111,7 @@ def recorded(copy: Path, folder: Path, paths: Collection[str]) -> None:
     def recording(number: int) -> Callable[[], int]:
         return lambda: int(pytest.main([*options, *hands[number]], plugins=[Recorder(included, folder, number)]))
 
-    included = [str(source / path) for path in sorted(paths)]
+    included = [str(source / "*")]
     with ThreadPoolExecutor(2) as pool:
         passes = [pool.submit(forked, copy, folder / f"map-{n}.log", recording(n), 3600.0) for n in range(2)]
         for made in passes:
@@ -163,7 +163,7 @@ def hunt(number: int, seed: int, seconds: float, work: Path) -> Iterator[dict[st
     source = copies[0] / "src" / "stepwell"
     mistakes = draw(source, number, seed, frozenset(EQUIVALENT))
     if not (work / "times-1.json").exists():
-        recorded(copies[0], work, {mistake.path for mistake in mistakes})
+        recorded(copies[0], work)
     free: Queue[Path] = Queue()
     for copy in copies:
         free.put(copy)
@@ -190,7 +190,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20.0, help="of tests for each mistake")
     parser.add_argument("--out", type=Path, required=True, help="a file for the results, a line each")
-    parser.add_argument("--work", type=Path, help="a folder for the copies and the map of one draw, which are kept")
+    parser.add_argument("--work", type=Path, help="a folder for the copies and the map, which are kept")
     given = parser.parse_args(words)
     with contextlib.ExitStack() as stack:
         work = given.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))

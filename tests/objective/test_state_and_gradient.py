@@ -230,6 +230,7 @@ def test_parts_are_described_by_what_differs_from_their_defaults():
     assert describe(Policy(surrogate=Score(maximum=5.0))) == "Policy(surrogate=Score(maximum=5.0))"
     assert describe((Policy(), 2)) == "(Policy(), 2)"
     assert Recipe(2 * Policy()).parts()[0] == "Policy(coefficient=2.0)"
+    assert "SkipAbove(maximum=3.0)" in Recipe(Policy(), transforms=(SkipAbove(3.0),)).parts()
 
 
 def test_a_recipe_is_replaced_in_part_and_counts_are_at_least_one():

@@ -95,3 +95,8 @@ def test_a_saved_schedule_comes_back_and_a_wrong_one_is_refused(tmp_path):
         (tmp_path / "wrong.json").write_text(text)
         with pytest.raises(InputError, match="not a saved schedule"):
             load_schedule(tmp_path / "wrong.json")
+
+
+def test_the_times_of_a_schedule_fall():
+    with pytest.raises(InputError, match="times must fall from 1"):
+        Schedule("risen", (0.1, 0.9), (table("euler"),))

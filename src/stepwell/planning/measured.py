@@ -40,7 +40,7 @@ class WithGreedy(Groups):
         greedy = (so_far.source == MEASURE).nonzero()[:, 0]
         asked, order = so_far.prompt[greedy].sort(stable=True)
         first = torch.searchsorted(asked, so_far.prompt)
-        return {"greedy": so_far.reward[greedy[order]][first.clamp(max=len(asked) - 1)]}
+        return {"greedy": so_far.reward[greedy[order]][first]}
 
 
 @dataclass

@@ -82,7 +82,8 @@ def save(state: RunState, meters: list[dict[str, Any]]) -> None:
     }
     if reference := _reference(state):
         groups["reference"] = {name: parameter.detach() for name, parameter in reference.items()}
-    if at.drawn is not None and at.targets is not None:  # in the middle of a rollout's updates
+    if at.drawn is not None:  # in the middle of a rollout's updates
+        assert at.targets is not None
         groups["rows"] = to_tensors(at.drawn.trajectories)
         groups["targets"] = _flat(at.targets)
         content["samples"], groups["samples"] = _apart(at.drawn.samples)

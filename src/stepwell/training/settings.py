@@ -25,8 +25,7 @@ class Settings(Checked):
     whole run. tokens_per_microbatch: cuts every minibatch to fit memory, and changes nothing else. rows_at_once:
     cuts rollouts, which changes the random numbers that a row gets, but not its distribution. checkpoint_every:
     updates between checkpoints, checkpoint_seconds: seconds between them, 0 for none but the first and the last; the
-    newest `keep` of them stay. evaluate_every: steps between
-    evaluations, 0 for none.
+    newest `keep` of them stay. evaluate_every: steps between evaluations, 0 for none.
 
     Raises `InputError` for a number out of its range and for a run that would never stop.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -117,6 +118,8 @@ def test_an_adapter_can_be_merged_or_left_out(pipeline_folder: Callable[..., Pat
     process.save(tmp_path / "merged", merged=True)
     process.frozen().save(tmp_path / "base")
     assert distance(drawn(process), after) == 0.0
+    pipe = inspect.getclosurevars(process.module.write).nonlocals["loaded"]  # type: ignore[arg-type]
+    assert pipe.transformer is process.module.model, "the pipeline keeps no copy of its network"
     assert distance(diffusers_draw("sd3", loaded("sd3", tmp_path / "merged")), after) < TOLERANCE
     assert distance(diffusers_draw("sd3", loaded("sd3", tmp_path / "base")), before) < TOLERANCE
 

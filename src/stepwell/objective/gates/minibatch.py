@@ -156,7 +156,7 @@ class HiddenReward(Gate):
         influence = torch.zeros_like(batch.mask)
         for prompt in batch.rows.prompt.unique():
             steps = batch.rows.mask & (batch.rows.prompt == prompt)[:, None]
-            hidden, chance = batch.present("hidden")[steps].detach(), batch.present("logits")[steps].detach().exp()
+            hidden, chance = batch.present("hidden")[steps], batch.present("logits")[steps].exp()
             error = functional.one_hot(batch.rows.action[steps], chance.shape[-1]).to(chance.dtype) - chance
             own = advantage[steps]
             good = own > 0
