@@ -4,13 +4,14 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 import stepwell as sw
 from stepwell import methods
 from stepwell.comparison.report.page import write_report
 from stepwell.comparison.report.runs import report_runs
 from stepwell.comparison.results import Comparison
-from stepwell.comparison.run import compare
+from stepwell.comparison.run import _score, compare
 from stepwell.comparison.specs import parse_specs
 from stepwell.errors import InputError, UnknownName
 from stepwell.meter import Budget, Cost
@@ -216,3 +217,8 @@ def test_the_command_that_is_reported_says_all_that_was_asked_for(tiny):
 def test_a_task_that_trains_on_what_it_is_judged_by_is_refused(tiny):
     with pytest.raises(InputError, match="keep them apart"):
         dataclasses.replace(tiny, evaluation=[Prompt(9, 0)])
+
+
+def test_a_score_has_the_standard_error_of_a_mean_and_one_prompt_has_none():
+    assert _score(torch.tensor([1.0, 2.0, 6.0])) == pytest.approx({"score": 3.0, "error": (7 / 3) ** 0.5})
+    assert _score(torch.tensor([2.0])) == {"score": 2.0, "error": 0.0}

@@ -21,6 +21,7 @@ from stepwell.planning.groups import Groups
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.mixing import Rewards
 from stepwell.training import checkpoint
+from stepwell.training.distribute import World
 from stepwell.training.loop import Trainer
 from stepwell.training.settings import Settings
 from stepwell.training.state import begin
@@ -178,6 +179,25 @@ def test_ctrl_c_finishes_the_update_writes_a_checkpoint_and_stops(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     resumed = train(steps=4, out=tmp_path / "run", resume=True)
     assert torch.equal(resumed.process.logits, train(steps=4).process.logits)
+
+
+def test_the_checkpoint_of_a_run_that_fails_waits_for_no_other_rank(tmp_path, monkeypatch):
+    """The others may be waiting somewhere else, or be gone."""
+    failed = []
+
+    def gather(self, value):
+        assert not failed
+        return [value]
+
+    def fail(metrics):
+        failed.append(metrics["step"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(World, "gather", gather)
+    with pytest.raises(KeyboardInterrupt):
+        train(steps=3, out=tmp_path / "run", on_step=fail)
+    assert failed == [1]
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == checkpoint.named(1)
 
 
 def test_what_on_step_sees_is_what_the_log_keeps_and_the_time():
