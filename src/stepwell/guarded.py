@@ -76,12 +76,20 @@ def reason_of(error: BaseException, most: int = 200) -> str:
 
 def first_line_of(error: BaseException) -> str:
     """The first line of an exception's message, or else the name of its kind, without its full stop: libraries add
-    pages of advice."""
+    pages of advice. The line after a colon belongs to it.
+
+    Example:
+        >>> first_line_of(ValueError("Wrong field 'size':\\n    it is a text.\\nSee our page."))
+        "Wrong field 'size': it is a text"
+    """
     try:
         lines = str(error).strip().splitlines()
     except BaseException:
         lines = []
-    return (lines or [type(error).__name__])[0].rstrip(" .:")
+    first = lines[0].strip() if lines else type(error).__name__
+    if first.endswith(":") and len(lines) > 1:
+        first = f"{first} {lines[1].strip()}"
+    return first.rstrip(" .:")
 
 
 def said_of(error: BaseException) -> str:

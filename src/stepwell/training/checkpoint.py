@@ -185,7 +185,7 @@ def newest(parent: Path) -> Path | None:
 
 
 def from_newest(parent: Path, use: Callable[[Path], T], instead: str) -> T | None:
-    """What `use` makes of the newest checkpoint in a folder of them that it can use; None where there is none.
+    """The result of `use` on the newest checkpoint in a folder of them that it can use; None where there is none.
 
     One that it raises `CheckpointError` for is passed over with a warning that ends in `instead`, if there is an
     earlier one. Raises the error of the last where none can be used, and `AnotherRun` at once.

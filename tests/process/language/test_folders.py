@@ -126,6 +126,7 @@ def test_a_broken_folder_is_refused_in_one_sentence(folder, breakage):
     "wrong",
     [
         {"hidden_size": "16"},
+        {"hidden_size": True},
         {"hidden_size": -1},
         {"num_hidden_layers": 10**7},
         {"num_attention_heads": 0},
@@ -158,6 +159,20 @@ def test_an_index_that_names_what_is_not_there_is_refused(folder):
 @pytest.mark.parametrize("name", ["x" * 300, "/tmp/" + "x" * 300, "~nobody_here/model", "a\0b", ""])
 def test_a_name_that_no_folder_can_have_is_refused(name):
     refused(name)
+
+
+@pytest.mark.parametrize("name", ["gone.gguf", "weights/gone.GGUF", "model.safetensors"])
+def test_the_name_of_a_file_that_is_not_there_is_no_id_of_the_hub(name, monkeypatch):
+    """Which would be looked for, again and again, where there is no network."""
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("was looked for"))
+    assert refused(name) == f"There is no file '{name}'."
+
+
+def test_a_folder_without_a_tokenizer_is_told_what_it_lacks(folder):
+    place = folder()
+    for file in place.glob("token*"):
+        file.unlink()
+    assert "holds no tokenizer; copy that of its model into it" in refused(place)
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {

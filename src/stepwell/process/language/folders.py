@@ -20,6 +20,9 @@ from stepwell.terminal import one_line
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
 """Files that hold a JSON object."""
 
+FILES = (".gguf", ".safetensors", ".bin", ".json", ".pt", ".pth", ".ckpt")
+"""Endings of names of files, which no id of the hub has."""
+
 QUANTISED = re.compile(r"[IU]8|[FI][46](_.*)?|U[46]|F8.*")
 """The formats of safetensors that stand for weights only together with their scales."""
 
@@ -70,6 +73,8 @@ def place_of(model: Any, kind: str = "model") -> Path | str:
     found = usable(model, "model")
     if found.exists():
         return found
+    if found.suffix.lower() in FILES:
+        raise InputError(f"There is no file '{model}'.")
     # an id of the hub is 'name' or 'owner/name'; everything else can only mean a folder
     if found.is_absolute() or str(model).startswith((".", "~")) or len(found.parts) > 2:
         raise InputError(f"There is no {kind} folder '{model}'.")

@@ -75,7 +75,9 @@ def load_model(model: Any, dtype: torch.dtype) -> nn.Module:
             raise InputError(f"The model '{model}' is a file; name the folder that it lies in, or a .gguf file.")
         return load_gguf(place, dtype)
     name = f"The model '{one_line(str(model), 80)}'"
-    if isinstance(place, Path):
+    if not isinstance(place, Path):
+        name += ", which is no folder here,"
+    else:
         _check_folder(place)
     with reading(name), quiet():
         from transformers import AutoConfig
@@ -187,7 +189,7 @@ def load_tokenizer(tokenizer: Any, model: Any) -> Any:
     kind: Any = AutoTokenizer
     if isinstance(place, Path):
         if not any(file for kind in TOKENIZER_FILES for file in place.glob(kind)):
-            raise InputError(f"The folder '{source}' holds no tokenizer; give one: language(model, tokenizer).")
+            raise InputError(f"The folder '{source}' holds no tokenizer; copy that of its model into it, or in Python give one: language(model, tokenizer).")
         check_files(place)
         # a tokenizer of no special class is wholly in its tokenizer.json; for some kinds of model, such as Qwen2,
         # AutoTokenizer would silently replace its splitting of words by that model's usual one
