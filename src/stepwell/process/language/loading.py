@@ -189,7 +189,10 @@ def load_tokenizer(tokenizer: Any, model: Any) -> Any:
     kind: Any = AutoTokenizer
     if isinstance(place, Path):
         if not any(file for kind in TOKENIZER_FILES for file in place.glob(kind)):
-            raise InputError(f"The folder '{source}' holds no tokenizer; copy that of its model into it, or in Python give one: language(model, tokenizer).")
+            raise InputError(
+                f"The folder '{source}' holds no tokenizer; copy that of its model into it, or in Python give one: "
+                "language(model, tokenizer)."
+            )
         check_files(place)
         # a tokenizer of no special class is wholly in its tokenizer.json; for some kinds of model, such as Qwen2,
         # AutoTokenizer would silently replace its splitting of words by that model's usual one
