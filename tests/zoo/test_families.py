@@ -90,13 +90,6 @@ def written(family: Family, folder: Path) -> Path:
     return folder
 
 
-def linear_layers(model: Any) -> list[str]:
-    """The names of a model's linear layers, without its head and without what Mamba reads past its layer's forward."""
-    kinds, head = {"Linear", "Conv1D", "FalconLinear"}, model.get_output_embeddings()
-    layers = [name for name, layer in model.named_modules() if type(layer).__name__ in kinds and layer is not head]
-    return sorted(name for name in layers if not name.endswith(("out_proj", "dt_proj")))
-
-
 def drawn_from(process: Language, number: int, seed: int = 0, window: tuple[int, int] | None = None) -> Drawn:
     requests = [Request(Prompt(i, text), count=number, window=window) for i, text in enumerate(PROMPTS)]
     return rollout(process, requests, Rng(seed))
@@ -183,19 +176,25 @@ def test_a_saved_model_has_the_same_logits(member: Member, tmp_path: Path) -> No
     assert language(tmp_path, device="cpu").network.causal.config.model_type == member.model.config.model_type
 
 
-def test_a_moved_adapter_is_drawn_with_scored_and_merged(member: Member, tmp_path: Path) -> None:
-    lora = {"r": 4, "target_modules": linear_layers(member.model)}
-    process = language(member.folder, device="cpu", max_new_tokens=NEW, eos=ENDS, lora=lora)
+@pytest.mark.parametrize("targets", [{}, {"target_modules": "all-linear"}], ids=["default", "all"])
+def test_a_moved_adapter_is_drawn_with_scored_and_merged(
+    member: Member, tmp_path: Path, targets: dict[str, Any]
+) -> None:
+    process = language(member.folder, device="cpu", max_new_tokens=NEW, eos=ENDS, lora={"r": 4, **targets})
     noise = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in process.module.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.1)
     drawn = drawn_from(process, 2, seed=4)
+    scores = process.score(drawn.trajectories).log_prob
+    scores.sum().backward()
+    adapters = {name: p.grad for name, p in process.module.named_parameters() if p.requires_grad}
+    assert not [name for name, gradient in adapters.items() if gradient is None or not gradient.any()]
     with torch.no_grad():
-        scores = process.score(drawn.trajectories).log_prob
         base = process.frozen().score(drawn.trajectories).log_prob
         unadapted = member.process.score(drawn.trajectories).log_prob
+    scores = scores.detach()
     assert float((scores - drawn.trajectories.log_prob).abs().max()) <= EXACT
     assert float((base - unadapted).abs().max()) <= EXACT
     assert float((base - scores).abs().max()) > 0.01

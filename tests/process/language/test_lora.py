@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import word_tokenizer
 
 from stepwell.check.tolerance import tolerance
 from stepwell.errors import InputError
@@ -139,3 +140,51 @@ def test_an_adapter_alone_is_only_saved_where_there_is_one(frozen, small_languag
     with pytest.raises(InputError, match="merged=False saves an adapter alone, and the model has none"):
         process.save(tmp_path / "adapter", merged=False)
     assert not (tmp_path / "adapter").exists()
+
+
+def adapted_layers(process: Any) -> set[str]:
+    """The layers with an adapter, by the last part of their names."""
+    names = {name.partition(".lora_A")[0] for name, _ in process.module.named_parameters() if "lora_A" in name}
+    return {name.rpartition(".")[2] for name in names}
+
+
+def folder_of(name: str, folder: Path) -> Path:
+    from zoo.families import FAMILIES, SEEING, STATEFUL, tiny
+
+    tiny({**FAMILIES, **STATEFUL, **SEEING}[name]).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"target_modules": "all-linear"}], ids=["default", "all"])
+@pytest.mark.parametrize("name", ["mamba", "mixtral", "qwen2_vl"])
+def test_without_targets_every_adapter_learns_and_is_merged(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    process = language(folder_of(name, tmp_path / "model"), device="cpu", max_new_tokens=6, lora={"r": 2, **options})
+    noise = torch.Generator().manual_seed(0)
+    learning = {name: p for name, p in process.module.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in learning.values():
+            parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.1)
+    rows = drawn(process)
+    process.score(rows).log_prob.sum().backward()
+    assert not [name for name, p in learning.items() if p.grad is None or not p.grad.any()]
+    process.save(tmp_path / "merged")
+    merged = language(tmp_path / "merged", device="cpu", max_new_tokens=6)
+    assert torch.allclose(scored(merged, rows), rows.log_prob, atol=tolerance(process.module))
+
+
+def test_a_target_that_would_learn_nothing_is_refused(tmp_path: Path) -> None:
+    mamba, seeing = (folder_of(name, tmp_path / name) for name in ("mamba", "qwen2_vl"))
+    with pytest.raises(InputError, match=r"'dt_proj' is no linear layer that a MambaForCausalLM reads texts through"):
+        language(mamba, device="cpu", lora={"target_modules": ["x_proj", "dt_proj"]})
+    with pytest.raises(InputError, match=r"'visual\.blocks\.0\.attn\.qkv' is no linear layer"):
+        language(seeing, device="cpu", lora={"target_modules": ["q_proj", "visual.blocks.0.attn.qkv"]})
+
+
+@pytest.mark.parametrize("excluded", [["q_proj"], r".*q_proj"])
+def test_what_a_user_excludes_stays_excluded(excluded: Any, tmp_path: Path) -> None:
+    model = folder_of("qwen2_vl", tmp_path / "model")
+    every = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert adapted_layers(language(model, device="cpu", lora={"target_modules": "all-linear"})) == every
+    some = language(model, device="cpu", lora={"target_modules": "all-linear", "exclude_modules": excluded})
+    assert adapted_layers(some) == every - {"q_proj"}

@@ -122,6 +122,13 @@ def test_an_adapter_can_be_merged_or_left_out(pipeline_folder: Callable[..., Pat
     assert pipe.transformer is process.module.model, "the pipeline keeps no copy of its network"
     assert distance(diffusers_draw("sd3", loaded("sd3", tmp_path / "merged")), after) < TOLERANCE
     assert distance(diffusers_draw("sd3", loaded("sd3", tmp_path / "base")), before) < TOLERANCE
+    contents = set()
+    for _ in range(10):  # in an order by chance of two entries, ten files would be alike once in 512 runs
+        process.save(tmp_path / "adapter")
+        contents.add((tmp_path / "adapter" / LORA_FILE).read_bytes())
+    assert len(contents) == 1
+    with safe_open(tmp_path / "adapter" / LORA_FILE, "pt") as file:
+        assert file.metadata()["format"] == "pt"
 
 
 @pytest.mark.parametrize("lora", [ADAPTER, None], ids=["adapter", "whole"])

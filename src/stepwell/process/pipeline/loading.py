@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 import os
 import shutil
@@ -265,6 +266,18 @@ def _write_adapter(pipeline: Any, part: str, model: Any, folder: FilePath) -> No
     pipeline.save_lora_weights(
         folder, **{f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": settings}, safe_serialization=True
     )
+    _order_metadata(folder / LORA_FILE)
+
+
+def _order_metadata(file: FilePath) -> None:
+    """Put the metadata of a safetensors file in order: the library writes the same ones in another at each call."""
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def _write_pipeline(pipeline: Any, part: str, model: Any, folder: FilePath, keep: bool) -> None:
