@@ -248,6 +248,33 @@ def test_a_folder_that_is_not_the_model_in_memory_is_an_error(spoil, small_langu
         process.save(tmp_path)
 
 
+def test_a_model_without_a_finite_logit_is_saved_as_it_is(small_language, tmp_path):
+    process = small_language("llama")
+    with torch.no_grad():
+        process.network.causal.lm_head.weight.fill_(torch.nan)
+    process.save(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["lm_head.weight"].isnan().all()
+
+
+def test_a_value_head_of_an_earlier_model_does_not_stay(small_language, tmp_path):
+    process = small_language("llama")
+    process.with_value_head().save(tmp_path)
+    assert language(tmp_path, device="cpu").network.value_head is not None
+    process.save(tmp_path)
+    assert language(tmp_path, device="cpu").network.value_head is None
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["merged first", "adapter first"])
+def test_an_adapter_and_a_whole_model_do_not_share_a_folder(first, small_language, tmp_path):
+    process = small_language("llama", lora={"r": 2})
+    process.save(tmp_path, merged=first)
+    there = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(InputError, match="would be read as both; save to another folder"):
+        process.save(tmp_path, merged=not first)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == there
+    process.save(tmp_path, merged=first)
+
+
 def test_a_gguf_file_loads_and_becomes_an_ordinary_folder(tmp_path):
     import numpy as np
 

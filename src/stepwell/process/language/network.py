@@ -33,6 +33,7 @@ from stepwell.process.language.chunked import Head, head_of
 from stepwell.process.language.compiled import Compiled
 from stepwell.process.language.prompts import Packed
 from stepwell.process.language.shared_forward import Line, line
+from stepwell.writing import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -346,15 +347,21 @@ class CausalNetwork:
             parameter.copy_(theirs[name] if rate == 1.0 else parameter.lerp(theirs[name].to(parameter), rate))
 
     def save(self, folder: str | os.PathLike[str], merged: bool | None) -> None:
-        """Write weights, adapter and value head as safetensors; the model in memory does not change."""
+        """Write weights, adapter and value head as safetensors; the model in memory does not change.
+
+        A value head that is there of an earlier model goes with it.
+        """
         refuse_no_adapter(merged, self.adapted and not self.base_only)
-        from safetensors.torch import save_file
+        from safetensors.torch import save as as_bytes
 
         with self._ready():
             saving.save(self.module.model, folder, merged is not False, self.base_only)
-        if self.value_head is not None:
+        file = Path(folder) / "value_head.safetensors"
+        if self.value_head is None:
+            file.unlink(missing_ok=True)
+        else:
             tensors = {name: value.detach().contiguous() for name, value in self.value_head.state_dict().items()}
-            save_file(tensors, Path(folder) / "value_head.safetensors")
+            write_whole(file, as_bytes(tensors))
 
 
 def _accepted(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepwell.errors import StepwellError
+from stepwell.errors import InputError, StepwellError
 from stepwell.process.language.adapters import without_adapter
 from stepwell.process.language.folders import reading, weight_files
 from stepwell.process.language.loading import quiet, rebuilt
@@ -28,11 +28,14 @@ def save(model: Any, folder: str | os.PathLike[str], merged: bool, base_only: bo
     """Write a model of `transformers`, adapted by `peft` or not, and hold what is read back against it.
 
     An adapter is `merged`, or left out (`base_only`), or written alone. Tensors are read one at a time, and only the
-    layers that an adapter changes are held twice. Raises `StepwellError` where the folder is not the model.
+    layers that an adapter changes are held twice. Raises `StepwellError` where the folder is not the model, and
+    `InputError` for an adapter into the folder of a whole model or the other way round: it would be read as both.
     """
     adapted = hasattr(model, "disable_adapter")
     causal = model.get_base_model() if adapted else model
-    if adapted and not merged and not base_only:
+    alone = adapted and not merged and not base_only
+    _refuse_other_kind(Path(folder), alone)
+    if alone:
         from peft.utils import get_peft_model_state_dict
 
         with writing(Path(folder)), quiet():
@@ -47,6 +50,16 @@ def save(model: Any, folder: str | os.PathLike[str], merged: bool, base_only: bo
         if base_only and adapted:
             stack.enter_context(model.disable_adapter())
         _check(whole, causal, Path(folder))
+
+
+def _refuse_other_kind(folder: Path, adapter: bool) -> None:
+    """Raise `InputError` for a folder that holds a whole model where an `adapter` is to be saved, or the reverse."""
+    kinds = ("a whole model", "an adapter")
+    if (folder / ("config.json" if adapter else "adapter_config.json")).exists():
+        raise InputError(
+            f"The folder '{folder}' holds {kinds[not adapter]}, and with {kinds[adapter]} beside it would be read as "
+            "both; save to another folder."
+        )
 
 
 def _check(whole: Any, live: Any, folder: Path) -> None:
@@ -68,7 +81,7 @@ def _check(whole: Any, live: Any, folder: Path) -> None:
     own, theirs = (each(ids, use_cache=False).logits for each in (live, twin))
     same = own.eq(theirs) | (own.isnan() & theirs.isnan())
     gap = float((own - theirs).abs().masked_fill(same, 0.0).nan_to_num(torch.inf).max())
-    allowed = ROUNDING[own.dtype] * max(1.0, float(own[own.isfinite()].abs().max()))
+    allowed = ROUNDING[own.dtype] * max(1.0, float(own.abs().masked_fill(~own.isfinite(), 0.0).max()))
     if gap > allowed:
         raise StepwellError(
             f"The model saved to '{folder}' is not the one in memory: their logits are {gap:.2g} apart, where "
