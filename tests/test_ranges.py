@@ -9,10 +9,12 @@ from typing import Annotated, Literal
 
 import pytest
 
+import stepwell
 from stepwell.errors import InputError, UnknownName
 from stepwell.objective.ratio import Ratio
 from stepwell.objective.state import Coefficient, Ramp
 from stepwell.parts import Constant, Part
+from stepwell.process.exact.table import markov
 from stepwell.ranges import (
     Checked,
     Count,
@@ -26,6 +28,8 @@ from stepwell.ranges import (
     Width,
     demands,
 )
+from stepwell.rng import Rng
+from stepwell.sampling.request import Prompt, Request
 
 INFINITY, NAN = float("inf"), float("nan")
 
@@ -139,6 +143,35 @@ def test_annotations_that_cannot_be_read_ask_for_nothing():
     assert Demand().holds(object())
     assert {name for name in demands(Settings) if name not in Settings.__dataclass_fields__} == set()
     assert demands(Settings).keys() == Settings.__dataclass_fields__.keys() - {"text", "pair"}
+
+
+@pytest.mark.parametrize(
+    ("build", "wrong", "message"),
+    [
+        ("language", {"max_tokens": 3}, "no language() argument 'max_tokens'; did you mean 'max_new_tokens'?"),
+        ("language", {"use_dora": True}, "no language() argument 'use_dora'; did you mean lora={'use_dora': ...}?"),
+        ("language", {"num_generations": 4}, "did you mean the setting 'group_size' of the run?"),
+        ("language", {"temperatur": 1}, "no language() argument 'temperatur'; did you mean 'temperature'?"),
+        ("conversation", {"max_assistant_turns": 3}, "argument 'max_assistant_turns'; did you mean 'max_turns'?"),
+        ("pipeline", {"guidance_scale": 3}, "no pipeline() argument 'guidance_scale'; did you mean 'guidance'?"),
+        ("flow", {"num_inference_steps": 3}, "no flow() argument 'num_inference_steps'; did you mean 'steps'?"),
+    ],
+)
+def test_a_keyword_of_another_library_leads_to_ours(build, wrong, message):
+    with pytest.raises(UnknownName) as caught:
+        getattr(stepwell, build)("nowhere", **wrong)
+    assert message in str(caught.value)
+
+
+def test_what_a_list_holds_is_checked():
+    from stepwell.sampling.rollout import rollout
+
+    process = markov(symbols=2, length=2)
+    for requests, wrong in (([Request(Prompt(0, 0)), 3], "3"), (["a"], "'a'")):
+        with pytest.raises(InputError, match=f"^Each of requests must be a Request, got {wrong}"):
+            rollout(process, requests, Rng(0))
+    with pytest.raises(InputError, match=r"^rng must be a Rng, got 0"):
+        rollout(process, [Request(Prompt(0, 0))], 0)
 
 
 def test_ranges_need_no_torch():

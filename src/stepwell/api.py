@@ -14,12 +14,12 @@ from torch import Tensor
 from stepwell.data.prompts import load_prompts
 from stepwell.data.rows import sizes_of
 from stepwell.errors import InputError, StepwellError, UnknownName
+from stepwell.foreign.names import setting_hint
 from stepwell.meter import Budget, Cost
 from stepwell.methods import catalogue
 from stepwell.process.abilities import Redrawn, ability
 from stepwell.process.base import Process, Samples, check_process
 from stepwell.ranges import checked
-from stepwell.recipe.foreign_names import setting_hint
 from stepwell.recipe.recipe import Recipe
 from stepwell.reward.absent import NoRewards
 from stepwell.reward.mixing import Rewards

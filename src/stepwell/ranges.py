@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, TypeVar
 
-from stepwell.errors import InputError, UnknownChoice
+from stepwell.errors import InputError, UnknownChoice, UnknownName
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -171,11 +171,15 @@ _ABSTRACT = {Mapping: "a dictionary", Sequence: "a list", Callable: "a function"
 
 @dataclass(frozen=True)
 class Kinds:
-    """Any of several kinds of values, for an argument whose annotation says no more: a text, a list, a number, ..."""
+    """Any of several kinds of values, for an argument whose annotation says no more: a text, a list, a number, ...
+
+    `items` is the class of what a list holds, where it may hold nothing else.
+    """
 
     demand: Demand
     classes: tuple[type, ...]
     words: tuple[str, ...]
+    items: type | None = None
 
     def holds(self, value: Any) -> bool:
         """True for a value of one of the kinds. Texts are no lists, and True is no number."""
@@ -186,6 +190,10 @@ class Kinds:
     def refuse(self, name: str, value: Any) -> None:
         """Raise `InputError` for a value of another kind."""
         if self.holds(value):
+            wrong = [] if self.items is None else [item for item in value if not isinstance(item, self.items)]
+            if wrong:
+                kind = _KINDS.get(self.items) or _with_article(self.items)  # type: ignore[arg-type]
+                raise InputError(f"Each of {name} must be {kind}, got {wrong[0]!r:.60}.")
             return
         if isinstance(value, str) and self.demand.choices:
             self.demand.refuse(name, value)
@@ -235,7 +243,15 @@ def _kinds(hint: Any) -> Kinds | None:
         else:
             return None
     words = [_KINDS.get(kind) or _ABSTRACT.get(kind) or _with_article(kind) for kind in classes]
-    return Kinds(Demand(tuple(choices), next(iter(ranges), None)), tuple(classes), tuple(dict.fromkeys(words)))
+    demand = Demand(tuple(choices), next(iter(ranges), None))
+    return Kinds(demand, tuple(classes), tuple(dict.fromkeys(words)), _items(hint))
+
+
+def _items(hint: Any) -> type | None:
+    """The class of what a list holds, or None: numbers are of too many classes."""
+    held = typing.get_args(hint) if typing.get_origin(hint) is Sequence else ()
+    kind = held[0] if held and isinstance(held[0], type) else None
+    return None if kind in (None, Any, *_NUMBERS) or getattr(kind, "_is_protocol", False) else kind
 
 
 def check_kinds(of: Callable[..., Any], values: Mapping[str, Any], owner: str = "") -> None:
@@ -243,6 +259,18 @@ def check_kinds(of: Callable[..., Any], values: Mapping[str, Any], owner: str = 
     for name, kinds in kinds_of(of).items():
         if name in values:
             kinds.refuse(f"{owner}{name}", values[name])
+
+
+def _refuse_unknown(owner: str, signature: inspect.Signature, named: Mapping[str, Any]) -> None:
+    """Raise `UnknownName` for a keyword that a function does not have, with ours for another library's name."""
+    if any(entry.kind is entry.VAR_KEYWORD for entry in signature.parameters.values()):
+        return
+    for name in named:
+        if name not in signature.parameters:
+            from stepwell.foreign.names import keyword_hint
+
+            known = list(signature.parameters)
+            raise UnknownName(f"{owner}() argument", name, known, hint=keyword_hint(name, known))
 
 
 def checked(*besides: str) -> Callable[[F], F]:
@@ -265,6 +293,7 @@ def checked(*besides: str) -> Callable[[F], F]:
 
         @functools.wraps(function)
         def checking(*positional: Any, **named: Any) -> Any:
+            _refuse_unknown(function.__name__, signature, named)
             given = signature.bind(*positional, **named)
             check_kinds(function, {name: value for name, value in given.arguments.items() if name not in besides})
             for name, value in given.arguments.items():

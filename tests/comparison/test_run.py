@@ -74,11 +74,14 @@ def _cost(point):
     return Cost(**{unit: point[f"cost/{unit}"] for unit in units}, wall_time=point["wall_time"])
 
 
+@pytest.mark.filterwarnings("ignore:The run took")  # a slow machine may take long for a step,
+@pytest.mark.filterwarnings("ignore:For 3 steps all samples")  # and a fast one make so many that all are alike
 def test_a_budget_of_seconds_is_kept_without_the_time_of_judging(tiny):
     result = compare(tiny, "grpo", budget="0.3s", seeds=1, progress=False)
     trial = result.entries[0].trials[0]
     assert trial.cost["wall_time"] >= 0.3
-    assert trial.history[-2]["wall_time"] < 0.3 <= trial.history[-1]["wall_time"]
+    assert all(point["wall_time"] < 0.3 for point in trial.history[:-1])
+    assert trial.history[-1]["wall_time"] >= 0.3
 
 
 def test_one_seed_is_the_same_run_for_all_and_another_seed_is_not(tiny):

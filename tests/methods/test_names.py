@@ -12,9 +12,9 @@ from stepwell import methods
 from stepwell.api import settings_from
 from stepwell.comparison.specs import parse_specs
 from stepwell.errors import InputError, UnknownName, folded
+from stepwell.foreign import names as foreign_names
 from stepwell.methods.catalogue import search
 from stepwell.objective.policy import Policy
-from stepwell.recipe import foreign_names
 from stepwell.recipe.recipe import Recipe
 from stepwell.recipe.registry import method
 from stepwell.training.settings import Settings
@@ -240,10 +240,12 @@ def test_every_name_of_ours_in_the_tables_is_one_of_ours():
     from stepwell.cli.arguments import argument_names
     from stepwell.cli.train import Train
     from stepwell.process.language.build import language
+    from stepwell.process.pipeline.build import pipeline
 
     shell = set(argument_names(Train))
     assert set(foreign_names.MODEL.values()) <= set(inspect.signature(language).parameters)
     assert set(foreign_names.CONVERSATION.values()) <= shell
+    assert set(foreign_names.PIPELINE.values()) <= set(inspect.signature(pipeline).parameters)
     for _, flag in (*foreign_names.ADAPTER.values(), *foreign_names.CALLS.values()):
         assert flag in shell | {""}
 

@@ -14,7 +14,7 @@ pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 is where these na
 
 from trl import DPOConfig, GRPOConfig, RLOOConfig
 
-from stepwell.recipe import foreign_names
+from stepwell.foreign import names as foreign_names
 
 
 def under(heading: str) -> set[str]:

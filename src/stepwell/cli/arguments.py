@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from stepwell.errors import InputError, UnknownName
-from stepwell.recipe.foreign_names import argument_hint
+from stepwell.foreign.names import argument_hint
 
 C = TypeVar("C")
 _WORDS = {"INT": "a whole number", "FLOAT": "a number", "INT ...": "whole numbers", "FLOAT ...": "numbers"}

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stepwell.errors import InputError, UnknownName
-from stepwell.recipe.foreign_names import option_hint
+from stepwell.foreign.names import option_hint
 
 if TYPE_CHECKING:
     from stepwell.comparison.specs import MethodSpec

@@ -23,12 +23,12 @@ from stepwell.comparison.samples import kept, measured
 from stepwell.comparison.specs import MethodSpec, parse_specs
 from stepwell.errors import InputError, UnknownName
 from stepwell.figures.charts import safe
+from stepwell.foreign.names import setting_hint
 from stepwell.guarded import reason_of
 from stepwell.meter import Budget, Cost
 from stepwell.methods.catalogue import check_kind
 from stepwell.process.base import Process
 from stepwell.ranges import Demand, Range, checked
-from stepwell.recipe.foreign_names import setting_hint
 from stepwell.rng import Rng
 from stepwell.sampling.record import Drawn
 from stepwell.tasks.registry import Task, get_task, source_of

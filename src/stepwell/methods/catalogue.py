@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 
 from stepwell.errors import InputError, UnknownName, folded
+from stepwell.foreign.names import method_hint
 from stepwell.process.kinds import kinds
 from stepwell.recipe.card import Card
-from stepwell.recipe.foreign_names import method_hint
 from stepwell.recipe.plugins import load_installed
 from stepwell.recipe.registry import CARDS, find
 
@@ -44,6 +44,8 @@ def get(name: str) -> Card:
         ('dr-grpo', 'reinforce++')
     """
     _find()
+    if not isinstance(name, str):
+        raise InputError(f"A method is named by a text, such as 'grpo', got {name!r:.60}.")
     card = find(name)
     if card is None:
         spellings = {alias: card.id for card in CARDS.values() for alias in (card.title, *card.aliases)}

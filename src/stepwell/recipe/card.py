@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from stepwell.errors import InputError, StepwellError, UnknownName
+from stepwell.foreign import names as foreign_names
 from stepwell.ranges import Demand, demands
-from stepwell.recipe import foreign_names
 from stepwell.recipe.needs import Need, needs_of
 from stepwell.recipe.recipe import Recipe
 from stepwell.recipe.source import code_of, line_in

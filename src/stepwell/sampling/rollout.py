@@ -17,7 +17,7 @@ from stepwell.sampling.request import Request, Root, Snapshot
 from stepwell.trajectories import Trajectories
 
 
-@checked("process", "rng")
+@checked("process")
 @torch.no_grad()
 def rollout(
     process: Process,

@@ -96,7 +96,7 @@ class Task:
                 )
 
     def _check_fields(self) -> None:
-        from stepwell.recipe.foreign_names import setting_hint
+        from stepwell.foreign.names import setting_hint
         from stepwell.reward.mixing import Rewards
         from stepwell.sampling.request import Prompt
         from stepwell.training.settings import Settings

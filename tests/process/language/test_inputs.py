@@ -147,7 +147,7 @@ def test_bad_options(options: dict[str, Any], make_model: Any, make_tokenizer: A
 
 
 def test_an_unknown_option_is_an_error(make_model: Any, make_tokenizer: Any) -> None:
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(InputError, match="'temprature'; did you mean 'temperature'"):
         language(make_model("qwen2"), make_tokenizer(), temprature=1.0)  # type: ignore[call-arg]
 
 

@@ -13,12 +13,16 @@ from stepwell.process.flow.checks import check_arguments, check_dtype, check_sha
 from stepwell.process.flow.denoiser import Decode, Denoiser, Encode, Function
 from stepwell.process.flow.process import Flow
 from stepwell.process.flow.sampler import sampler_with
+from stepwell.ranges import checked
 from stepwell.solver.path import PREDICTIONS, Path
 from stepwell.solver.path import path as path_named
 from stepwell.solver.schedule import Schedule
 from stepwell.solver.table import Table
 
 
+@checked(
+    *("model", "shape", "path", "solver", "times", "shift", "guidance", "encode", "unconditional", "decode", "dtype")
+)
 def flow(
     model: Callable[..., Tensor] | nn.Module,
     shape: Sequence[int],

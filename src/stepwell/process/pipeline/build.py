@@ -17,12 +17,14 @@ from stepwell.process.language import loading
 from stepwell.process.pipeline import loading as pipeline_loading
 from stepwell.process.pipeline.networks import SD3, Flux, PipelineNetwork, UNet
 from stepwell.process.pipeline.text import ImageDecoder, TextEncoder
+from stepwell.ranges import checked
 from stepwell.solver.path import Path
 from stepwell.solver.table import Table
 
 PREDICTS = {"epsilon": "noise", "v_prediction": "data", "sample": "data", "velocity": "velocity"}
 
 
+@checked("model", "lora", "solver")
 def pipeline(
     model: str | os.PathLike[str],
     *,

@@ -1,6 +1,6 @@
 """Names of other libraries that belong to an adapter, a conversation or a call, and those without a counterpart.
 
-They are TRL's, verl's, vLLM's, transformers' and peft's (`LoraConfig`), read where those of `foreign_names` were.
+They are TRL's, verl's, vLLM's, transformers' and peft's (`LoraConfig`), read where those of `names` were.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from stepwell.recipe.foreign_places import ADAPTER, CALLS, CONVERSATION, REASONS
+from stepwell.foreign.places import ADAPTER, CALLS, CONVERSATION, REASONS
 
 SETTINGS: Mapping[str, tuple[str, ...]] = {
     # trl
@@ -126,6 +126,14 @@ MODEL: Mapping[str, str] = {
     "tokenizer_name_or_path": "tokenizer",
 }
 """Settings of a language model (`sw.language`)."""
+
+PIPELINE: Mapping[str, str] = {  # diffusers
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "timesteps": "times",
+    "torch_dtype": "dtype",
+}
+"""Arguments of `sw.pipeline` and `sw.flow`."""
 
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     # trl
@@ -261,17 +269,22 @@ def option_hint(name: str, known: Iterable[str]) -> str | None:
     return None
 
 
-def model_hint(name: str) -> str | None:
-    """A hint for a keyword of `sw.language` or `sw.conversation` that has another name here; None otherwise.
+def keyword_hint(name: str, known: Iterable[str]) -> str | None:
+    """A hint for a keyword of a function in Python that has another name among those `known`, or belongs elsewhere.
 
     Example:
-        >>> model_hint("max_tokens"), model_hint("num_generations")
-        ("did you mean 'max_new_tokens'?", "did you mean the setting 'group_size' of the run?")
+        >>> keyword_hint("max_tokens", ["max_new_tokens"]), keyword_hint("lora_alpha", ["lora"])
+        ("did you mean 'max_new_tokens'?", "did you mean lora={'lora_alpha': ...}?")
+        >>> keyword_hint("num_generations", ["max_new_tokens"])
+        "did you mean the setting 'group_size' of the run?"
     """
+    known = set(known)
     for short in _endings(name):
-        if short in MODEL:
-            return f"did you mean '{MODEL[short]}'?"
-        if short in ADAPTER:
+        ours = [table[short] for table in (MODEL, PIPELINE, CONVERSATION) if short in table]
+        near = [each for each in (*ours, *SETTINGS.get(short, ())) if each in known]
+        if near:
+            return f"did you mean '{near[0]}'?"
+        if short in ADAPTER and "lora" in known:
             return f"did you mean {ADAPTER[short][0]}?"
     return option_hint(name, ())
 
