@@ -81,7 +81,6 @@ def test_a_budget_of_seconds_is_kept_without_the_time_of_judging(tiny):
     trial = result.entries[0].trials[0]
     assert trial.cost["wall_time"] >= 0.3
     assert all(point["wall_time"] < 0.3 for point in trial.history[:-1])
-    assert trial.history[-1]["wall_time"] >= 0.3
 
 
 def test_one_seed_is_the_same_run_for_all_and_another_seed_is_not(tiny):
