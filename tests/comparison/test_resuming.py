@@ -122,12 +122,12 @@ def test_kept_runs_that_were_interrupted_begin_anew(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"budget": "4-steps"}, "budget was 3 steps, now 4 steps"),
+        ({"budget": "4-steps"}, 'budget was "3 steps", now "4 steps"'),
         ({"methods": "grpo"}, "methods was"),
         ({"methods": "grpo:clip=0.1,rloo"}, "methods was"),
         ({"seeds": 3}, "seeds was"),
-        ({"settings": {"learning_rate": 0.2}}, "settings.learning_rate was 0.1, now 0.2"),
-        ({"evaluation_samples": 2}, "evaluation.samples was 8, now 2"),
+        ({"settings": {"learning_rate": 0.2}}, "settings's learning rate was 0.1, now 0.2"),
+        ({"evaluation_samples": 2}, "evaluation's samples was 8, now 2"),
     ],
 )
 def test_another_comparison_is_refused(tiny, changes, said, tmp_path):
@@ -141,7 +141,7 @@ def test_another_comparison_is_refused(tiny, changes, said, tmp_path):
 
 def test_other_prompts_or_rewards_are_another_comparison(tiny, tmp_path):
     compare(tiny, out=tmp_path, **REQUEST)
-    with pytest.raises(CheckpointError, match=r"holds another comparison: task\.data"):
+    with pytest.raises(CheckpointError, match="holds another comparison: task's data"):
         compare(dataclasses.replace(tiny, prompts=tiny.prompts[:3]), out=tmp_path, resume=True, **REQUEST)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from stepwell.comparison.results import FILE, Comparison
 from stepwell.errors import CheckpointError, InputError
 from stepwell.tasks.registry import Task
-from stepwell.training.fingerprint import rows_digest
+from stepwell.training.fingerprint import differences, rows_digest
 from stepwell.writing import json_text, write_whole
 
 ENDS = "ends.safetensors"
@@ -47,7 +47,7 @@ def gone_on_from(folder: Path | None, fresh: Comparison, resume: bool) -> Compar
             f"'{folder}' holds a comparison already; go on with it by resume (--resume), or choose another folder."
         )
     earlier = Comparison.load(folder)
-    difference = next(_differences(_request(earlier), _request(fresh)), None)
+    difference = next(differences(_request(earlier), _request(fresh)), None)
     if difference is not None:
         raise CheckpointError(
             f"'{folder}' holds another comparison: {difference}; resume with what it was started with, or choose "
@@ -64,16 +64,6 @@ def _request(comparison: Comparison) -> dict[str, Any]:
     content["parts"] = [entry.card for entry in comparison.entries]
     whole: dict[str, Any] = json.loads(json_text(content))
     return whole
-
-
-def _differences(earlier: Mapping[str, Any], present: Mapping[str, Any], inside: str = "") -> Iterator[str]:
-    for name in sorted(earlier.keys() | present.keys()):
-        before, after = earlier.get(name), present.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            yield from _differences(before, after, f"{inside}{name}.")
-        elif before != after:
-            brief = len(f"{before}{after}") < 120
-            yield f"{inside}{name} {'was ' + str(before) + ', now ' + str(after) if brief else 'has changed'}"
 
 
 def begun_anew(folder: Path) -> Path:

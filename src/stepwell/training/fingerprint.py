@@ -210,7 +210,7 @@ def _differences(entry: str, saved: Any, present: Any) -> Iterator[str]:
     """The parts of an entry that differ, in words."""
     if entry == "process":
         for role, entries in present.items():
-            yield from _between((saved or {}).get(role, {}), entries)
+            yield from differences((saved or {}).get(role, {}), entries)
     elif entry == "code":
         names = sorted({*(saved or {}), *present})
         yield from (f"that of {name} has changed" for name in names if (saved or {}).get(name) != present.get(name))
@@ -225,15 +225,15 @@ def _differences(entry: str, saved: Any, present: Any) -> Iterator[str]:
             elif earlier != reward:
                 yield f"the code of {reward['name']} or what it was made with has changed"
     elif entry == "teacher" and isinstance(saved, list) and isinstance(present, list):
-        yield from _between(saved[0], present[0])
+        yield from differences(saved[0], present[0])
 
 
-def _between(saved: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
-    """The entries of two descriptions of a process (`Process.describe`) that differ; those of tables, one by one."""
+def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
+    """The entries that differ between two descriptions (`Process.describe`), in words; those of tables one by one."""
     for name in sorted(saved.keys() | present.keys()):
         before, after = saved.get(name), present.get(name)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from (f"{name}'s {words}" for words in _between(before, after))
+            yield from (f"{name}'s {words}" for words in differences(before, after))
         elif _text(before) == _text(after):
             continue
         elif name == "source":  # a digest, which says nothing to a reader
