@@ -45,7 +45,7 @@ def _sums(tensor: Tensor) -> tuple[int, int]:
     if tensor.numel() == 0 or tensor.is_meta:
         return 0, 0
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    words = tensor.detach().contiguous().view(whole[tensor.element_size()]).flatten()
+    words = tensor.contiguous().view(whole[tensor.element_size()]).flatten()
     places = torch.arange(1, min(BLOCK, len(words)) + 1, device=words.device)
     plain = placed = torch.zeros((), dtype=torch.int64, device=words.device)
     for number, block in enumerate(words.split(BLOCK), 1):

@@ -230,12 +230,12 @@ class Pace:
 
     def remaining(self) -> float | None:
         """Seconds until the end, or None while it cannot be estimated."""
-        if self._first is None or self.share >= 1.0:
-            return None if self._first is None else 0.0
+        if self._first is None:
+            return None
         seconds, share = self.now - self._first[0], self.share - self._first[1]
         if share <= 0.0:  # one step only: as if the run had begun with it
             seconds, share = self.now - self.begin, self.share
-        return (1.0 - self.share) * seconds / share if share > 0.0 else None
+        return max(1.0 - self.share, 0.0) * seconds / share if share > 0.0 else None
 
     def words(self) -> str:
         """The time gone and the time left."""
