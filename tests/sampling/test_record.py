@@ -6,7 +6,7 @@ import torch
 from stepwell.errors import InputError
 from stepwell.meter import Meter
 from stepwell.process.abilities import Generated
-from stepwell.process.base import Samples
+from stepwell.process.base import Samples, Steps
 from stepwell.process.exact.table import TabularLanguage, markov
 from stepwell.rng import Rng
 from stepwell.sampling.record import Record
@@ -90,6 +90,21 @@ class Engine(TabularLanguage):
             columns = {"completion_ids": drawn.samples.columns["completion_ids"][row]}
             answers.append(Generated(action, log_prob, drawn.samples.values[row], columns))
         return [[answers.pop(0) for _ in range(request.count)] for request in requests]
+
+
+@pytest.mark.parametrize(
+    ("samples", "name"),
+    [
+        (Samples([(0,)]), "values"),
+        (Samples([(0,), (1,)], {"score": [1.0]}), r"columns\['score'\]"),
+        (Samples([(0,), (1,)], truncated=[True]), "truncated"),
+        (Samples([(0,), (1,)], steps=Steps(last=[torch.zeros(3)])), r"steps\.last"),
+    ],
+)
+def test_samples_that_are_not_one_for_each_row_are_refused(samples, name):
+    record = Record([Request(Prompt(0, 0), 2)], torch.tensor([0, 0]))
+    with pytest.raises(InputError, match=rf"Samples\.{name} must have an entry for each of the 2 rows .* got 1\."):
+        record.end(torch.tensor([0, 1]), samples)
 
 
 def test_an_engine_leaves_the_trajectories_that_drawing_step_by_step_would():

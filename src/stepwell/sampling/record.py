@@ -104,7 +104,16 @@ class Record:
         self._log_weight[rows] += log_ratio.double().cpu()
 
     def end(self, rows: Tensor, samples: Samples) -> None:
-        """The samples of rows (M,) that are at their end."""
+        """The samples of rows (M,) that are at their end; `InputError` where they are not one for each row."""
+        lists = {"values": samples.values, "truncated": samples.truncated}
+        lists |= {f"columns['{name}']": column for name, column in samples.columns.items()}
+        lists |= {f"steps.{name}": column for name, column in vars(samples.steps).items()}
+        for name, entries in lists.items():
+            if entries is not None and len(entries) != len(rows):
+                raise InputError(
+                    f"Samples.{name} must have an entry for each of the {len(rows)} rows that ended together, got "
+                    f"{len(entries)}."
+                )
         self._ended.append((rows, samples))
 
     def drawn(self, process: Process, *, version: int = 0, first_node: int = 0) -> Drawn:
