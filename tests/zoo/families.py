@@ -42,10 +42,14 @@ ALIKE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of model: the name that transformers gives its configuration, and what differs from `ALIKE`."""
+    """One kind of model: the name that transformers gives its configuration, and what differs from `ALIKE`.
+
+    weights: the deviation of its random matrices.
+    """
 
     kind: str
     changes: dict[str, Any] = field(default_factory=dict)
+    weights: float = 0.3
 
 
 def _named(kind: str, **changes: Any) -> Family:
@@ -124,6 +128,16 @@ STATEFUL: dict[str, Family] = {name: Family(name) for name in ("mamba", "falcon_
         use_mamba_kernels=False,
     ),
     "bamba": _named("bamba", attn_layer_indices=[1]),
+    "zamba": Family(
+        "zamba",
+        {
+            "layers_block_type": ["linear_attention", "hybrid"] * 2,
+            "num_hidden_layers": 4,
+            "mamba_dt_rank": 4,
+            "attention_head_dim": 16,
+        },
+        weights=0.15,  # its layers, each of which adds the first embeddings again, would enlarge rounding
+    ),
     "lfm2": _named("lfm2", layer_types=["conv", "full_attention"]),
     "lfm2_moe": _named("lfm2_moe", layer_types=["conv", "full_attention"], num_dense_layers=1),
     "lfm3": _named("lfm3", layer_types=["conv", "full_attention"]),
@@ -237,7 +251,13 @@ REFUSED: dict[str, tuple[Family, str]] = {
     "roberta, decoder": (_named("roberta", is_decoder=True), "up to .* from those of each text alone"),
     "camembert, decoder": (_named("camembert", is_decoder=True), "up to .* from those of each text alone"),
     "zamba2": (
-        _named("zamba2", layers_block_type=["linear_attention", "hybrid"], mamba_headdim=16, n_mamba_heads=4),
+        _named(
+            "zamba2",
+            layers_block_type=["linear_attention", "hybrid"] * 2,
+            num_hidden_layers=4,
+            mamba_headdim=16,
+            n_mamba_heads=4,
+        ),
         "up to .* from those of each text alone",
     ),
     "minimax, window": (_named("minimax", layer_types=BOTH), "up to .* from those of each text alone"),
@@ -279,7 +299,7 @@ def tiny(family: Family) -> Any:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=draws)
             if parameter.dim() > 1:
-                parameter.copy_(noise * 0.3)
+                parameter.copy_(noise * family.weights)
             else:
                 parameter.add_(noise * 0.2)
     return model.eval()

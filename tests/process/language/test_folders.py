@@ -248,6 +248,14 @@ def test_a_folder_that_is_not_the_model_in_memory_is_an_error(spoil, small_langu
         process.save(tmp_path)
 
 
+def test_weights_that_are_shared_in_memory_alone_are_not_taken_for_tied_ones(tmp_path):
+    """Of shared weights a file holds one, and a configuration without ties makes none of it for the other."""
+    process = language(small_model("llama", tie_word_embeddings=True), word_tokenizer(), device="cpu")
+    process.network.causal.config.tie_word_embeddings = False
+    with pytest.raises(StepwellError, match=r"not the one in memory: it lacks 'lm_head\.weight'"):
+        process.save(tmp_path)
+
+
 def test_a_model_without_a_finite_logit_is_saved_as_it_is(small_language, tmp_path):
     process = small_language("llama")
     with torch.no_grad():

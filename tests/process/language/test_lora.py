@@ -157,7 +157,7 @@ def folder_of(name: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("options", [{}, {"target_modules": "all-linear"}], ids=["default", "all"])
-@pytest.mark.parametrize("name", ["mamba", "mixtral", "qwen2_vl"])
+@pytest.mark.parametrize("name", ["mamba", "zamba", "mixtral", "qwen2_vl"])
 def test_without_targets_every_adapter_learns_and_is_merged(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     process = language(folder_of(name, tmp_path / "model"), device="cpu", max_new_tokens=6, lora={"r": 2, **options})
     noise = torch.Generator().manual_seed(0)

@@ -157,18 +157,29 @@ def plain_name(name: str) -> str:
 def without_adapter(causal: Any, merged: bool) -> Any:
     """A model of the class of `causal` without its adapter, which is `merged` into its weights or left out.
 
-    Layers without an adapter are shared with `causal`, which is afterwards as it was, bit for bit. A head that is tied
-    to embeddings is its own, by configuration, once an adapter has made the two different.
+    Layers without an adapter are shared with `causal`, which is afterwards as it was, bit for bit. Once an adapter has
+    made two weights different that are tied, such as a head and embeddings, no weights are tied any more: they are so
+    all or none, by configuration.
     """
     weights = _base_weights(causal)
     if merged:
         weights |= _merged_weights(causal)
     config = copy.deepcopy(causal.config)
-    for target, source in causal.get_expanded_tied_weights_keys(all_submodels=True).items():
-        first, second = weights.get(plain_name(source)), weights.get(plain_name(target))
-        if first is not None and second is not None and first is not second and not torch.equal(first, second):
-            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    tied = [
+        (plain_name(target), plain_name(source))
+        for target, source in causal.get_expanded_tied_weights_keys(all_submodels=True).items()
+        if plain_name(target) in weights and plain_name(source) in weights
+    ]
+    if any(not _equal(weights[target], weights[source]) for target, source in tied):
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False  # which is of all of them
+        for target, source in tied:
+            if weights[target] is weights[source]:
+                weights[target] = weights[source].detach().clone()
     return rebuilt(causal, config, weights)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or torch.equal(one, other)
 
 
 def _base_weights(causal: nn.Module) -> dict[str, Tensor]:

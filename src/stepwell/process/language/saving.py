@@ -7,6 +7,7 @@ import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,8 +20,11 @@ from stepwell.process.language.loading import quiet, rebuilt
 from stepwell.writing import writing
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""The largest difference of the folder's logits from the live model's, relative to the largest of them or to 1: the
-rounding of the format, of which a merged adapter brings some."""
+"""The difference of the folder's logits from the live model's, relative to the largest of them or to 1, up to which
+nothing more is asked: the rounding of the format, of which a merged adapter brings some."""
+
+DIGITS = 8
+"""The last digits that every weight may be off, where a model's own sensitivity to them is measured."""
 
 
 @torch.no_grad()
@@ -67,7 +71,7 @@ def _check(whole: Any, live: Any, folder: Path) -> None:
     from transformers import AutoConfig
 
     weights = whole.state_dict()
-    renamed = _compare(weight_files(folder), weights, folder)
+    renamed = _compare(weight_files(folder), weights, folder, _owners(whole))
     with reading(f"The model saved to '{folder}'"), quiet():
         if renamed:  # families whose files have other names and shapes than their layers
             twin = type(whole).from_pretrained(folder, dtype=whole.dtype)
@@ -83,16 +87,48 @@ def _check(whole: Any, live: Any, folder: Path) -> None:
     gap = float((own - theirs).abs().masked_fill(same, 0.0).nan_to_num(torch.inf).max())
     allowed = ROUNDING[own.dtype] * max(1.0, float(own.abs().masked_fill(~own.isfinite(), 0.0).max()))
     if gap > allowed:
+        allowed = max(allowed, DIGITS * _sensitivity(twin, ids, theirs))
+    if gap > allowed:
         raise StepwellError(
             f"The model saved to '{folder}' is not the one in memory: their logits are {gap:.2g} apart, where "
             f"{allowed:.2g} would be rounding; do not use that folder."
         )
 
 
-def _compare(files: list[Path], weights: Mapping[str, Tensor], folder: Path) -> bool:
+def _sensitivity(model: Any, ids: Tensor, logits: Tensor) -> float:
+    """The largest change of the logits where each matrix's weights move by their last digit, up and down in turn.
+
+    It is that of a rounding of the merged weights, which deep models with large weights enlarge.
+    """
+    moved = copy.deepcopy(model)
+    for weight in moved.parameters():
+        if weight.dim() > 1:
+            up = torch.arange(weight.numel(), device=weight.device).view_as(weight) % 2 * 2 - 1
+            weight.mul_(1 + torch.finfo(weight.dtype).eps * up)
+    change = (moved(ids, use_cache=False).logits - logits).abs()
+    return float(change.masked_fill(~change.isfinite(), 0.0).max())
+
+
+def _owners(model: Any) -> dict[str, tuple[int, str]]:
+    """The module, and the name in it, of each weight by its name: the same for those that loading makes one."""
+    owners = {
+        f"{place}.{name}" if place else name: (id(module), name)
+        for place, module in model.named_modules(remove_duplicate=False)
+        for name in (*module._parameters, *module._buffers)
+    }
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return owners | {target: owners[source] for target, source in ties.items() if source in owners}
+
+
+def _compare(
+    files: list[Path],
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    owners: Mapping[str, tuple[int, str]] = MappingProxyType({}),
+) -> bool:
     """Compare files with weights, a tensor at a time; True where the files' names are not those of the weights.
 
-    Where they are, every weight has to be there; of those that are tied, one.
+    Where they are, every weight has to be there; of those with the same of the `owners`, one.
     """
     from safetensors import safe_open
 
@@ -106,8 +142,8 @@ def _compare(files: list[Path], weights: Mapping[str, Tensor], folder: Path) -> 
                     raise StepwellError(f"The model saved to '{folder}' is not the one in memory: '{name}' differs.")
                 else:
                     found.add(name)
-    there = {weights[name].data_ptr() for name in found}
-    lost = [name for name, value in weights.items() if name not in found and value.data_ptr() not in there]
+    there = {owners.get(name, name) for name in found}
+    lost = [name for name in weights if owners.get(name, name) not in there]
     if lost and not renamed:
         raise StepwellError(f"The model saved to '{folder}' is not the one in memory: it lacks '{lost[0]}'.")
     return renamed
