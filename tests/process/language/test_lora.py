@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from conftest import word_tokenizer
 
 from stepwell.check.tolerance import tolerance
-from stepwell.errors import InputError
+from stepwell.errors import InputError, StepwellError
+from stepwell.process.language import saving
 from stepwell.process.language.build import language
 from stepwell.process.language.process import Language
 from stepwell.rng import Rng
@@ -148,10 +150,10 @@ def adapted_layers(process: Any) -> set[str]:
     return {name.rpartition(".")[2] for name in names}
 
 
-def folder_of(name: str, folder: Path) -> Path:
+def folder_of(name: str, folder: Path, **changes: Any) -> Path:
     from zoo.families import FAMILIES, SEEING, STATEFUL, tiny
 
-    tiny({**FAMILIES, **STATEFUL, **SEEING}[name]).save_pretrained(folder)
+    tiny(replace({**FAMILIES, **STATEFUL, **SEEING}[name], **changes)).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder
 
@@ -171,6 +173,24 @@ def test_without_targets_every_adapter_learns_and_is_merged(name: str, options: 
     process.save(tmp_path / "merged")
     merged = language(tmp_path / "merged", device="cpu", max_new_tokens=6)
     assert torch.allclose(scored(merged, rows), rows.log_prob, atol=tolerance(process.module))
+
+
+def test_rounding_that_a_deep_model_enlarges_is_not_taken_for_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of("zamba", tmp_path / "model", weights=0.3)
+    process = language(folder, device="cpu", lora={"r": 4})
+    noise = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in process.module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.1)
+    process.save(tmp_path / "merged")
+    monkeypatch.setitem(saving.ROUNDING, torch.float32, 0.0)
+    process.save(tmp_path / "merged")
+    monkeypatch.setattr(saving, "DIGITS", 0.0)
+    with pytest.raises(StepwellError, match="would be rounding"):
+        process.save(tmp_path / "merged")
 
 
 def test_a_target_that_would_learn_nothing_is_refused(tmp_path: Path) -> None:
