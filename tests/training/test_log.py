@@ -18,7 +18,7 @@ from rich.text import Text
 from stepwell.errors import CheckpointError, InputError, UnknownName
 from stepwell.meter import Budget
 from stepwell.training.log import RunLog, read_lines
-from stepwell.training.progress import Pace, Progress, Silent, make_progress, sparkline
+from stepwell.training.progress import Pace, Progress, make_progress, sparkline
 from stepwell.training.settings import Settings
 from stepwell.writing import append_line, append_lines, json_text, writable_folder, write_whole
 
@@ -357,7 +357,6 @@ def test_outside_a_terminal_there_is_one_line_a_step(capsys):
 
 def test_no_progress_shows_nothing(capsys):
     progress = make_progress(False)
-    assert isinstance(progress, Silent)
     progress.start(Settings(), "gspo")
     progress.step(METRICS, {}, TEXTS, 0.5)
     progress.close()

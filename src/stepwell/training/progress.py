@@ -56,36 +56,17 @@ class View(Protocol):
 def make_progress(enabled: bool, console: Console | None = None) -> View:
     """The view of a run: none unless `enabled`, live in a terminal, lines elsewhere (a file, a notebook's log)."""
     if not enabled:
-        return Silent()
+        return Dispensable(None)
     # Standard output, since standard error is for failures, and may be all that a script looks at.
     screened: Any = screen(sys.stdout)
     return Dispensable(Progress(console or Console(file=screened)))
 
 
-class Silent:
-    """Shows nothing."""
-
-    def start(self, settings: Settings, recipe_name: str) -> None:
-        return None
-
-    def step(
-        self,
-        metrics: Mapping[str, Any],
-        clock: Mapping[str, Any],
-        completions: Sequence[Mapping[str, Any]],
-        share_done: float,
-    ) -> None:
-        return None
-
-    def close(self) -> None:
-        return None
-
-
 class Dispensable:
-    """A view that is given up at its first failure: the run is not about it."""
+    """A view that is given up at its first failure, since the run is not about it; None shows nothing."""
 
-    def __init__(self, view: View):
-        self._view: View | None = view
+    def __init__(self, view: View | None):
+        self._view = view
 
     def start(self, settings: Settings, recipe_name: str) -> None:
         self._try(lambda view: view.start(settings, recipe_name))
