@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import stepwell as sw
+from stepwell import digests
 from stepwell.digests import weights_digest
 from stepwell.errors import CheckpointError
 from stepwell.reward.loading import load_reward
@@ -315,3 +316,17 @@ def test_every_bit_and_its_place_is_in_a_digest():
         {"c": ~plain["c"]},
     ]
     assert len({whole, *(weights_digest({**plain, **other}) for other in others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("block", [4, 5, 100])
+def test_a_digests_sums_are_of_words_and_of_words_times_their_places(block, monkeypatch):
+    """In plain numbers; where words are summed in blocks, each block's places begin anew, beyond those before."""
+    monkeypatch.setattr(digests, "BLOCK", block)
+    words = [7, -3, 2**62, 11, 2**63 - 1, -(2**63), 5, 1, -9, 4]
+    places = [index % block + 1 + (index // block + 1) * block for index in range(len(words))]
+
+    def wrapped(number):
+        return (number + 2**63) % 2**64 - 2**63
+
+    expected = wrapped(sum(words)), wrapped(sum(word * place for word, place in zip(words, places, strict=True)))
+    assert digests._sums(torch.tensor(words)) == expected
