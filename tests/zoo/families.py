@@ -162,7 +162,11 @@ STATEFUL: dict[str, Family] = {name: Family(name) for name in ("mamba", "falcon_
     "bailing_hybrid": _named("bailing_hybrid", layer_types=BOTH, num_key_value_heads=4),
     "inkling_text": Family("inkling_text"),
     "lara_mini": Family("lara_mini"),
-    "deepseek_v4": Family("deepseek_v4"),
+    "deepseek_v4": _named(
+        "deepseek_v4",
+        layer_types=["compressed_sparse_attention", "heavily_compressed_attention"],
+        compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+    ),
 }
 
 _PATCH = {"image_size": 8, "patch_size": 4, "num_channels": 3}
